@@ -1,0 +1,167 @@
+"""A tree of plain values -> Config. Every entry to a config ends here, so every mistake reads the same."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+from stack.config.model_fields import LLAMA_FIELDS, check_model_name, check_rope
+from stack.config.schema import Config
+from stack.config.values import Spec, check_value, closest_path, refuse, show, spec_of
+from stack.errors import ConfigError
+
+Tree = Mapping[str, Any]
+"""Key -> Spec, or the Tree of a section."""
+
+_T = TypeVar("_T")
+
+
+def to_config(raw: Any) -> Config:
+    """The typed config of a tree of values; keys left out have the schema's defaults.
+
+    Raises:
+        ConfigError: a key is unknown, a value is not one its field allows, or two values contradict each other.
+    """
+    config = _build(Config, _check_section("", raw, schema_tree()))
+    for rule in _RULES:
+        rule(config)
+    return config
+
+
+@cache
+def schema_tree() -> Tree:
+    """Every legal key: the schema's, and the model family's under `model.config`."""
+    tree = _tree_of(Config)
+    tree["model"]["config"] = LLAMA_FIELDS
+    return tree
+
+
+def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Spec]]:
+    """Dotted path and spec of every key that holds a value."""
+    for key, node in tree.items():
+        if isinstance(node, Spec):
+            yield prefix + key, node
+        else:
+            yield from leaves(node, f"{prefix}{key}.")
+
+
+def check_fragment(path: str, value: Any, node: Spec | Tree) -> Any:
+    """`value`, checked, for the key or the section at `path`.
+
+    Raises:
+        ConfigError: as `to_config`, less the contradictions.
+    """
+    return check_value(path, value, node) if isinstance(node, Spec) else _check_section(path, value, node)
+
+
+def unknown_key(path: str, shown: str, groups: Iterable[str] = ()) -> NoReturn:
+    """Raise the ConfigError for a dotted path that does not exist; `shown` is what the user wrote."""
+    tree = schema_tree()
+    meant = closest_path(path, [*(leaf for leaf, _ in leaves(tree)), *groups])
+    if meant:
+        raise ConfigError(f"{shown}: no such key; did you mean {meant}?")
+    section: Any = tree
+    known: list[str] = []
+    for part in path.split("."):
+        if not isinstance(section, Mapping) or part not in section:
+            break
+        section = section[part]
+        known.append(part)
+    if isinstance(section, Spec):
+        raise ConfigError(f"{shown}: no such key; {'.'.join(known)} is a single value")
+    where = f"the keys of {'.'.join(known)}" if known else "the sections"
+    raise ConfigError(f"{shown}: no such key; {where} are {', '.join(section)}")
+
+
+def _tree_of(cls: Any) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    tree: dict[str, Any] = {}
+    for field in fields(cls):
+        hint = hints[field.name]
+        if is_dataclass(hint):
+            tree[field.name] = _tree_of(hint)
+        elif hint == dict[str, Any]:
+            tree[field.name] = {}
+        else:
+            tree[field.name] = spec_of(field, hint)
+    return tree
+
+
+def _check_section(path: str, raw: Any, tree: Tree) -> dict[str, Any]:
+    if not isinstance(raw, Mapping):
+        refuse(path or "config", raw, f"it is a section, not a value; its keys are {', '.join(tree)}")
+    checked = {}
+    for key, value in raw.items():
+        inner = f"{path}.{key}" if path else str(key)
+        if key not in tree:
+            unknown_key(inner, f"{inner}={show(value)}")
+        checked[key] = check_fragment(inner, value, tree[key])
+    return checked
+
+
+def _build(cls: type[_T], values: Mapping[str, Any]) -> _T:
+    hints = get_type_hints(cls)
+    return cls(
+        **{key: _build(hints[key], value) if is_dataclass(hints[key]) else value for key, value in values.items()}
+    )
+
+
+def _run_rules(config: Config) -> None:
+    name = config.run.name
+    if "/" in name or "\\" in name:
+        without = re.sub(r"[/\\]+", "-", name).strip("-. ") or "quickstart"
+        refuse("run.name", name, f"a folder name cannot contain a slash; for example {without}")
+    if name.startswith((".", "-")) or name != name.strip() or len(name.encode()) > 200:
+        why = "must be a folder name of at most 200 bytes, not begun by a dot or a dash, with no space at its ends"
+        refuse("run.name", name, f"{why}; for example quickstart")
+
+
+def _model_rules(config: Config) -> None:
+    check_model_name(config.model.name)
+    check_rope(config.model.config.get("rope_parameters", {}))
+    if config.model.attention == "flash_attention_2" and config.precision.dtype == "fp32":
+        why = "its kernels have no fp32; add precision=bf16, or use model.attention=sdpa"
+        refuse("model.attention", config.model.attention, why)
+    longest = config.model.config.get("max_position_embeddings")
+    if longest is not None and config.data.seq_len > longest:
+        why = f"longer than model.config.max_position_embeddings={longest}; at most {longest}"
+        refuse("data.seq_len", config.data.seq_len, why)
+
+
+def _data_rules(config: Config) -> None:
+    data = config.data
+    if data.source == "files" and not data.paths:
+        refuse("data.paths", data.paths, "data.source=files needs some, for example data.paths=[corpus/*.jsonl]")
+    if data.source == "hf" and not data.name:
+        refuse("data.name", data.name, "data.source=hf needs one, for example data.name=HuggingFaceFW/fineweb-edu")
+    # Else the run would train on another corpus than the one that was named.
+    if data.paths and data.source != "files":
+        refuse("data.paths", data.paths, f"not read with data.source={data.source}; add data.source=files")
+    if data.name and data.source != "hf":
+        refuse("data.name", data.name, f"not read with data.source={data.source}; add data.source=hf")
+
+
+def _split_rules(config: Config) -> None:
+    split = config.parallel.split
+    if split == "auto":
+        return
+    if not split or split[0] != 0:
+        refuse("parallel.split", split, "the first stage starts at layer 0, for example [0,5,9]")
+    if any(later <= earlier for earlier, later in pairwise(split)):
+        nearest = sorted(set(split))
+        refuse("parallel.split", split, f"first layers must grow from stage to stage; the nearest is {show(nearest)}")
+
+
+def _schedule_rules(config: Config) -> None:
+    steps, schedule = config.train.steps, config.schedule
+    if schedule.warmup_steps > steps:
+        refuse("schedule.warmup_steps", schedule.warmup_steps, f"more than train.steps={steps}; at most {steps}")
+    left = steps - schedule.warmup_steps
+    if schedule.decay_steps > left:
+        why = f"more than the steps after warm-up, train.steps={steps} less schedule.warmup_steps="
+        refuse("schedule.decay_steps", schedule.decay_steps, f"{why}{schedule.warmup_steps}; at most {left}")
+
+
+_RULES: tuple[Callable[[Config], None], ...] = (_run_rules, _model_rules, _data_rules, _split_rules, _schedule_rules)

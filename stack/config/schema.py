@@ -1,0 +1,198 @@
+"""The only definition of what a run can be told.
+
+Every field carries its meaning, its unit and its legal values: `choices`, `low`, `above`, `high`, `below`,
+`length` (of a list), `auto` (the type beside the word auto) and `example` are read by `stack.config.values`, which
+turns a violation into one line for the user. No torch here: a bad config must fail in well under two seconds.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _one_of(default: str, *choices: str) -> Any:
+    return field(default=default, metadata={"choices": choices})
+
+
+def _at_least(default: Any, low: float) -> Any:
+    return field(default=default, metadata={"low": low})
+
+
+def _between(default: float, low: float, high: float) -> Any:
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def _above(default: Any, above: float) -> Any:
+    return field(default=default, metadata={"above": above})
+
+
+@dataclass
+class Run:
+    root: str = "runs"
+    """Folder that holds all runs; on several hosts a folder all of them see."""
+    name: str = "quickstart"
+    """Name of the experiment; each start of it makes `<root>/<name>/<run_id>`."""
+    seed: int = _at_least(1234, 0)
+    """Seeds parameter initialisation, data order and dropout."""
+
+
+@dataclass
+class Model:
+    name: str = field(default="llama", metadata={"example": "llama, or a folder such as /models/my-llama"})
+    """A family (`llama`), or a Hugging Face model folder whose config.json gives the shape."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the family's Hugging Face config, e.g. {hidden_size: 192}; they override a folder's."""
+    attention: str = _one_of("sdpa", "sdpa", "eager", "flash_attention_2")
+    """Attention implementation by its Hugging Face name."""
+
+
+@dataclass
+class Data:
+    source: str = _one_of("python_stdlib", "python_stdlib", "files", "hf")
+    """`python_stdlib`: source text of the running interpreter's standard library. `files`: txt, jsonl or
+    parquet. `hf`: a `datasets` name or local folder."""
+    paths: list[str] = field(default_factory=list)
+    """Files, folders or globs, for `files`."""
+    name: str | None = None
+    """Dataset name or local folder, for `hf`."""
+    subset: str | None = None
+    """Configuration name of the dataset, for `hf`."""
+    split: str = "train"
+    """Split of the dataset, for `hf`."""
+    text_key: str = "text"
+    """Column that holds the text, for jsonl, parquet and `hf`."""
+    tokenizer: str = "bpe"
+    """`bpe` trains a byte-level BPE of `vocab_size` on the corpus; else a Hugging Face tokenizer folder or name."""
+    vocab_size: int = _at_least(4096, 257)
+    """Size of the trained BPE, all 256 bytes and the end-of-document token included."""
+    seq_len: int = _at_least(256, 8)
+    """Tokens in a sequence, as the model sees it."""
+    pack: bool = True
+    """True: documents are joined and cut into full sequences. False: one document a sequence, cut or padded."""
+    heldout_fraction: float = _between(0.02, 0.0001, 0.5)
+    """Share of the documents kept out of training."""
+    root: str = "data"
+    """Folder of prepared token shards; a corpus is prepared once and found again by its fingerprint."""
+
+
+@dataclass
+class Parallel:
+    pipeline: int = _at_least(2, 1)
+    """Pipeline stages."""
+    data: Any = field(default="auto", metadata={"auto": int, "low": 1, "example": 4})
+    """Replicas; `auto` is ranks / pipeline."""
+    zero: int = field(default=3, metadata={"choices": (0, 1, 2, 3)})
+    """ZeRO stage inside each pipeline stage's data group."""
+    schedule: str = _one_of("1f1b", "1f1b", "gpipe")
+    """Order of forwards and backwards of the microbatches."""
+    reduce: str = _one_of("step", "step", "microbatch")
+    """Reduce gradients once a step (full stage gradients live meanwhile) or after every backward."""
+    gather: str = _one_of("step", "step", "microbatch")
+    """ZeRO-3: hold a stage's gathered parameters for the whole step, or gather them again for each microbatch."""
+    split: Any = field(default="auto", metadata={"auto": list[int], "low": 0, "example": [0, 5, 9]})
+    """`auto` balances FLOPs, or the first layer of each stage, e.g. [0, 5, 9]."""
+
+
+@dataclass
+class Activation:
+    checkpoint: str = _one_of("full", "none", "full")
+    """`full` keeps only each decoder layer's input and recomputes the layer in the backward."""
+
+
+@dataclass
+class Batch:
+    global_size: int = _at_least(64, 1)
+    """Sequences in one optimizer step, over all replicas and microbatches."""
+    micro_size: int = _at_least(4, 1)
+    """Sequences in one microbatch of one replica; the number of microbatches follows."""
+
+
+@dataclass
+class Precision:
+    dtype: str = _one_of("fp32", "fp32", "bf16")
+    """Compute dtype. Masters, optimizer state, gradient accumulation and reduction are fp32 in both."""
+
+
+@dataclass
+class Optim:
+    lr: float = _above(3e-3, 0)
+    """Peak learning rate of AdamW."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"length": 2, "low": 0, "below": 1})
+    """AdamW's two moment decays."""
+    eps: float = _above(1e-8, 0)
+    """AdamW's denominator floor."""
+    weight_decay: float = _at_least(0.1, 0)
+    """Applied to matrices only; norms and biases are not decayed."""
+    grad_clip: float = _at_least(1.0, 0)
+    """Largest global gradient norm; 0 does not clip."""
+
+
+@dataclass
+class Schedule:
+    kind: str = _one_of("cosine", "cosine", "wsd", "linear", "constant")
+    """Learning rate after warm-up; `wsd` is constant, then linear decay over `decay_steps`."""
+    warmup_steps: int = _at_least(20, 0)
+    """Steps of linear warm-up from 0 to `optim.lr`."""
+    decay_steps: int = _at_least(0, 0)
+    """Length of the final decay of `wsd`, in steps; 0 is a tenth of `train.steps`."""
+    min_lr_ratio: float = _between(0.1, 0, 1)
+    """Learning rate at the last step as a share of `optim.lr`, for cosine, wsd and linear."""
+
+
+@dataclass
+class Train:
+    steps: int = _at_least(100, 1)
+    """Optimizer steps."""
+    eval_every: int = _at_least(20, 0)
+    """Steps between held-out evaluations; 0 never evaluates. The last step is always evaluated otherwise."""
+    eval_sequences: int = _at_least(64, 1)
+    """Held-out sequences in one evaluation (fewer where the held-out split is smaller)."""
+    log_every: int = _at_least(5, 1)
+    """Steps between console lines; metrics.jsonl has every step."""
+
+
+@dataclass
+class Wandb:
+    mode: str = _one_of("offline", "online", "offline", "disabled")
+    """`offline` writes W&B's files into the run directory for a later `wandb sync`."""
+    project: str = "stack"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Log:
+    wandb: Wandb = field(default_factory=Wandb)
+
+
+@dataclass
+class Launch:
+    nodes: int = _at_least(1, 1)
+    """Hosts of the run; `stack plan` believes it, a launch checks it against the ranks that come up."""
+    ranks_per_node: Any = field(default="auto", metadata={"auto": int, "low": 1, "example": 8})
+    """Ranks on each host; `auto` is its NVIDIA GPUs, or 4 on a host without any."""
+    grace_s: float = _above(10.0, 0)
+    """Seconds between SIGTERM and SIGKILL when a run is stopped."""
+
+
+@dataclass
+class Health:
+    hang_timeout_s: float = _above(600.0, 0)
+    """Longest wait in one collective before the ranks give up with exit code 8."""
+
+
+@dataclass
+class Config:
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    parallel: Parallel = field(default_factory=Parallel)
+    activation: Activation = field(default_factory=Activation)
+    batch: Batch = field(default_factory=Batch)
+    precision: Precision = field(default_factory=Precision)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    log: Log = field(default_factory=Log)
+    launch: Launch = field(default_factory=Launch)
+    health: Health = field(default_factory=Health)

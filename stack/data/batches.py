@@ -1,0 +1,181 @@
+"""Batches as a pure function of (step, replica): no iterator, no state, no communication.
+
+Every rank of a replica computes the same batch, and any layout sees the same global batches in the same order, so the
+position of a run in its data is one integer: the step.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stack.data import manifest
+from stack.data.permutation import Permutation
+from stack.errors import DataError, LayoutError
+
+IGNORE = -100
+"""Label of a position without a target; the default `ignore_index` of torch's cross entropy."""
+
+#: Shards mapped at a time; each holds a file descriptor, and 1024 of those is a common limit.
+_OPEN_SHARDS = 256
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One replica's part of a global batch."""
+
+    input_ids: np.ndarray
+    """int64 [microbatches, micro_size, seq_len]; padding is the end-of-document token, on the right."""
+    labels: np.ndarray
+    """int64, same shape: labels[..., t] is the target of position t, `IGNORE` where there is none."""
+    global_target_tokens: int
+    """Labels that are not `IGNORE`, in the whole global batch of all replicas."""
+
+
+class Split:
+    """The documents of one split as one stream of tokens, memory-mapped. Made by `Corpus.split`."""
+
+    def __init__(self, folder: Path, name: str, about: dict[str, Any]) -> None:
+        self.name = name
+        self.eos_id: int = about["eos_id"]
+        self.num_tokens: int = about["splits"][name]["tokens"]
+        self.num_documents: int = about["splits"][name]["documents"]
+        self.starts: np.ndarray = np.asarray(np.load(folder / name / "documents.npy", mmap_mode="r"))
+        """int64 [num_documents + 1]: document i is the tokens from starts[i] to starts[i + 1]."""
+        self._folder = folder / name
+        self._dtype = np.dtype(about["dtype"])
+        self._shard_tokens: int = about["shard_tokens"]
+        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._map_shard)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the stream, 0 <= start <= stop <= num_tokens: a copy, int64 [stop - start]."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start} to {stop} of a {self.name} split of {self.num_tokens}")
+        out = np.empty(stop - start, dtype=np.int64)
+        done = 0
+        while done < len(out):
+            shard, offset = divmod(start + done, self._shard_tokens)
+            part = self._shard(shard)[offset : offset + len(out) - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+        return out
+
+    def document(self, number: int) -> np.ndarray:
+        """Document `number` of the split with its end-of-document token: int64 [tokens]."""
+        return self.read(int(self.starts[number]), int(self.starts[number + 1]))
+
+    def _map_shard(self, number: int) -> np.ndarray:
+        return np.memmap(self._folder / f"tokens-{number:05d}.bin", dtype=self._dtype, mode="r")
+
+
+class Corpus:
+    """A prepared corpus (see `stack.data.manifest` for its files), opened for reading."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = about
+        self.vocab_size: int = about["vocab_size"]
+        self.eos_id: int = about["eos_id"]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Corpus":
+        """Opens what `prepare` or `locate` returned. Raises `DataError` where it is not whole."""
+        return cls(folder, manifest.read(folder))
+
+    def split(self, name: str) -> Split:
+        """`train` or `heldout`."""
+        if name not in manifest.SPLITS:
+            raise ValueError(f"no split {name!r}; the splits are {' and '.join(manifest.SPLITS)}")
+        return Split(self.folder, name, self.manifest)
+
+
+class Batches:
+    """The sequences of a split, in global batches of `global_size`, for each of `replicas`.
+
+    `pack=True`: the stream is cut into windows of seq_len + 1 tokens, each starting at the last token of the one
+    before, so every sequence has `seq_len` targets (the rest at the end of the stream, less than a window, is unused)
+    and may span documents. `pack=False`: a sequence is the first seq_len + 1 tokens of one document, padded
+    on the right. Neither needs an attention mask: under causal attention no token sees what is to its right.
+    """
+
+    def __init__(
+        self, split: Split, *, seq_len: int, pack: bool, seed: int, global_size: int, micro_size: int, replicas: int
+    ) -> None:
+        """Sizes are in sequences, `micro_size` is one microbatch of one replica; `seed` orders epochs.
+
+        Raises `LayoutError` where a global batch is no whole number of microbatches on each replica, `DataError`
+        where the split is too small for one sequence.
+        """
+        slice_size = micro_size * replicas
+        if global_size % slice_size:
+            nearest = max(1, round(global_size / slice_size)) * slice_size
+            raise LayoutError(
+                f"batch.global_size={global_size} is no multiple of batch.micro_size={micro_size} x {replicas} "
+                f"replicas; use batch.global_size={nearest}"
+            )
+        self.split, self.seq_len, self.pack, self.seed = split, seq_len, pack, seed
+        self.global_size, self.micro_size, self.replicas = global_size, micro_size, replicas
+        # Every stored document has two tokens or more (`prepare` sees to it), so each one is a sequence.
+        self.num_sequences = (split.num_tokens - 1) // seq_len if pack else split.num_documents
+        """Sequences in one epoch."""
+        if self.num_sequences < 1:
+            raise DataError(
+                f"data.seq_len={seq_len} is too long for the {split.name} split of {split.num_tokens} tokens; "
+                f"use data.seq_len={max(split.num_tokens - 1, 1)} or less, more documents, or data.pack=false"
+            )
+
+    def train(self, step: int, replica: int) -> Batch:
+        """The batch of optimizer step `step` (0, 1, ...) on `replica`; there is one for every step, for ever."""
+        return self._batch(*self._bounds(self.order(step)), replica)
+
+    def order(self, step: int) -> np.ndarray:
+        """Which sequences make global batch `step`, in order: int64 [global_size], depends on seed and step only.
+
+        Batches take the epochs' sequences one after another, each epoch in a new order, and may span epochs.
+        """
+        if step < 0:
+            raise ValueError(f"steps count from 0, not {step}")
+        epochs, places = np.divmod(step * self.global_size + np.arange(self.global_size), self.num_sequences)
+        sequences = np.empty(self.global_size, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            sequences[here] = Permutation(self.num_sequences, seed=self.seed, epoch=int(epoch))(places[here])
+        return sequences
+
+    def heldout(self, start: int, count: int, replica: int) -> Batch:
+        """Sequences [start, start + count) in the order of the split, padded to a full global batch.
+
+        Added sequences are all `IGNORE`. Needs 0 <= start, 1 <= count <= global_size, start + count <= num_sequences.
+        """
+        if not (start >= 0 and 1 <= count <= self.global_size and start + count <= self.num_sequences):
+            raise ValueError(
+                f"sequences {start} to {start + count} of {self.num_sequences}, {self.global_size} a batch"
+            )
+        starts, stops = np.zeros((2, self.global_size), dtype=np.int64)
+        starts[:count], stops[:count] = self._bounds(np.arange(start, start + count))
+        return self._batch(starts, stops, replica)
+
+    def _bounds(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First token and end of each sequence in the stream, its last target included."""
+        if self.pack:
+            starts = sequences * self.seq_len
+            return starts, starts + self.seq_len + 1
+        starts = self.split.starts[sequences]
+        return starts, np.minimum(self.split.starts[sequences + 1], starts + self.seq_len + 1)
+
+    def _batch(self, starts: np.ndarray, stops: np.ndarray, replica: int) -> Batch:
+        if not 0 <= replica < self.replicas:
+            raise ValueError(f"replica {replica} of {self.replicas}")
+        targets = np.maximum(stops - starts - 1, 0)
+        rows = self.global_size // self.replicas
+        input_ids = np.full((rows, self.seq_len), self.split.eos_id, dtype=np.int64)
+        labels = np.full((rows, self.seq_len), IGNORE, dtype=np.int64)
+        mine = slice(replica * rows, (replica + 1) * rows)
+        for row, (start, length) in enumerate(zip(starts[mine].tolist(), targets[mine].tolist(), strict=True)):
+            if length:
+                tokens = self.split.read(start, start + length + 1)
+                input_ids[row, :length], labels[row, :length] = tokens[:-1], tokens[1:]
+        shape = (-1, self.micro_size, self.seq_len)
+        return Batch(input_ids.reshape(shape), labels.reshape(shape), int(targets.sum()))

@@ -1,0 +1,81 @@
+"""Documents from Hugging Face `datasets`: a hub name, a local folder of data files, or a save_to_disk folder."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stack.config.schema import Data
+from stack.data import hub
+from stack.data.sources import Documents, check_text, no_column, one_line
+from stack.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+_TEXTS = ("string", "large_string")
+
+
+def dataset_documents(cfg: Data, name: str) -> Documents:
+    """The text column of a data set, memory-mapped by `datasets`, which keeps it in its own cache on disk.
+
+    `name` is a hub name or an existing folder. A folder made by `Dataset.save_to_disk` has one split, whatever
+    `data.split` says. Raises `DataError` where hub, data set, subset, split or column are not there.
+    """
+    table = _from_disk(cfg, name) if _was_saved_to_disk(name) else _load(cfg, name)
+    if cfg.text_key not in table.features:
+        texts = [column for column, kind in table.features.items() if getattr(kind, "dtype", "") in _TEXTS]
+        raise no_column(cfg.text_key, texts, f"data.name={name}")
+    table = table.select_columns([cfg.text_key])
+
+    def read() -> Iterator[str]:
+        for batch in table.iter(batch_size=1024):
+            for value in batch[cfg.text_key]:
+                yield check_text(value, cfg.text_key, f"data.name={name}")
+
+    return Documents(read, len(table), "documents")
+
+
+def _was_saved_to_disk(name: str) -> bool:
+    return any(Path(name, marker).is_file() for marker in ("state.json", "dataset_dict.json"))
+
+
+def _from_disk(cfg: Data, name: str) -> "datasets.Dataset":
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"data.name={name} cannot be loaded ({one_line(error)}); save it again") from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if cfg.split not in loaded:
+        raise DataError(f"data.split={cfg.split} is not in {name}; use data.split={' or '.join(loaded)}")
+    return loaded[cfg.split]
+
+
+def _load(cfg: Data, name: str) -> "datasets.Dataset":
+    import datasets
+    import huggingface_hub
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    from_cache = not Path(name).is_dir() and not hub.reachable()
+    try:
+        if not from_cache:
+            return datasets.load_dataset(name, cfg.subset, split=cfg.split)
+        with hub.offline(datasets.config, huggingface_hub.constants):
+            return datasets.load_dataset(name, cfg.subset, split=cfg.split)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise DataError(
+            f"data.name={name} is no folder here and no public data set on {hub.endpoint()}; "
+            "check the spelling, or log in with `hf auth login` if it is gated"
+        ) from error
+    except ConnectionError as error:
+        raise DataError(
+            f"data.name={name} is no folder here, and {hub.endpoint()} cannot be reached; download it where there is "
+            "a network and set data.name to that folder, or use data.source=files"
+        ) from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        setting = f"data.name={name} data.subset={cfg.subset} data.split={cfg.split}"
+        raise DataError(f"{setting} cannot be loaded: {one_line(error.__cause__ or error)}") from error

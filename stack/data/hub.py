@@ -1,0 +1,54 @@
+"""Whether the Hugging Face hub answers, asked once and briefly, so that nobody waits through minutes of retries."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+PROBE_TIMEOUT_S = 5.0
+
+
+def endpoint() -> str:
+    """The hub's address: `HF_ENDPOINT` or https://huggingface.co."""
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def reachable() -> bool:
+    """True if a TCP connection to the hub, or to the proxy that leads there, opens within `PROBE_TIMEOUT_S`.
+
+    False in the Hugging Face libraries' own offline mode (`HF_HUB_OFFLINE=1`).
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    hub = urlsplit(endpoint())
+    proxy = None if proxy_bypass(hub.hostname or "") else getproxies().get(hub.scheme)
+    door = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else hub
+    port = door.port or (443 if door.scheme == "https" else 80)
+    try:
+        socket.create_connection((door.hostname or "", port), timeout=PROBE_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def offline(*modules: ModuleType) -> Iterator[None]:
+    """Puts Hugging Face libraries into offline mode for a while: only their local caches are asked.
+
+    `modules` hold a flag `HF_HUB_OFFLINE`. The environment variable of that name is read at import, so it
+    would come too late here.
+    """
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]

@@ -1,0 +1,159 @@
+"""What makes a folder a prepared corpus: its name, its manifest, and the checks that both hold.
+
+A prepared corpus, `<data.root>/<source>-<first 12 digits of the fingerprint>/`:
+
+    manifest.json             written last; describes all the rest, with sizes and hashes
+    tokenizer/                a Hugging Face tokenizer folder
+    train/tokens-00000.bin    token ids, raw little-endian uint16 or uint32; all but the last shard are equally long
+    train/documents.npy       int64 [documents + 1]: where each document starts in the split's stream, then its end
+    heldout/...               the same for the documents kept out of training
+
+Each split is one stream of tokens; a document may go on in the next shard and ends with the end-of-document token.
+This module imports neither torch nor a Hugging Face library: `locate` runs in every start of every rank.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from stack.config.schema import Data
+from stack.data import sources, tokenizer
+from stack.errors import DataError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+SPLITS = ("train", "heldout")
+AGAIN = "run `stack data` with the same overrides"
+
+
+def made_from(cfg: Data, *, seed: int) -> dict[str, Any]:
+    """Everything the content of a prepared corpus depends on, as JSON; not `data.seq_len`, not `data.pack`.
+
+    `seed` chooses the held-out documents. Raises `DataError` where the source or the tokenizer does not exist.
+    """
+    return {
+        "format": FORMAT,
+        "source": sources.describe(cfg),
+        "tokenizer": tokenizer.describe(cfg),
+        "heldout_fraction": cfg.heldout_fraction,
+        "seed": seed,
+    }
+
+
+def fingerprint(recipe: dict[str, Any]) -> str:
+    """32 hexadecimal digits of BLAKE2b over `recipe` (what `made_from` returns)."""
+    return hashlib.blake2b(_canonical(recipe), digest_size=16).hexdigest()
+
+
+def folder_of(cfg: Data, recipe: dict[str, Any]) -> Path:
+    """Where the corpus made from `recipe` is, or would be."""
+    return Path(cfg.root).expanduser() / f"{_label(cfg)}-{fingerprint(recipe)[:12]}"
+
+
+def locate(cfg: Data, *, seed: int) -> Path:
+    """The folder of the prepared corpus that `cfg` and `seed` ask for.
+
+    Takes milliseconds: lists the source, reads the manifest, compares file sizes (`verify` compares hashes). Raises
+    `DataError` where it is not prepared or not whole.
+    """
+    recipe = made_from(cfg, seed=seed)
+    folder = folder_of(cfg, recipe)
+    if not folder.is_dir():
+        raise DataError(
+            f"data.root={cfg.root} holds no corpus made from these settings{_nearest(cfg, recipe)}; {AGAIN}"
+        )
+    read(folder)
+    return folder
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared corpus, after checking it against itself and against the sizes of its files.
+
+    Raises `DataError` where the manifest is missing, damaged or of another format, or a file is missing or has
+    another size.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{folder} is no prepared corpus: {path.name}: {error.strerror}; {AGAIN}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged, it is not JSON; {AGAIN}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{path} is damaged or of another format than {FORMAT}; {AGAIN}")
+    if manifest.pop("checksum", None) != _checksum(manifest):
+        raise DataError(f"{path} is damaged, its checksum does not match; {AGAIN}")
+    for file in manifest["files"]:
+        part = folder / file["path"]
+        size = part.stat().st_size if part.is_file() else None
+        if size != file["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise DataError(f"{part} {found}, the manifest says {file['bytes']} bytes; {AGAIN}")
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Like `read`, and reads every file to compare its hash: seconds a gigabyte.
+
+    Raises `DataError` naming the first file whose content has changed.
+    """
+    manifest = read(folder)
+    for file in manifest["files"]:
+        part = folder / file["path"]
+        if hash_file(part) != file["blake2b"]:
+            raise DataError(f"{part} has changed since it was written; remove {folder} and {AGAIN}")
+    return manifest
+
+
+def write(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes `manifest.json`, with a checksum over its own content."""
+    text = json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def hash_file(path: Path) -> str:
+    """BLAKE2b of a file's content, 32 hexadecimal digits."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.blake2b(_canonical(manifest), digest_size=16).hexdigest()
+
+
+def _label(cfg: Data) -> str:
+    if cfg.source != "hf" or not cfg.name:
+        return cfg.source
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(cfg.name).name).strip(".-") or "hf"
+
+
+def _nearest(cfg: Data, recipe: dict[str, Any]) -> str:
+    """In what the most similar corpus beside `recipe`'s differs, as a clause; empty where there is none."""
+    best: tuple[int, str] | None = None
+    for path in sorted(Path(cfg.root).expanduser().glob(f"{_label(cfg)}-*/{MANIFEST}")):
+        try:
+            other = read(path.parent)["made_from"]
+        except DataError:
+            continue
+        differences = _differences(other, recipe)
+        if best is None or len(differences) < best[0]:
+            best = len(differences), f" ({path.parent.name} differs in {', '.join(differences)})"
+    return best[1] if best else ""
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    found = []
+    for key in sorted(there.keys() | here.keys()):
+        one, two = there.get(key), here.get(key)
+        if isinstance(one, dict) and isinstance(two, dict):
+            found += [f"{key}.{name}" for name in _differences(one, two)]
+        elif one != two:
+            found.append(f"{key}: {one} there, {two} here")
+    return found

@@ -1,0 +1,309 @@
+"""`stack data`: documents to token shards, once, whatever interrupts it and however many try at the same time."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from stack import __version__
+from stack.config.schema import Data
+from stack.data import manifest, sources, tokenizer
+from stack.data.manifest import locate
+from stack.data.progress import Meter, say
+from stack.errors import DataError
+
+__all__ = ["locate", "prepare"]
+
+SHARD_BYTES = 256 << 20
+#: A longer document is encoded in pieces of this many characters: an encoder takes about 100 bytes a token.
+PIECE_CHARS = 1 << 20
+#: Characters encoded in one call, so that the tokenizer's threads all have work.
+BATCH_CHARS = 2 << 20
+
+
+def prepare(cfg: Data, *, seed: int, progress: bool = True) -> Path:
+    """Makes the corpus that `cfg` asks for, if it is not there yet, and returns its folder.
+
+    `seed` (>= 0) chooses the held-out documents. A corpus appears under its name only when
+    it is whole; a damaged one is made again. May be killed at any time and run by several processes at once: one
+    works, the others wait. Memory stays bounded: a batch of text, one shard's write buffer and 8 bytes a document.
+
+    Raises `DataError` where the source, the tokenizer or the folder cannot be used, or there are fewer than two
+    documents.
+    """
+    recipe = manifest.made_from(cfg, seed=seed)
+    target = manifest.folder_of(cfg, recipe)
+    if _is_whole(target):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target):
+            if not _is_whole(target):
+                _remove_stale(target)
+                _make(cfg, recipe, target, progress=progress)
+    except OSError as error:
+        raise DataError(
+            f"data.root={cfg.root} cannot be written ({error.strerror or error}: {error.filename or target}); "
+            "free space there, or set data.root to a folder that you may write to"
+        ) from error
+    return target
+
+
+def _is_whole(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    try:
+        manifest.read(folder)
+    except DataError:
+        return False
+    return True
+
+
+# One at a time
+
+
+@contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    """Holds the lock of `target`; the kernel releases it when the process dies, however it dies."""
+    with open(_lock_path(target), "a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            say(f"another process prepares {target}; waiting for it")
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _lock_path(target: Path) -> Path:
+    # Never removed: a process that waits on a removed file would hold a lock that nobody else sees.
+    return target.with_name(f".{target.name}.lock")
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+
+
+def _remove_stale(target: Path) -> None:
+    """Removes temporary folders whose makers died: those of `target`, whose lock we hold, or with a free lock."""
+    for folder in target.parent.glob(".*.tmp-*"):
+        owner = target.with_name(folder.name[1:].rsplit(".tmp-", 1)[0])
+        if owner == target:
+            shutil.rmtree(folder, ignore_errors=True)
+            continue
+        with open(_lock_path(owner), "a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make(cfg: Data, recipe: dict[str, Any], target: Path, *, progress: bool) -> None:
+    """Writes the corpus into a folder beside `target`, then renames it: the name appears with all or nothing."""
+    folder = _temporary(target)
+    folder.mkdir()
+    try:
+        _write(cfg, recipe, folder, progress=progress)
+        _fsync_tree(folder)
+        if target.exists():
+            damaged = _temporary(target)
+            target.rename(damaged)
+            shutil.rmtree(damaged)
+        folder.rename(target)
+        _fsync(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for place, _, names in os.walk(folder):
+        for path in (*(Path(place, name) for name in names), Path(place)):
+            _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# Documents to shards
+
+
+def _write(cfg: Data, recipe: dict[str, Any], folder: Path, *, progress: bool) -> None:
+    texts = sources.documents(cfg)
+    count = len(list(islice(texts, 2)))
+    if count < 2:
+        raise DataError(
+            f"data.source={cfg.source} has {count} documents with text, and one must be held out; use 2 or more "
+            "(a .txt file is one document, each record of a .jsonl file is one)"
+        )
+    if progress and cfg.tokenizer == "bpe":
+        say(f"learning a byte-level BPE of {cfg.vocab_size} entries")
+    tokens = tokenizer.load_or_train(cfg, texts, folder / manifest.TOKENIZER)
+    dtype = np.dtype("<u2" if tokens.vocab_size <= 1 << 16 else "<u4")
+    writers = {name: _SplitWriter(folder / name, dtype) for name in manifest.SPLITS}
+    choose = _Chooser(cfg.heldout_fraction, recipe["seed"])
+    try:
+        with Meter(texts.total, texts.unit, show=progress) as meter:
+            _encode(texts, tokens, writers, choose, meter)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    if not all(writer.num_documents for writer in writers.values()):
+        raise DataError(f"data.tokenizer={cfg.tokenizer} leaves fewer than 2 documents with a token; add documents")
+    manifest.write(
+        folder,
+        {
+            "format": manifest.FORMAT,
+            "fingerprint": manifest.fingerprint(recipe),
+            "made_from": recipe,
+            "made_by": f"stack {__version__}",
+            "vocab_size": tokens.vocab_size,
+            "eos_id": tokens.eos_id,
+            "dtype": dtype.str,
+            "shard_tokens": SHARD_BYTES // dtype.itemsize,
+            "splits": {
+                name: {"documents": writer.num_documents, "tokens": writer.num_tokens}
+                for name, writer in writers.items()
+            },
+            "files": _describe_files(folder),
+        },
+    )
+
+
+def _describe_files(folder: Path) -> list[dict[str, Any]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [
+        {
+            "path": path.relative_to(folder).as_posix(),
+            "bytes": path.stat().st_size,
+            "blake2b": manifest.hash_file(path),
+        }
+        for path in files
+    ]
+
+
+def _encode(
+    texts: Iterable[str],
+    tokens: tokenizer.Tokenizer,
+    writers: dict[str, "_SplitWriter"],
+    choose: "_Chooser",
+    meter: Meter,
+) -> None:
+    end = np.array([tokens.eos_id], dtype=writers["train"].dtype)
+    writer: _SplitWriter | None = None  # where the open document goes; None while it has no token
+    number = 0
+    for batch in _batches(texts):
+        written = ended = 0
+        for (_, last), ids in zip(batch, tokens.encode([piece for piece, _ in batch]), strict=True):
+            if ids:
+                writer = writer or writers[choose(number)]
+                writer.add(np.array(ids, dtype=writer.dtype))
+                written += len(ids)
+            if last and writer:
+                writer.add(end)
+                writer.end_document()
+                written, ended, number, writer = written + 1, ended + 1, number + 1, None
+        meter.advance(documents=ended, bytes=sum(_utf8_length(piece) for piece, _ in batch), tokens=written)
+
+
+def _utf8_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+    """Lists of (piece of a document, whether it is the last piece of it), about `BATCH_CHARS` characters together."""
+    batch: list[tuple[str, bool]] = []
+    chars = 0
+    for piece in chain.from_iterable(map(_pieces, texts)):
+        batch.append(piece)
+        chars += len(piece[0])
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """Cuts a text of more than `PIECE_CHARS` characters after a line's end, else after a space, else anywhere."""
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        limit = start + PIECE_CHARS
+        cut = text.rfind("\n", start, limit) + 1 or text.rfind(" ", start, limit) + 1 or limit
+        yield text[start:cut], False
+        start = cut
+    yield text[start:], True
+
+
+class _Chooser:
+    """The split of a document by its number alone, so that no order of work can change it."""
+
+    def __init__(self, heldout_fraction: float, seed: int) -> None:
+        self._seed = seed
+        self._threshold = int(heldout_fraction * 2**64)
+        # One of the first two documents goes to each split: neither is ever empty, however small the corpus.
+        self._first_heldout = min((0, 1), key=self._hash)
+
+    def _hash(self, number: int) -> int:
+        digest = hashlib.blake2b(f"{self._seed} {number}".encode(), digest_size=8, person=b"stack held out")
+        return int.from_bytes(digest.digest(), "little")
+
+    def __call__(self, number: int) -> str:
+        heldout = number == self._first_heldout if number < 2 else self._hash(number) < self._threshold
+        return "heldout" if heldout else "train"
+
+
+class _SplitWriter:
+    """One split's token stream, cut into shards, and the index of its documents."""
+
+    def __init__(self, folder: Path, dtype: np.dtype) -> None:
+        folder.mkdir()
+        self.folder, self.dtype = folder, dtype
+        self.num_tokens = 0
+        self._shard_tokens = SHARD_BYTES // dtype.itemsize
+        self._starts = array("q", [0])
+        self._shard: IO[bytes] | None = None
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._starts) - 1
+
+    def add(self, ids: np.ndarray) -> None:
+        while len(ids):
+            room = self._shard_tokens - self.num_tokens % self._shard_tokens
+            if self._shard is None or room == self._shard_tokens:
+                self._open_shard()
+            assert self._shard is not None
+            self._shard.write(ids[:room].tobytes())
+            self.num_tokens += min(room, len(ids))
+            ids = ids[room:]
+
+    def end_document(self) -> None:
+        self._starts.append(self.num_tokens)
+
+    def close(self) -> None:
+        """Writes the index and closes the files; harmless where writing has failed before."""
+        if self._shard:
+            self._shard.close()
+        np.save(self.folder / "documents.npy", np.frombuffer(self._starts, dtype="<i8"))
+
+    def _open_shard(self) -> None:
+        if self._shard:
+            self._shard.close()
+        self._shard = open(self.folder / f"tokens-{self.num_tokens // self._shard_tokens:05d}.bin", "wb")  # noqa: SIM115

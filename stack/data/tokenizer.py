@@ -1,0 +1,165 @@
+"""Text to token ids: a byte-level BPE learnt from the corpus, or any Hugging Face tokenizer."""
+
+import hashlib
+import heapq
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stack.config.schema import Data
+from stack.data import hub
+from stack.data.sources import one_line
+from stack.errors import DataError
+
+if TYPE_CHECKING:
+    import tokenizers
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_DOCUMENT = "<|endoftext|>"
+
+#: Characters the BPE is learnt from, the characters looked at to choose them, and the most of one document.
+SAMPLE_CHARS = 16 << 20
+SAMPLE_WINDOW = 1 << 30
+SAMPLE_DOCUMENT = 1 << 18
+
+#: Files that decide what a tokenizer folder does. A model folder may hold 100 GB of weights beside them.
+_TOKENIZER_FILES = re.compile(
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|config)\.json|vocab\.txt|merges\.txt|.*\.(model|tiktoken)"
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A Hugging Face tokenizer, with what the shards need to know about it."""
+
+    hf: "PreTrainedTokenizerBase"
+    vocab_size: int
+    """One more than the largest token id."""
+    eos_id: int
+    """The token that ends every document."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text, without any special token: text that spells one is encoded as plain text."""
+        if not self.hf.is_fast:
+            encoded = self.hf(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
+            return encoded["input_ids"]
+        backend = self.hf.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def describe(cfg: Data) -> dict[str, Any]:
+    """What `data.tokenizer` stands for, as JSON: the tokenizer's part of the fingerprint.
+
+    A folder counts by the content of its tokenizer files, a hub name by the name. Imports no library.
+    Raises `DataError` where it is a path that does not exist or holds no tokenizer.
+    """
+    if cfg.tokenizer == "bpe":
+        return {"kind": "bpe", "vocab_size": cfg.vocab_size, "sample_chars": SAMPLE_CHARS}
+    folder = Path(cfg.tokenizer).expanduser()
+    if not folder.is_dir():
+        if folder.is_file() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", cfg.tokenizer):
+            raise DataError(f"data.tokenizer={cfg.tokenizer} is not a folder; use a tokenizer folder, a name, or bpe")
+        return {"kind": "hub", "name": cfg.tokenizer}
+    files = sorted(path for path in folder.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
+    if all(file.name == "config.json" for file in files):
+        raise DataError(f"data.tokenizer={cfg.tokenizer} holds no tokenizer.json; save a tokenizer there, or use bpe")
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        content = file.read_bytes()
+        digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
+    return {"kind": "folder", "content": digest.hexdigest()}
+
+
+def load_or_train(cfg: Data, texts: Iterable[str], folder: Path) -> Tokenizer:
+    """The tokenizer that `cfg` asks for, also saved to `folder` for `AutoTokenizer.from_pretrained(folder)`.
+
+    `texts` is read (at most `SAMPLE_WINDOW` characters of it) only where a BPE is learnt. The same texts give the
+    same BPE. Raises `DataError` where the text is too little for `data.vocab_size`, or the tokenizer cannot be
+    loaded or has no end-of-sequence token.
+    """
+    hf = _train(cfg.vocab_size, sample(texts)) if cfg.tokenizer == "bpe" else _load(cfg.tokenizer)
+    if hf.eos_token_id is None:
+        raise DataError(
+            f"data.tokenizer={cfg.tokenizer} has no eos_token to end a document with; set eos_token in its "
+            "tokenizer_config.json, or use data.tokenizer=bpe"
+        )
+    hf.save_pretrained(folder)
+    return Tokenizer(hf, max(hf.get_vocab().values()) + 1, hf.eos_token_id)
+
+
+def sample(texts: Iterable[str]) -> list[str]:
+    """About `SAMPLE_CHARS` characters of the first `SAMPLE_WINDOW`, the documents chosen by a hash of their number.
+
+    Documents are cut to `SAMPLE_DOCUMENT` characters. The result is in the order of `texts`, and all of it where it is
+    small. Holds no more than the sample in memory.
+    """
+    kept: list[tuple[int, int, str]] = []  # a heap whose first entry has the largest hash
+    kept_chars = seen_chars = 0
+    for number, text in enumerate(texts):
+        text = text[:SAMPLE_DOCUMENT]
+        priority = int.from_bytes(hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8).digest(), "little")
+        heapq.heappush(kept, (-priority, number, text))
+        kept_chars += len(text)
+        seen_chars += len(text)
+        while kept_chars - len(kept[0][2]) >= SAMPLE_CHARS:
+            kept_chars -= len(heapq.heappop(kept)[2])
+        if seen_chars >= SAMPLE_WINDOW:
+            break
+    return [text for _, _, text in sorted(kept, key=lambda entry: entry[1])]
+
+
+def _train(vocab_size: int, texts: list[str]) -> "PreTrainedTokenizerBase":
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = _byte_level_bpe(vocab_size, texts)
+    if bpe.get_vocab_size() != vocab_size:
+        raise DataError(
+            f"data.vocab_size={vocab_size} cannot be learnt from {sum(map(len, texts))} characters of text; "
+            f"use data.vocab_size={bpe.get_vocab_size()}, or more text"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END_OF_DOCUMENT,
+        pad_token=END_OF_DOCUMENT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_level_bpe(vocab_size: int, texts: list[str]) -> "tokenizers.Tokenizer":
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    bpe = Backend(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,  # a pair seen once is no pattern
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+def _load(name: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    folder = Path(name).expanduser()
+    is_local = folder.is_dir()
+    from_cache = is_local or not hub.reachable()
+    try:
+        return AutoTokenizer.from_pretrained(folder if is_local else name, local_files_only=from_cache)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = one_line(error)
+        if not is_local and from_cache:
+            reason = f"it is no folder here, it is not in the local cache, and {hub.endpoint()} cannot be reached"
+        raise DataError(
+            f"data.tokenizer={name} cannot be loaded: {reason}; use a tokenizer folder, or data.tokenizer=bpe"
+        ) from error

@@ -1,0 +1,19 @@
+"""Decides, from numbers that are equal on every rank, whether a run may go on."""
+
+import math
+
+from stack.errors import NumericsError
+
+
+def check_finite(*, step: int, loss: float, grad_norm: float) -> None:
+    """Stops the run at a loss or a gradient norm that is not finite.
+
+    Raises:
+        NumericsError: on every rank at once, since both values are global.
+    """
+    for name, value in (("loss", loss), ("grad_norm", grad_norm)):
+        if not math.isfinite(value):
+            raise NumericsError(
+                f"{name} is {value} at step {step}: the update was left out and training cannot go on; "
+                "lower optim.lr, lengthen schedule.warmup_steps or set optim.grad_clip"
+            )

@@ -1,0 +1,1 @@
+"""What a run says about itself: metrics.jsonl, the console, Weights & Biases and the loss curve."""

@@ -1,0 +1,114 @@
+"""The picture of a run, drawn by the run itself: loss against tokens, and the speed it was reached with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from stack.errors import StackError
+from stack.observe.jsonl import latest
+from stack.observe.metrics import StepRecord
+
+_SIZE_INCHES = (9.0, 5.2)
+#: 1800 pixels: twice the width of a README column, so that it is sharp on a dense screen.
+_DPI = 200
+_TRAIN = "#4c78a8"
+_HELDOUT = "#d1495b"
+_SPEED = "#6b8f71"
+_INK = "#333333"
+
+
+def draw(records: Sequence[StepRecord], path: Path, *, title: str) -> None:
+    """Writes a PNG of 1800 x 1040 pixels: training and held-out loss in nats a token above, tokens/s below.
+
+    Steps that a later attempt repeated are drawn once, as they went in the end.
+
+    Raises StackError when there are no records, OSError when the file cannot be written.
+    """
+    rows = latest(records)
+    if not rows:
+        raise StackError(f"{path} would be empty: the run finished no step")
+    figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI)
+    FigureCanvasAgg(figure)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
+    loss, speed = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3.2, 1]})
+    _draw_loss(loss, rows)
+    _draw_speed(speed, rows)
+    for axes in (loss, speed):
+        _style(axes)
+    loss.set_title(title, loc="left", fontsize=11.5, color=_INK, pad=10)
+    figure.align_ylabels()
+    figure.savefig(path, format="png")
+
+
+def _draw_loss(axes: Axes, rows: list[StepRecord]) -> None:
+    tokens = [row.tokens_total for row in rows]
+    axes.plot(tokens, [row.loss for row in rows], color=_TRAIN, linewidth=1.0, label="training", marker=_marker(rows))
+    heldout = [(row.tokens_total, row.heldout_loss) for row in rows if row.heldout_loss is not None]
+    if heldout:
+        _draw_heldout(axes, heldout)
+    axes.set_ylabel("loss (nats/token)")
+    axes.legend(frameon=False, fontsize=9.5, labelcolor=_INK)
+
+
+def _draw_heldout(axes: Axes, points: list[tuple[int, float]]) -> None:
+    tokens, losses = zip(*points, strict=True)
+    axes.plot(
+        tokens,
+        losses,
+        color=_HELDOUT,
+        linestyle="none",
+        marker="o",
+        markersize=5.5,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        label="held-out",
+        zorder=3,
+    )
+    axes.annotate(
+        f"{losses[-1]:.3f}",
+        (tokens[-1], losses[-1]),
+        xytext=(4, 8),
+        textcoords="offset points",
+        ha="right",
+        fontsize=9.5,
+        color=_HELDOUT,
+    )
+
+
+def _draw_speed(axes: Axes, rows: list[StepRecord]) -> None:
+    speeds = [row.tokens_per_s for row in rows]
+    axes.plot([row.tokens_total for row in rows], speeds, color=_SPEED, linewidth=1.0, marker=_marker(rows))
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+    axes.yaxis.set_major_formatter(FuncFormatter(_si))
+    axes.set_ylabel("tokens/s")
+    axes.set_xlabel("target tokens seen")
+    axes.xaxis.set_major_formatter(FuncFormatter(_si))
+
+
+def _marker(rows: list[StepRecord]) -> str:
+    """A line needs two points to show; a run of one step is a dot."""
+    return "." if len(rows) == 1 else ""
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors="#555555", labelsize=9.5, length=3)
+    axes.yaxis.label.set(color=_INK, fontsize=10)
+    axes.xaxis.label.set(color=_INK, fontsize=10)
+    axes.margins(x=0.015)
+
+
+def _si(value: float, _: int | None = None) -> str:
+    """12000 as 12k, 3.5e9 as 3.5B: tokens are counted in billions, not in giga."""
+    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= scale:
+            return f"{value / scale:g}{suffix}"
+    return f"{value:g}"

@@ -1,0 +1,147 @@
+"""The row of metrics.jsonl, and the arithmetic of model FLOPs utilisation."""
+
+import json
+import math
+import re
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+#: JSON has no spelling for these, so they are strings of the kind `float()` reads; any JSON parser takes the file.
+_NON_FINITE = ("NaN", "Infinity", "-Infinity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What one optimizer step did. Every field is in every row, save `heldout_loss`."""
+
+    step: int
+    """Optimizer steps finished, this one included; the first step is 1."""
+    loss: float
+    """Mean cross-entropy in nats over the non-padding target tokens of the global batch."""
+    grad_norm: float
+    """Global L2 norm of the gradient before clipping."""
+    lr: float
+    """Learning rate that this step was taken with."""
+    tokens: int
+    """Non-padding target tokens of this step, over all replicas."""
+    tokens_total: int
+    """Sum of `tokens` from the first step to this one, over all attempts."""
+    tokens_per_s: float
+    """`tokens` over `step_time_s`."""
+    step_time_s: float
+    """Wall-clock seconds of the step, without evaluation and saving."""
+    mfu: float | None
+    """Model FLOPs over what the devices could have done at their peak, 0 to 1; None where the peak is unknown."""
+    bubble_fraction: float
+    """Measured idle time of the stages over the step time, 0 to 1, mean over the stages."""
+    memory_peak_bytes: int
+    """Largest device memory that any rank had allocated so far; 0 where the device does not tell."""
+    skipped_steps: int
+    """Steps so far whose update was thrown away because it was not finite."""
+    attempt: int
+    """Number of the start of this run; a resume is a new attempt and may repeat steps."""
+    time: float
+    """End of the step in Unix seconds."""
+    heldout_loss: float | None = None
+    """Mean cross-entropy in nats over the held-out tokens; absent from the row of a step that did not evaluate."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as a plain dict in the order of the fields."""
+        row = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.heldout_loss is None:
+            del row["heldout_loss"]
+        return row
+
+    def to_json(self) -> str:
+        """The row as one line of JSON without its newline; a float reads back with the same bits."""
+        return json.dumps({name: _to_json_value(value) for name, value in self.to_dict().items()}, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> Self:
+        """The inverse of `to_json`; fields that this version does not know are dropped.
+
+        Raises ValueError, in words for the user, when the line is not a row.
+        """
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError("it is not JSON") from error
+        if not isinstance(row, dict):
+            raise ValueError("it is not a JSON object")
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            if field.name in row:
+                values[field.name] = _from_json_value(field.name, field.type, row[field.name])
+            elif field.name != "heldout_loss":
+                raise ValueError(f"it has no {field.name}")
+        return cls(**values)
+
+
+def _to_json_value(value: Any) -> Any:
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    if math.isnan(value):
+        return "NaN"
+    return "Infinity" if value > 0 else "-Infinity"
+
+
+def _from_json_value(name: str, kind: Any, value: Any) -> int | float | None:
+    # `type(...) is`, because a bool is an int to isinstance.
+    if kind is int:
+        if type(value) is int:
+            return value
+    elif value is None:
+        if kind is not float:
+            return None
+    elif type(value) in (int, float) or value in _NON_FINITE:
+        return float(value)
+    raise ValueError(f"its {name} is {value!r}")
+
+
+#: Words of the device's name, and its dense peak FLOP/s by dtype; the first row whose words are all there counts.
+_PEAKS: tuple[tuple[frozenset[str], dict[str, float]], ...] = tuple(
+    (frozenset(words.split()), {"bf16": bf16, "fp32": fp32})
+    for words, bf16, fp32 in (
+        ("H100 NVL", 835.5e12, 60.0e12),
+        ("H100 PCIE", 756e12, 51.2e12),
+        ("H100 HBM3", 989.4e12, 66.9e12),
+        ("H100 SXM5", 989.4e12, 66.9e12),
+        ("GH200", 989.4e12, 66.9e12),
+        ("H200 NVL", 835.5e12, 60.0e12),
+        ("H200", 989.4e12, 66.9e12),
+        ("B200", 2250e12, 80e12),
+        ("A100", 312e12, 19.5e12),
+        ("L40S", 362e12, 91.6e12),
+    )
+)
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """Dense peak of one device in FLOP/s, without structured sparsity; None when the device is not in the table.
+
+    `device_name` is what the driver calls it, e.g. "NVIDIA H100 80GB HBM3" (the SXM part). `dtype` is "bf16"
+    (tensor cores) or "fp32" (plain fp32 units: TF32 is off, so the tensor cores do nothing).
+
+    Sources, all NVIDIA: H100 Tensor Core GPU Architecture whitepaper (H100 SXM and PCIe), H100, H200 and GH200
+    datasheets (with sparsity: half is dense), A100 and L40S datasheets, Blackwell Architecture Technical Brief
+    (B200 in HGX). A MIG slice is a part of a device, so its peak is not known here.
+
+    Raises ValueError for another dtype.
+    """
+    if dtype not in ("bf16", "fp32"):
+        raise ValueError(f"dtype={dtype} has no peak in the table; use bf16 or fp32")
+    words = frozenset(re.split(r"[\s_-]+", device_name.upper()))
+    if "MIG" in words:
+        return None
+    return next((peaks[dtype] for required, peaks in _PEAKS if required <= words), None)
+
+
+def mfu(model_flops_per_step: float, step_time_s: float, ranks: int, peak: float | None) -> float | None:
+    """Model FLOPs utilisation, 0 to 1; None when `peak` is.
+
+    `model_flops_per_step` counts forward and backward of the whole global batch and no recompute;
+    `peak` is one device's FLOP/s.
+    """
+    if peak is None:
+        return None
+    return model_flops_per_step / (step_time_s * ranks * peak)

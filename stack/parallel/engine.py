@@ -1,0 +1,154 @@
+"""The engine of a run on one rank: a whole optimizer step, or a whole held-out batch, in one call."""
+
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from stack.config.deepspeed import ds_config
+from stack.config.schema import Config
+from stack.data.batches import Batch
+from stack.models.build import build_stage
+from stack.parallel import zero
+from stack.parallel.activation import apply_checkpointing
+from stack.parallel.mesh import Mesh
+from stack.parallel.schedule import BusyClock, make_schedule
+from stack.plan.layout import Plan
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave; the same on every rank.
+
+    loss: mean token loss over the targets of the global batch, in nats, before the update.
+    grad_norm: global L2 norm before clipping; not finite where the update was skipped.
+    tokens: targets in the global batch.
+    step_time_s: wall time of the slowest rank.
+    bubble_fraction: share of the step in which a stage waited for its neighbours, mean over the ranks.
+    memory_peak_bytes: largest peak of any rank since it started (device memory, or resident memory on the CPU).
+    """
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    step_time_s: float
+    bubble_fraction: float
+    memory_peak_bytes: int
+
+
+class Engine:
+    """One pipeline stage's share of the run. Every method is collective over all ranks."""
+
+    def __init__(self, cfg: Config, plan: Plan, mesh: Mesh):
+        self._plan, self._mesh = plan, mesh
+        self.ds_config = ds_config(
+            cfg,
+            replicas=plan.replicas,
+            stage_params=max(plan.stage_params(stage) for stage in range(plan.stages)),
+            accelerator=mesh.device.type,
+        )
+        # Order matters: ZeRO-3 shards each unit as it is made; checkpointing changes forwards before hooks are set.
+        place = (lambda unit: zero.shard(unit, mesh=mesh, config=self.ds_config)) if plan.zero == 3 else None
+        self.stage = build_stage(cfg, plan, mesh.stage, device=mesh.device, place=place)
+        apply_checkpointing(
+            self.stage, cfg.activation.checkpoint, dropout=getattr(self.stage.config, "attention_dropout", 0.0) > 0
+        )
+        self.zero = zero.ZeroEngine(self.stage, cfg=cfg, mesh=mesh, config=self.ds_config)
+        self.dtypes: dict[str, str] = {}
+        """Where each dtype is, read back from live tensors in the first step."""
+        self._clock = BusyClock(mesh.device)
+        self._loss_scale = 1.0
+        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision.dtype]
+        self._schedule = make_schedule(
+            self.zero, plan=plan, mesh=mesh, dtype=self._dtype, loss_scale=lambda: self._loss_scale, clock=self._clock
+        )
+
+    def train_batch(self, batch: Batch, *, lr: float) -> StepResult:
+        """One optimizer step on this replica's part of the global batch.
+
+        The summed token losses are divided once, on the last stage, by the targets of the global batch, so that
+        uneven padding over microbatches and replicas changes nothing.
+        """
+        start = time.perf_counter()
+        self._clock.reset()
+        # ZeRO averages over the data group; a mean over the global batch is the sum of the replicas' shares.
+        self._loss_scale = self._plan.replicas / max(batch.global_target_tokens, 1)
+        losses: list[torch.Tensor] = []
+        with self.zero.accumulate():
+            pipeline_start = time.perf_counter()
+            self._run(self._schedule.step, batch, losses)
+            pipeline_s = self._elapsed(pipeline_start)
+        grad_norm = self.zero.step(lr)
+        if not self.dtypes:
+            self.dtypes = self.zero.dtypes()
+            _check_dtypes(self.dtypes, self._dtype)
+        idle = max(0.0, pipeline_s - self._clock.seconds())
+        return self._gather(losses, batch, grad_norm=grad_norm, idle_s=idle, start=start)
+
+    @torch.no_grad()
+    def eval_batch(self, batch: Batch) -> float:
+        """Summed token loss of a held-out batch over all replicas, in nats."""
+        self.zero.train(False)
+        losses: list[torch.Tensor] = []
+        self._loss_scale = 1.0
+        self._run(self._schedule.eval, batch, losses)
+        self.zero.train(True)
+        return self._sum([float(torch.stack(losses).double().sum()) if losses else 0.0])[0]
+
+    def _run(self, schedule, batch: Batch, losses: list[torch.Tensor]) -> None:  # type: ignore[no-untyped-def]
+        tokens = torch.from_numpy(batch.input_ids).flatten(0, 1).to(self._mesh.device)
+        if self._mesh.stage < self._mesh.stages - 1:
+            schedule(*((tokens,) if self._mesh.stage == 0 else ()), return_outputs=False)
+            return
+        labels = torch.from_numpy(batch.labels).flatten(0, 1).to(self._mesh.device)
+        args = (tokens,) if self._mesh.stage == 0 else ()
+        schedule(*args, target=labels, losses=losses, return_outputs=False, labels=labels)
+
+    def _gather(
+        self, losses: list[torch.Tensor], batch: Batch, *, grad_norm: float, idle_s: float, start: float
+    ) -> StepResult:
+        """One small all-gather a step: every rank learns the loss, the idle time and the peak of all."""
+        local = float(torch.stack([loss.detach() for loss in losses]).double().sum()) if losses else 0.0
+        took = self._elapsed(start)
+        mine = torch.tensor([local, idle_s / took, took, self._memory_peak()], dtype=torch.float64)
+        mine = mine.to(self._mesh.device)
+        flat = torch.empty(dist.get_world_size() * mine.numel(), dtype=mine.dtype, device=mine.device)
+        dist.all_gather_into_tensor(flat, mine)
+        table = flat.view(-1, mine.numel()).cpu()
+        return StepResult(
+            # The scale of the backward carries the number of replicas, which ZeRO's average takes out again.
+            loss=float(table[:, 0].sum()) / self._plan.replicas,
+            grad_norm=grad_norm,
+            tokens=batch.global_target_tokens,
+            step_time_s=float(table[:, 2].max()),
+            bubble_fraction=float(table[:, 1].mean()),
+            memory_peak_bytes=int(table[:, 3].max()),
+        )
+
+    def _sum(self, values: list[float]) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64, device=self._mesh.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def _elapsed(self, start: float) -> float:
+        if self._mesh.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return time.perf_counter() - start
+
+    def _memory_peak(self) -> float:
+        if self._mesh.device.type == "cuda":
+            return float(torch.cuda.max_memory_allocated(self._mesh.device))
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _check_dtypes(found: dict[str, str], compute: torch.dtype) -> None:
+    """Raises RuntimeError where a live tensor has another dtype than the config promises."""
+    wrong = {
+        name: dtype
+        for name, dtype in found.items()
+        if dtype != (str(compute).removeprefix("torch.") if name == "parameters" else "float32")
+    }
+    if wrong:
+        raise RuntimeError(f"dtypes differ from what was promised: {wrong}")

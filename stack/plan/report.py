@@ -1,0 +1,67 @@
+"""The plan as text: every derived number with its reason."""
+
+from stack.config.schema import Config
+from stack.plan.layout import Plan
+
+
+def render(plan: Plan, cfg: Config) -> str:
+    """The table that `stack plan` prints and that is saved as plan.txt."""
+    tokens = plan.global_size * plan.seq_len
+    rows = [
+        ("model", f"{_count(plan.shape.total_params)} parameters", f"{cfg.model.name}, {plan.shape.layers} layers"),
+        ("ranks", plan.world_size, plan.reasons["ranks"]),
+        ("stages", plan.stages, "parallel.pipeline"),
+        ("replicas", plan.replicas, plan.reasons["replicas"]),
+        ("ZeRO stage", plan.zero, f"over the {plan.replicas} ranks of a stage's data group"),
+        ("schedule", plan.schedule, "parallel.schedule"),
+        ("reduce", cfg.parallel.reduce, _REDUCE[cfg.parallel.reduce]),
+    ]
+    if plan.zero == 3:
+        rows.append(("gather", cfg.parallel.gather, _GATHER[cfg.parallel.gather]))
+    rows += [
+        ("checkpointing", cfg.activation.checkpoint, "activation.checkpoint"),
+        ("dtype", cfg.precision.dtype, "compute; masters, optimizer state and gradient sums are fp32"),
+        ("microbatches", plan.microbatches, plan.reasons["microbatches"]),
+        ("tokens a step", f"{tokens:,}", f"{plan.global_size} sequences x {plan.seq_len} tokens"),
+        ("tokens in all", f"{tokens * cfg.train.steps:,}", f"{cfg.train.steps} steps"),
+        ("bubble", f"{bubble(plan):.1%}", "(stages - 1) / (microbatches + stages - 1), if all stages were equal"),
+    ]
+    width = max(len(str(value)) for _, value, _ in rows)
+    lines = [f"{name:<14} {value!s:<{width}}  {reason}" for name, value, reason in rows]
+    return "\n".join([*lines, "", *_stage_table(plan)])
+
+
+def bubble(plan: Plan) -> float:
+    """Idle share of a step with equal stages, for 1F1B and GPipe alike (Narayanan et al. 2021, section 2.2)."""
+    return (plan.stages - 1) / (plan.microbatches + plan.stages - 1)
+
+
+_REDUCE = {
+    "step": "gradients reduced once a step",
+    "microbatch": "gradients reduced after every backward",
+}
+_GATHER = {
+    "step": "parameters held from first to last use in the step",
+    "microbatch": "parameters gathered again for every microbatch",
+}
+
+
+def _stage_table(plan: Plan) -> list[str]:
+    total = sum(plan.stage_flops(stage) for stage in range(plan.stages))
+    lines = [f"{'stage':>5}  {'layers':<9} {'also':<16} {'parameters':>10}  {'FLOPs':>6}  ranks   (split: {plan.reasons['split']})"]
+    for stage in range(plan.stages):
+        layers = plan.layers_of(stage)
+        also = [name for name, here in (("embedding", stage == 0), ("head", stage == plan.stages - 1)) if here]
+        ranks = f"{plan.rank_of(stage, 0)}-{plan.rank_of(stage, plan.replicas - 1)}"
+        lines.append(
+            f"{stage:>5}  {f'{layers.start}-{layers.stop - 1}':<9} {', '.join(also):<16} "
+            f"{_count(plan.stage_params(stage)):>10}  {plan.stage_flops(stage) / total:>6.1%}  {ranks}"
+        )
+    return lines
+
+
+def _count(number: int) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)

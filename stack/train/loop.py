@@ -1,0 +1,77 @@
+"""The training run on one screen."""
+
+import time
+from collections.abc import Callable
+
+from stack.config.schema import Config
+from stack.data.batches import Batches
+from stack.health.guard import check_finite
+from stack.observe.metrics import StepRecord
+from stack.parallel.engine import Engine, StepResult
+from stack.train.lr import learning_rate
+from stack.train.state import TrainState
+
+
+def train(
+    cfg: Config,
+    state: TrainState,
+    *,
+    engine: Engine,
+    training: Batches,
+    heldout: Batches,
+    replica: int,
+    mfu: Callable[[StepResult], float | None],
+    record: Callable[[StepRecord], None],
+) -> TrainState:
+    """Trains from `state` to `cfg.train.steps`. Collective; `record` gets one row a step, on every rank.
+
+    Raises:
+        NumericsError: the loss or the gradient norm stopped being finite.
+    """
+    while state.step < cfg.train.steps:
+        lr = learning_rate(state.step, cfg.train.steps, optim=cfg.optim, schedule=cfg.schedule)
+        batch = training.train(state.step, replica)
+        result = engine.train_batch(batch, lr=lr)
+        check_finite(step=state.step + 1, loss=result.loss, grad_norm=result.grad_norm)
+        state = state.advance(tokens=result.tokens)
+        heldout_loss = evaluate(cfg, engine, heldout, replica) if _eval_due(cfg, state.step) else None
+        record(_row(state, result, lr=lr, mfu=mfu(result), heldout_loss=heldout_loss))
+    return state
+
+
+def evaluate(cfg: Config, engine: Engine, heldout: Batches, replica: int) -> float:
+    """Mean token loss over the first `train.eval_sequences` held-out sequences, in nats. Collective."""
+    count = min(cfg.train.eval_sequences, heldout.num_sequences)
+    total, tokens = 0.0, 0
+    for start in range(0, count, cfg.batch.global_size):
+        batch = heldout.heldout(start, min(cfg.batch.global_size, count - start), replica)
+        total += engine.eval_batch(batch)
+        tokens += batch.global_target_tokens
+    return total / tokens
+
+
+def _eval_due(cfg: Config, step: int) -> bool:
+    every = cfg.train.eval_every
+    return every > 0 and (step % every == 0 or step == cfg.train.steps)
+
+
+def _row(
+    state: TrainState, result: StepResult, *, lr: float, mfu: float | None, heldout_loss: float | None
+) -> StepRecord:
+    return StepRecord(
+        step=state.step,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        lr=lr,
+        tokens=result.tokens,
+        tokens_total=state.tokens,
+        tokens_per_s=result.tokens / result.step_time_s,
+        step_time_s=result.step_time_s,
+        mfu=mfu,
+        bubble_fraction=result.bubble_fraction,
+        memory_peak_bytes=result.memory_peak_bytes,
+        skipped_steps=state.skipped_steps,
+        attempt=state.attempt,
+        time=time.time(),
+        heldout_loss=heldout_loss,
+    )

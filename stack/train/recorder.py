@@ -1,0 +1,87 @@
+"""Where the rows of a run go: metrics.jsonl always, the screen and W&B from rank 0, the picture at the end."""
+
+from dataclasses import asdict
+from types import TracebackType
+from typing import Self, TextIO
+
+import torch
+
+from stack.config.schema import Config
+from stack.observe.console import Console
+from stack.observe.curve import draw
+from stack.observe.jsonl import MetricsWriter, latest, read
+from stack.observe.metrics import StepRecord, mfu, peak_flops
+from stack.observe.wandb import WandbSink
+from stack.parallel.engine import Engine, StepResult
+from stack.plan.layout import Plan
+from stack.train import rundir
+from stack.train.rundir import RunDir
+
+
+class Recorder:
+    """Rank 0's outputs; on every other rank each method returns at once.
+
+    `screen` is where lines for the user go, or None where a driver shows metrics.jsonl instead.
+    """
+
+    def __init__(self, cfg: Config, plan: Plan, run: RunDir, engine: Engine, *, rank: int, screen: TextIO | None):
+        self._run, self._plan, self._engine = run, plan, engine
+        self._writes = rank == 0
+        self._peak = _device_peak(cfg.precision.dtype)
+        if not self._writes:
+            return
+        rundir.write_json(run.ds_config, engine.ds_config)
+        self._metrics = MetricsWriter(run.metrics)
+        self._console = Console(cfg.train.steps, log_every=cfg.train.log_every, out=screen) if screen else None
+        if self._console:
+            self._console.start(f"run {run.path}")
+        self._wandb = WandbSink(
+            run.path,
+            mode=cfg.log.wandb.mode,
+            project=cfg.log.wandb.project,
+            entity=cfg.log.wandb.entity,
+            group=cfg.log.wandb.group,
+            tags=cfg.log.wandb.tags,
+            name=run.run_id,
+            config={**asdict(cfg), "ds_config": engine.ds_config},
+            files=[run.config, run.ds_config, run.plan],
+            note=self._note,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def mfu(self, result: StepResult) -> float | None:
+        """Model FLOPs utilisation of a step, or None where the device's peak is not known."""
+        flops = self._plan.shape.training_flops(self._plan.seq_len) * result.tokens
+        return mfu(flops, result.step_time_s, self._plan.world_size, self._peak)
+
+    def record(self, record: StepRecord) -> None:
+        """Takes in one finished step."""
+        if not self._writes:
+            return
+        if record.step == 1:
+            self._note("dtypes: " + ", ".join(f"{name} {dtype}" for name, dtype in self._engine.dtypes.items()))
+        self._metrics.write(record)
+        self._wandb.log(record)
+        if self._console:
+            self._console.step(record)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if not self._writes:
+            return
+        self._metrics.close()
+        if records := latest(read(self._run.metrics)):
+            draw(records, self._run.curve, title=f"{self._run.path.parent.name}: {self._plan.summary}")
+        self._wandb.finish(exit_code=0 if kind is None else 1)
+        if self._console:
+            self._console.close(f"curve {self._run.curve}" if kind is None else f"failed: {error}")
+
+    def _note(self, text: str) -> None:
+        print(text, flush=True)
+        if self._console:
+            self._console.note(text)
+
+
+def _device_peak(dtype: str) -> float | None:
+    return peak_flops(torch.cuda.get_device_name(), dtype) if torch.cuda.is_available() else None

@@ -1,0 +1,157 @@
+"""What one rank runs: its config, its place, its data, its stage, the loop, the outcome."""
+
+import faulthandler
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TextIO
+
+from stack.config.compose import compose, from_yaml
+from stack.config.schema import Config
+from stack.data.manifest import locate
+from stack.errors import DataError, RankFailure, StackError, UsageError
+from stack.health.orphan import exit_with_parent
+from stack.plan.layout import Plan, make_plan
+from stack.train import rundir
+from stack.train.rundir import RunDir
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry of `python -m stack.train`, and the exit code of the rank.
+
+    The arguments are `--config RUN_DIR/config.yaml` from the driver, or Hydra overrides from a bare launcher.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    run: RunDir | None = None
+    try:
+        exit_with_parent()
+        config_path, overrides = _parse(argv)
+        cfg = from_yaml(config_path) if config_path else compose(overrides)
+        plan = make_plan(cfg, world_size)
+        corpus = locate(cfg.data, seed=cfg.run.seed)
+        run = RunDir(config_path.parent) if config_path else _agree_on_run(cfg, plan, rank)
+        screen = _own_output(run, rank, shown=config_path is None and rank == 0)
+        _train(cfg, plan, run, corpus, rank=rank, screen=screen)
+    except StackError as error:
+        return _failed(run, rank, error, error.exit_code)
+    except Exception as error:  # noqa: BLE001 - whatever it was, the driver must learn which rank failed first
+        return _failed(run, rank, error, RankFailure.exit_code)
+    return 0
+
+
+def _train(cfg: Config, plan: Plan, run: RunDir, corpus_folder: Path, *, rank: int, screen: TextIO | None) -> None:
+    # Heavy imports come after everything that can be refused without them.
+    from stack.data.batches import Batches, Corpus
+    from stack.parallel import zero
+    from stack.parallel.engine import Engine
+    from stack.parallel.mesh import make_mesh
+    from stack.train.loop import train
+    from stack.train.recorder import Recorder
+    from stack.train.state import TrainState
+
+    timeout = timedelta(seconds=cfg.health.hang_timeout_s)
+    zero.init_distributed(timeout=timeout)
+    mesh = make_mesh(plan, timeout=timeout)
+    print(mesh, flush=True)
+
+    corpus = Corpus.open(corpus_folder)
+    if corpus.vocab_size > plan.shape.vocab:
+        raise DataError(
+            f"model.config.vocab_size={plan.shape.vocab} is smaller than the tokenizer's {corpus.vocab_size}; "
+            f"use model.config.vocab_size={corpus.vocab_size}"
+        )
+    training, heldout = (
+        Batches(
+            corpus.split(name),
+            seq_len=plan.seq_len,
+            pack=cfg.data.pack,
+            seed=cfg.run.seed,
+            global_size=plan.global_size,
+            micro_size=plan.micro_size,
+            replicas=plan.replicas,
+        )
+        for name in ("train", "heldout")
+    )
+    engine = Engine(cfg, plan, mesh)
+    with Recorder(cfg, plan, run, engine, rank=rank, screen=screen) as recorder:
+        state = train(
+            cfg,
+            TrainState(),
+            engine=engine,
+            training=training,
+            heldout=heldout,
+            replica=mesh.replica,
+            mfu=recorder.mfu,
+            record=recorder.record,
+        )
+        # Nobody is done before everybody is; and no rank waits in a group for rank 0's W&B.
+        zero.close()
+    if rank == 0:
+        rundir.write_json(run.done, {"step": state.step, "tokens": state.tokens, "time": time.time()})
+
+
+def _parse(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    # Launchers add `--local_rank=N` unless told not to; the rank comes from the environment.
+    arguments = [a for a in argv if not a.startswith(("--local_rank", "--local-rank"))]
+    if arguments[:1] == ["--config"]:
+        if len(arguments) != 2:
+            raise UsageError("--config takes the path of a run's config.yaml and nothing after it")
+        return Path(arguments[1]).absolute(), []
+    return None, arguments
+
+
+def _agree_on_run(cfg: Config, plan: Plan, rank: int) -> RunDir:
+    """Without a driver rank 0 makes the run directory and tells the others. Collective."""
+    import torch.distributed as dist
+
+    from stack.parallel import zero
+
+    zero.init_distributed(timeout=timedelta(seconds=cfg.health.hang_timeout_s))
+    told: list[str | None] = [str(rundir.create(cfg, plan).path) if rank == 0 else None]
+    dist.broadcast_object_list(told, src=0)
+    return RunDir(Path(str(told[0])))
+
+
+def _own_output(run: RunDir, rank: int, *, shown: bool) -> TextIO | None:
+    """Says who this rank is and sends all its output to its log.txt.
+
+    Returns:
+        The output it had before, if `shown`.
+    """
+    folder = run.rank(rank)
+    folder.mkdir(parents=True, exist_ok=True)
+    rundir.write_json(folder / "rank.json", {"pid": os.getpid(), "host": socket.gethostname()})
+    screen = os.fdopen(os.dup(sys.stdout.fileno()), "w") if shown else None
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log, stream.fileno())
+    os.close(log)
+    faulthandler.enable()
+    return screen
+
+
+def _failed(run: RunDir | None, rank: int, error: Exception, exit_code: int) -> int:
+    """Leaves the error where the driver finds it and its traceback in the log."""
+    if run is None:
+        # Nobody has a folder yet, and every rank fails alike: one line is enough.
+        if rank == 0:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return exit_code
+    traceback.print_exception(error)
+    rundir.write_json(
+        run.rank(rank) / "error.json",
+        {
+            "rank": rank,
+            "type": type(error).__name__,
+            "message": str(error) or type(error).__name__,
+            "exit_code": exit_code,
+            "time": time.time(),
+        },
+    )
+    return exit_code

@@ -1,0 +1,94 @@
+"""Gloo ranks that are started once per world size and reused: imports cost seconds a rank, a test case milliseconds."""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+#: Seconds a case may take before the pool is given up.
+CASE_TIMEOUT_S = 120
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class RankPool:
+    """`world_size` processes in one gloo process group."""
+
+    def __init__(self, world_size: int):
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, rank, world_size, port), daemon=True)
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Calls `function(*args)` on every rank and returns the results by rank.
+
+        Raises:
+            AssertionError: a rank raised (its traceback is the message) or did not answer in time.
+        """
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(CASE_TIMEOUT_S):
+                self.close()
+                raise AssertionError(f"rank {rank} did not finish {function.__name__} within {CASE_TIMEOUT_S} s")
+            answers.append(pipe.recv())
+        failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        if failed:
+            # The other ranks may wait for the failed one in a collective; a fresh pool is the only sure state.
+            self.close()
+            raise AssertionError("\n".join(failed))
+        return [value for _, value in answers]
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+        CUDA_VISIBLE_DEVICES="",
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    from stack.parallel import zero
+
+    torch.set_num_threads(1)
+    zero.init_distributed(timeout=timedelta(seconds=CASE_TIMEOUT_S))
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:  # noqa: BLE001 - whatever a case raises is reported to the test
+            pipe.send((False, traceback.format_exc()))

@@ -1,0 +1,392 @@
+"""The config surface: what composes, what is refused and in which words, and what the keys are."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stack.config import compose as compose_module
+from stack.config.check import leaves, schema_tree, to_config
+from stack.config.compose import compose, conf_folder, from_yaml, to_yaml
+from stack.config.schema import Config
+from stack.config.values import show
+from stack.errors import ConfigError
+from stack.plan.layout import make_plan
+
+REPO = Path(__file__).resolve().parents[2]
+SURFACE = Path(__file__).parent / "goldens" / "config_surface.txt"
+RECIPES = sorted(file.stem for file in (REPO / "conf" / "experiment").glob("*.yaml"))
+CHOICES = sorted(
+    f"{file.parent.name}={file.stem}"
+    for file in (REPO / "conf").glob("*/*.yaml")
+    if file.parent.name != "experiment" and file.stem != "folder"
+)
+#: What a choice needs beside it to be whole.
+NEEDS = {"data=files": ["data.paths=[corpus/*.jsonl]"]}
+#: Imports that cost seconds; a wrong config must not pay for them.
+HEAVY = ("torch", "transformers", "deepspeed", "datasets", "wandb", "numpy")
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    return str(caught.value)
+
+
+BAD = """
+# unknown keys
+parallel.pipelin=2 | no such key; did you mean parallel.pipeline?
+paralel.pipeline=2 | no such key; did you mean parallel.pipeline?
+pipeline=2 | no such key; did you mean parallel.pipeline?
+lr=0.1 | no such key; did you mean optim.lr?
+parallel.foo=2 | no such key; the keys of parallel are pipeline, data, zero, schedule, reduce, gather, split
+parallel.pipeline.stages=2 | no such key; parallel.pipeline is a single value
++parallel.stages=2 | no such key; the keys of parallel are pipeline, data, zero, schedule, reduce, gather, split
+log.wandb={mod: online} -> log.wandb.mod=online | no such key; did you mean log.wandb.mode?
+model.config.hiden_size=4 | no such key; did you mean model.config.hidden_size?
+model.config.rope_theta=1e4 | no such key; did you mean model.config.rope_parameters.rope_theta?
+# groups
+experment=8b | no such key; did you mean experiment?
+experiment=8bb | no such choice; did you mean 8b? choices are 1b, 405b_plan, 70b, 8b, quickstart
+precision=float64 | no such choice; choices are bf16, fp32
+experiment=[1b,8b] | experiment takes one choice, its keys come one by one; choices are 1b, 405b_plan, \
+70b, 8b, quickstart
+precision=bf16,fp32 | precision takes one choice, its keys come one by one; choices are bf16, fp32
++experiment=8b | experiment has a choice already; drop the +
+experiment@x=8b | packages are not used here; drop @x
+precision=null | write ~precision to compose without it; choices are bf16, fp32
+~precision=bf16 | write ~precision to compose without it
+log.wandb=3 | it is a section, not a value; its keys are mode, project, entity, group, tags
+# types, and what Hydra or OmegaConf would convert in silence
+batch.micro_size=abc | an integer is needed, for example 4
+batch.micro_size=1.5 | an integer is needed, for example 4
+batch.micro_size=1e3 -> batch.micro_size=1000.0 | an integer is needed; write 1000
+batch.micro_size=true | an integer is needed, for example 4
+batch.micro_size='4' -> batch.micro_size=4 | an integer is needed, and this is text; drop the quotes
+batch.micro_size=null | an integer is needed, for example 4
+batch.micro_size= | an integer is needed, for example 4
+batch.micro_size=[4] | an integer is needed, for example 4
+optim.lr=fast | a number is needed, for example 0.003
+optim.lr=true | a number is needed, for example 0.003
+data.pack=1 | true or false is needed
+data.pack=yes | true or false is needed
+run.name=123 | text is needed; quote it past the shell: '"123"'
+run.name=true | text is needed; quote it past the shell: '"true"'
+data.paths=a.txt | a list of strings is needed; write data.paths=[a.txt]
+model.config.hidden_size=4.5 | an integer is needed, for example 4096
+model.config.tie_word_embeddings=1 | true or false is needed
+# ranges and choices
+parallel.zero=4 | must be one of 0, 1, 2, 3; the nearest is 3
+parallel.zero=true | must be one of 0, 1, 2, 3
+parallel.schedule=gpip | must be one of 1f1b, gpipe; did you mean gpipe?
+parallel.schedule=GPipe | must be one of 1f1b, gpipe; did you mean gpipe?
+precision.dtype=fp16 | must be one of fp32, bf16; did you mean bf16?
+parallel.pipeline=0 | must be at least 1
+optim.lr=0 | must be above 0, for example 0.003
+optim.lr=nan | must be finite, for example 0.003
+health.hang_timeout_s=inf | must be finite, for example 600.0
+run.seed=99999999999999999999 | must fit in 64 bits, for example 1234
+schedule.min_lr_ratio=2 | must be between 0 and 1; the nearest is 1
+model.config.rope_parameters.rope_type=yarn | must be one of default, linear, llama3
+# auto
+parallel.data=automatic | auto or an integer is needed, for example 4
+parallel.data=0 | must be at least 1
+launch.ranks_per_node=2.5 | auto or an integer is needed, for example 8
+parallel.split=3 | auto or a list of integers is needed, for example [0,5,9]
+parallel.split=[] | the first stage starts at layer 0, for example [0,5,9]
+parallel.split=[1,2] | the first stage starts at layer 0, for example [0,5,9]
+parallel.split=[0,5,5] | first layers must grow from stage to stage; the nearest is [0,5]
+# betas
+optim.betas=[0.9] | 2 values are needed, for example [0.9,0.95]
+optim.betas=[0.9,1] -> optim.betas[1]=1 | must be below 1, for example 0.95
+optim.betas=[0.9,x] -> optim.betas[1]=x | a number is needed, for example 0.95
+# empty, missing, not a name
+run.root= | must not be empty, for example runs
+data.name= | must not be empty; write null for none
+data.paths=[''] -> data.paths[0]= | must not be empty
+train.steps=??? | a value is needed, for example 100
+run.name=a/b | a folder name cannot contain a slash; for example a-b
+model.name=lama | neither a family nor a folder; did you mean llama?
+model.name=/nowhere/7b | its config.json cannot be read (No such file or directory); give a Hugging Face folder
+model=folder -> model.name= | must not be empty, for example llama, or a folder such as /models/my-llama
+# two values that contradict each other
+data.source=files -> data.paths=[] | data.source=files needs some, for example data.paths=[corpus/*.jsonl]
+data.source=hf -> data.name=null | data.source=hf needs one, for example data.name=HuggingFaceFW/fineweb-edu
+data.paths=[a.txt] | not read with data.source=python_stdlib; add data.source=files
+data.name=c4 | not read with data.source=python_stdlib; add data.source=hf
+schedule.warmup_steps=201 | more than train.steps=200; at most 200
+schedule.decay_steps=190 | more than the steps after warm-up, train.steps=200 less schedule.warmup_steps=20; at most 180
+model.attention=flash_attention_2 | its kernels have no fp32; add precision=bf16, or use model.attention=sdpa
+model.config.max_position_embeddings=128 -> data.seq_len=256 | longer than model.config.max_position_embeddings=128; \
+at most 128
+model.config.rope_parameters={factor: 2} -> model.config.rope_parameters.factor=2.0 | not read with rope_type default, \
+only with linear, llama3
+# grammar
+train.steps | not an override; write key=value, for example train.steps=100
+8b | not an override; write key=value, for example train.steps=200
+--config-name=x | not an override; write key=value, for example train.steps=200
+-m | sweeps are not offered here; start one run at a time
+train.steps=1,2 | several values are a sweep, and this is one run; give one
+data.paths=a,b | several values are a sweep, and this is one run; write data.paths=[a,b]
+optim.betas=[0.9 | not in Hydra's grammar (no viable alternative at input '[0.9'); quote a special value past the \
+shell: 'key="value"'
++parallel.pipeline=2 | parallel.pipeline exists already; drop the +
+~parallel.pipeline | only ~model.config.KEY can be deleted; write parallel.pipeline=VALUE to change it
+~model.config.head_dim | model.config.head_dim is not set; drop it
+hydra.run.dir=x | hydra.* is not configurable here; drop it
++hydra.verbose=true | hydra.* is not configurable here; drop it
+hydra/launcher=joblib | hydra.* is not configurable here; drop it
+# interpolation
+run.name=${run.nam} -> run.name | its interpolation leads nowhere (Interpolation key 'run.nam' not found)
+run.name=${run.name} -> run.name | its interpolation leads nowhere (Recursive interpolation detected)
+train.steps=${run.name} -> train.steps=quickstart | an integer is needed, for example 100
+""".replace("\\\n", "")
+
+
+def bad_rows() -> list[tuple[str, str]]:
+    """(override, message); the message starts with the override, or with what follows an arrow."""
+    rows = []
+    for line in BAD.strip().splitlines():
+        if not line.startswith("#"):
+            given, why = line.split(" | ")
+            override, _, shown = given.partition(" -> ")
+            rows.append((override, f"{shown or override}: {why}"))
+    return rows
+
+
+@pytest.mark.parametrize(("override", "message"), bad_rows(), ids=[row[0] for row in bad_rows()])
+def test_a_mistake_is_one_line(override: str, message: str) -> None:
+    assert refusal(override) == message
+
+
+def test_the_table_is_long_and_its_exit_code_is_documented() -> None:
+    assert len(bad_rows()) >= 40
+    assert ConfigError.exit_code == 3
+
+
+def test_a_key_given_twice_is_refused() -> None:
+    message = "parallel.pipeline=4: parallel.pipeline is given twice, first as parallel.pipeline=2; keep one"
+    assert refusal("parallel.pipeline=2", "parallel.pipeline=4") == message
+
+
+def test_control_characters_and_long_values_stay_on_one_line() -> None:
+    assert refusal('run.name="a\nb"') == "run.name='a\\nb': must be one line without control characters"
+    assert len(refusal(f"parallel.schedule={'x' * 5000}")) < 200
+
+
+def test_no_overrides_is_the_quickstart() -> None:
+    config = compose()
+    assert config == compose(["experiment=quickstart"])
+    assert config.model.config == {
+        "vocab_size": 4096,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+    }
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_composes_plans_and_reads_back_equal(recipe: str, tmp_path: Path) -> None:
+    config = compose([f"experiment={recipe}"])
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(config))
+    assert from_yaml(saved) == config
+    assert make_plan(config, world_size=None if recipe != "quickstart" else 4).microbatches >= config.parallel.pipeline
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes(choice: str) -> None:
+    compose([choice, *NEEDS.get(choice, [])])
+
+
+@pytest.mark.parametrize(
+    "file", sorted((REPO / "conf").glob("*/*.yaml")), ids=lambda file: f"{file.parent.name}-{file.stem}"
+)
+def test_every_yaml_says_the_command_that_uses_it(file: Path) -> None:
+    lines = [line for line in file.read_text().splitlines() if line != "# @package _global_"]
+    assert lines[0].startswith("# stack ")
+    assert f"{file.parent.name}={file.stem}" in lines[0]
+
+
+def test_values_that_hydra_may_set_in_its_own_ways() -> None:
+    config = compose(
+        [
+            "experiment=8b",
+            "model=llama_1b",
+            "+model.config.attention_bias=true",
+            "model.config.rms_norm_eps=1",
+            "~model.config.head_dim",
+            "run.name=seed-${run.seed}",
+            "log.wandb={tags: [a, b]}",
+            "optim.betas=[0, 0.99]",
+            "parallel.split=[0, 9]",
+        ]
+    )
+    assert config.model.config["attention_bias"] is True
+    assert config.model.config["num_hidden_layers"] == 16
+    assert "head_dim" not in config.model.config
+    assert config.run.name == "seed-1234"
+    assert config.log.wandb.tags == ["a", "b"]
+    assert config.log.wandb.mode == "online"
+    # transformers 5 refuses an int where its config says float.
+    assert [type(x) for x in (*config.optim.betas, config.model.config["rms_norm_eps"])] == [float] * 3
+    assert config.parallel.split == [0, 9]
+
+
+def test_compose_without_the_recipe() -> None:
+    assert compose(["~experiment"]).optim.lr == 3e-4
+
+
+def test_llama3_rope_is_whole_or_refused() -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+    override = f"model.config.rope_parameters={show(rope).replace(':', ': ')}"
+    path = "model.config.rope_parameters"
+    needs = f"rope_type llama3 needs original_max_position_embeddings; add {path}.original_max_position_embeddings=8192"
+    assert refusal(override).endswith(needs)
+    compose([override, f"{path}.original_max_position_embeddings=8192"])
+    assert (
+        refusal(override, f"{path}.original_max_position_embeddings=8192", f"{path}.high_freq_factor=0.5")
+        == f"{path}.high_freq_factor=0.5: must be above low_freq_factor=1"
+    )
+
+
+def test_a_model_folder_must_be_of_a_known_family(tmp_path: Path) -> None:
+    override = f"model.name={tmp_path}"
+    config = tmp_path / "config.json"
+    config.write_text("{")
+    assert "its config.json is not JSON" in refusal("model=folder", override)
+    config.write_text(json.dumps({"model_type": "gpt2"}))
+    assert refusal("model=folder", override).endswith("its config.json has model_type gpt2; use one of llama")
+    config.write_text(json.dumps({"model_type": "llama"}))
+    assert compose(["model=folder", override]).model.config == {}
+
+
+def test_a_saved_config_takes_keys_and_no_choices(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(compose()))
+    assert from_yaml(saved, ["parallel.pipeline=1"]).parallel.pipeline == 1
+    with pytest.raises(ConfigError, match="experiment=8b: a choice is for a new run; here set its keys one by one"):
+        from_yaml(saved, ["experiment=8b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a whole saved config; it lacks run, model"),
+        ("- 1\n", "not a whole saved config; it lacks run, model"),
+        ("run: [", "not a saved config ({saved}, line 1: expected the node"),
+        ("{whole}\nrun: {{}}\n", "not a saved config ({saved}, line 77: found duplicate key run"),
+        ("{whole}\nfoo: 1\n", "foo=1: no such key; the sections are run, model"),
+        ("{pipelin}", "parallel.pipelin=2: no such key; did you mean parallel.pipeline?"),
+        ("{quoted}", "train.steps=200: an integer is needed, and this is text; drop the quotes"),
+    ],
+)
+def test_a_damaged_saved_config_is_one_line(text: str, message: str, tmp_path: Path) -> None:
+    whole = to_yaml(compose())
+    variants = {"pipelin": whole.replace("pipeline:", "pipelin:"), "quoted": whole.replace(": 200\n", ": '200'\n")}
+    saved = tmp_path / "config.yaml"
+    saved.write_text(text.format(whole=whole, **variants))
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(saved)
+    assert str(caught.value).startswith(f"{saved}: {message.format(saved=saved)}")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_saved_config(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"cannot be read \(No such file or directory\); give the config.yaml of a run"
+    ):
+        from_yaml(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("parallel:\n  pipelin: 2", "parallel.pipelin=2: no such key; did you mean parallel.pipeline?"),
+        ("train: {steps: '5'}", "train.steps=5: an integer is needed, and this is text; drop the quotes"),
+        ("data: {pack: 1}", "data.pack=1: true or false is needed"),
+        ("parallel: [", "experiment=mine: {conf}/experiment/mine.yaml, line 3: expected the node"),
+        (
+            "defaults: [{override /model: big}]",
+            "experiment=mine: In 'config': Could not find 'model/big' Available options",
+        ),
+    ],
+)
+def test_a_recipe_of_ones_own_is_held_to_the_same(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(conf_folder(), conf)
+    (conf / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    monkeypatch.setattr(compose_module, "conf_folder", lambda: conf)
+    assert refusal("experiment=mine").startswith(message.format(conf=conf))
+
+
+def test_the_schema_allows_its_own_defaults() -> None:
+    assert to_config(dataclasses.asdict(Config())) == Config()
+
+
+def test_the_surface_changes_only_on_purpose() -> None:
+    """`UPDATE_GOLDENS=1 pytest tests/unit/test_config.py` rewrites it; the change needs a CHANGELOG line."""
+    defaults = dict(_flat(dataclasses.asdict(Config())))
+    lines = []
+    for path, spec in leaves(schema_tree()):
+        default = "" if path.startswith("model.config.") else f" = {show(defaults[path])}"
+        lines.append(f"{path}{default}  # {spec}\n")
+    surface = "".join(lines)
+    if os.environ.get("UPDATE_GOLDENS") == "1":
+        SURFACE.write_text(surface)
+    assert surface == SURFACE.read_text()
+
+
+def _flat(tree: dict, prefix: str = "") -> list[tuple[str, object]]:
+    flat: list[tuple[str, object]] = []
+    for key, value in tree.items():
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+        flat.extend(inner)
+    return flat
+
+
+def run_fresh(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(cwd)}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_fresh_process_refuses_in_under_two_seconds() -> None:
+    code = (
+        "import sys; from stack.config.compose import compose; from stack.errors import ConfigError\n"
+        "compose([])\n"
+        "try: compose(['parallel.pipelin=2'])\n"
+        f"except ConfigError as error: print(error, [m for m in {HEAVY} if m in sys.modules])\n"
+    )
+    start = time.perf_counter()
+    done = run_fresh(code, REPO)
+    assert done.stdout == "parallel.pipelin=2: no such key; did you mean parallel.pipeline? []\n", done.stderr
+    assert time.perf_counter() - start < 2
+
+
+def test_an_installed_wheel_finds_its_conf(tmp_path: Path) -> None:
+    """A wheel has `conf/` as `stack/conf` (pyproject's package-dir)."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    for part in ("config", "errors.py", "__init__.py"):
+        source, target = REPO / "stack" / part, tmp_path / "stack" / part
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=ignore)
+        else:
+            shutil.copy(source, target)
+    shutil.copytree(REPO / "conf", tmp_path / "stack" / "conf")
+    code = "from stack.config.compose import compose, conf_folder; compose(['experiment=8b']); print(conf_folder())"
+    done = run_fresh(code, tmp_path)
+    assert done.stdout.strip() == str(tmp_path / "stack" / "conf"), done.stderr

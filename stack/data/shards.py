@@ -34,9 +34,9 @@ BATCH_CHARS = 2 << 20
 def prepare(cfg: Data, *, seed: int, progress: bool = True) -> Path:
     """Makes the corpus that `cfg` asks for, if it is not there yet, and returns its folder.
 
-    `seed` (>= 0) chooses the held-out documents. A corpus appears under its name only when
-    it is whole; a damaged one is made again. May be killed at any time and run by several processes at once: one
-    works, the others wait. Memory stays bounded: a batch of text, one shard's write buffer and 8 bytes a document.
+    `seed` (>= 0) chooses the held-out documents. A corpus appears under its name only when it is whole; a damaged one
+    is made again. May be killed at any time and run by several processes at once: one works, the others wait. Memory
+    stays bounded: the longest document, a batch of text, the BPE's sample and 8 bytes a document.
 
     Raises `DataError` where the source, the tokenizer or the folder cannot be used, or there are fewer than two
     documents.
@@ -102,12 +102,12 @@ def _remove_stale(target: Path) -> None:
         if owner == target:
             shutil.rmtree(folder, ignore_errors=True)
             continue
-        with open(_lock_path(owner), "a") as stream:
-            try:
+        try:
+            with open(_lock_path(owner), "a") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue  # it is being made, or is another user's
 
 
 def _make(cfg: Data, recipe: dict[str, Any], target: Path, *, progress: bool) -> None:
@@ -116,6 +116,8 @@ def _make(cfg: Data, recipe: dict[str, Any], target: Path, *, progress: bool) ->
     folder.mkdir()
     try:
         _write(cfg, recipe, folder, progress=progress)
+        if manifest.made_from(cfg, seed=recipe["seed"]) != recipe:
+            raise DataError(f"data.source={cfg.source} changed while it was read; let it rest and {manifest.AGAIN}")
         _fsync_tree(folder)
         if target.exists():
             damaged = _temporary(target)
@@ -287,7 +289,7 @@ class _SplitWriter:
     def add(self, ids: np.ndarray) -> None:
         while len(ids):
             room = self._shard_tokens - self.num_tokens % self._shard_tokens
-            if self._shard is None or room == self._shard_tokens:
+            if room == self._shard_tokens:
                 self._open_shard()
             assert self._shard is not None
             self._shard.write(ids[:room].tobytes())

@@ -246,8 +246,8 @@ def _file_documents(cfg: Data) -> Documents:
     return Documents(read, None if tables else sum(file.stat().st_size for file in files), "bytes")
 
 
-def _undecodable(file: Path, error: UnicodeDecodeError) -> DataError:
-    return DataError(f"data.paths has {file}, which is not UTF-8 (byte {error.start}); convert it, e.g. with iconv")
+def _undecodable(where: Path | str, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"data.paths has {where}, which is not UTF-8 (byte {error.start}); convert it, e.g. with iconv")
 
 
 def _read_txt(file: Path, _key: str) -> Iterator[str]:
@@ -268,7 +268,7 @@ def _read_jsonl(file: Path, key: str) -> Iterator[str]:
             try:
                 record = json.loads(line)
             except UnicodeDecodeError as error:
-                raise _undecodable(file, error) from error
+                raise _undecodable(where, error) from error
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"data.paths has {where}, which is not JSON ({error.msg}); write one object a line, or use an array"

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -49,7 +50,9 @@ def train(overrides: Sequence[str]) -> int:
     shards.prepare(cfg.data, seed=cfg.run.seed)
     run = rundir.create(cfg, plan)
     console = Console(cfg.train.steps, log_every=cfg.train.log_every)
-    console.start(f"{render(plan, cfg)}\n\nrun {run.path}")
+    print(render(plan, cfg), end="\n\n")
+    console.start(f"run {run.path}")
+    console.note(f"starting {plan.world_size} ranks with the deepspeed launcher")
     command = deepspeed.command(run, plan, port=free_port())
     with _started(command, deepspeed.environment(plan), run, grace_s=cfg.launch.grace_s) as (launcher, ranks):
         failure = _follow(launcher, ranks, run, console)
@@ -104,8 +107,11 @@ def _follow(launcher: psutil.Popen, ranks: dict[int, Rank], run: RunDir, console
     except KeyboardInterrupt:
         return Failure("Interrupted", "stopped by Ctrl-C", INTERRUPTED)
     if failure is None and not run.done.exists():
-        code = launcher.returncode
-        return Failure("RankFailure", f"the launcher ended with {code} before the run was done", RankFailure.exit_code)
+        return Failure(
+            "RankFailure",
+            f"the launcher ended with {launcher.returncode} before the run was done: {_last_line(run.launcher_log)}",
+            RankFailure.exit_code,
+        )
     return failure
 
 
@@ -137,6 +143,11 @@ def _first_failure(run: RunDir, ranks: dict[int, Rank]) -> Failure | None:
 def _is_lost_peer(error: dict[str, Any]) -> bool:
     """Whether the error only says that another rank went away."""
     return any(word in error["message"] for word in ("Connection closed by peer", "Connection reset by peer"))
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 def _close(run: RunDir, console: Console, failure: Failure | None) -> int:

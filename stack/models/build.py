@@ -82,9 +82,7 @@ class Stage(nn.Module):
         logits = self.get_submodule(self.family.head)(self.get_submodule(self.family.norm)(hidden))
         if labels is None:
             raise ValueError("the last stage needs labels")
-        return F.cross_entropy(
-            logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def build_stage(
@@ -117,7 +115,9 @@ def build_stage(
 
 def hugging_face_config(cfg: Config, family: Family) -> transformers.PretrainedConfig:
     """The family's Hugging Face config, without a cache and with the chosen attention."""
-    fields: dict[str, Any] = {k: v for k, v in model_fields(cfg.model).items() if k not in ("model_type", "torch_dtype")}
+    fields: dict[str, Any] = {
+        k: v for k, v in model_fields(cfg.model).items() if k not in ("model_type", "torch_dtype")
+    }
     config = getattr(transformers, family.config_class)(**fields)
     config.use_cache = False
     config._attn_implementation = cfg.model.attention

@@ -41,12 +41,10 @@ def make_mesh(plan: Plan, *, timeout: timedelta) -> Mesh:
     rank = dist.get_rank()
     stage, replica = plan.stage_of(rank), plan.replica_of(rank)
     pipes = [
-        dist.new_group([plan.rank_of(s, r) for s in range(plan.stages)], timeout=timeout)
-        for r in range(plan.replicas)
+        dist.new_group([plan.rank_of(s, r) for s in range(plan.stages)], timeout=timeout) for r in range(plan.replicas)
     ]
     data = [
-        dist.new_group([plan.rank_of(s, r) for r in range(plan.replicas)], timeout=timeout)
-        for s in range(plan.stages)
+        dist.new_group([plan.rank_of(s, r) for r in range(plan.replicas)], timeout=timeout) for s in range(plan.stages)
     ]
     return Mesh(rank, stage, replica, plan.stages, plan.replicas, data[stage], pipes[replica], local_device())
 

@@ -142,9 +142,7 @@ def make_plan(cfg: Config, world_size: int | None = None) -> Plan:
 def _replicas(parallel: Parallel, world_size: int) -> int:
     if world_size % parallel.pipeline:
         legal = [str(d) for d in range(1, world_size + 1) if world_size % d == 0]
-        raise LayoutError(
-            f"parallel.pipeline={parallel.pipeline} does not divide {world_size} ranks; use {_or(legal)}"
-        )
+        raise LayoutError(f"parallel.pipeline={parallel.pipeline} does not divide {world_size} ranks; use {_or(legal)}")
     replicas = world_size // parallel.pipeline
     if parallel.data not in ("auto", replicas):
         raise LayoutError(

@@ -48,7 +48,9 @@ _GATHER = {
 
 def _stage_table(plan: Plan) -> list[str]:
     total = sum(plan.stage_flops(stage) for stage in range(plan.stages))
-    lines = [f"{'stage':>5}  {'layers':<9} {'also':<16} {'parameters':>10}  {'FLOPs':>6}  ranks   (split: {plan.reasons['split']})"]
+    lines = [
+        f"{'stage':>5}  {'layers':<9} {'also':<16} {'parameters':>10}  {'FLOPs':>6}  ranks   (split: {plan.reasons['split']})"
+    ]
     for stage in range(plan.stages):
         layers = plan.layers_of(stage)
         also = [name for name, here in (("embedding", stage == 0), ("head", stage == plan.stages - 1)) if here]

@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(cfg: Config, plan: Plan, run: RunDir, corpus_folder: Path, *, rank: int, screen: TextIO | None) -> None:
+    # DeepSpeed calls collectives by names that torch has since renamed; one warning a call site and rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Heavy imports come after everything that can be refused without them.
     from stack.data.batches import Batches, Corpus
     from stack.parallel import zero

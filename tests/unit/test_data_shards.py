@@ -195,6 +195,30 @@ def test_a_failed_preparation_cleans_up(tmp_path, monkeypatch):
     assert [path.suffix for path in (tmp_path / "data").iterdir()] == [".lock"]
 
 
+def test_a_source_that_changes_meanwhile_is_not_published(tmp_path, monkeypatch):
+    cfg = corpus(tmp_path, stories(30))
+    write = manifest.write
+
+    def write_late(*arguments):
+        corpus(tmp_path, stories(31))
+        write(*arguments)
+
+    monkeypatch.setattr(manifest, "write", write_late)
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare(cfg, seed=SEED)
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("stack.data.progress.LINE_INTERVAL_S", 0)
+    prepare(corpus(tmp_path, stories(30)), seed=SEED)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "data: learning a byte-level BPE of 270 entries"
+    assert lines[-1].startswith("data: 30 documents, ")
+    (tmp_path / "quiet").mkdir()
+    prepare(corpus(tmp_path / "quiet", stories(30)), seed=SEED, progress=False)
+    assert not capsys.readouterr().err
+
+
 def test_two_processes_at_once_do_the_work_once(tmp_path):
     cfg = corpus(tmp_path, stories(30))
     target = manifest.folder_of(cfg, manifest.made_from(cfg, seed=SEED))

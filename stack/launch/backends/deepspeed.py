@@ -25,7 +25,9 @@ def command(run: RunDir, plan: Plan, *, port: int) -> list[str]:
     return [
         sys.executable,
         *("-m", "deepspeed.launcher.runner"),
+        # Given explicitly, or the launcher would take a /job/hostfile that has nothing to do with this run.
         *("--hostfile", str(hostfile)),
+        "--no_ssh_check",
         *("--master_addr", "127.0.0.1"),
         *("--master_port", str(port)),
         "--no_local_rank",

@@ -12,7 +12,8 @@ usage: stack VERB [OVERRIDES]
 
 {verbs}
 
-Overrides are Hydra's: key=value, or group=choice such as experiment=8b. Every key with its meaning: stack/config/schema.py
+Overrides are Hydra's: key=value, or group=choice such as experiment=8b.
+Every key with its meaning: stack/config/schema.py
 Exit codes: 0 done, 2 usage, 3 config, 4 layout, 5 data, 7 numerics, 8 hang, 9 a rank failed, 130 Ctrl-C
 """
 

@@ -1,6 +1,7 @@
 """Activation checkpointing: what the forward of a decoder layer keeps for its backward."""
 
 import functools
+from typing import Any
 
 import torch.utils.checkpoint
 
@@ -19,6 +20,7 @@ def apply_checkpointing(stage: Stage, mode: str, *, dropout: bool) -> None:
     checkpoint = functools.partial(
         torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=dropout, determinism_check="none"
     )
+    layer: Any
     for layer in stage.layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = checkpoint

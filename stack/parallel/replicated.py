@@ -37,6 +37,11 @@ class MasterAdamW(torch.optim.AdamW):
         master_of = dict(zip(map(id, self._live), self._masters, strict=True))
         super().__init__([{**g, "params": [master_of[id(p)] for p in g["params"]]} for g in groups], **options)
 
+    @property
+    def live_and_masters(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The model's parameters, and in the same order what they are cast from."""
+        return self._live, self._masters
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         pairs = [(live, master) for live, master in zip(self._live, self._masters, strict=True) if live is not master]

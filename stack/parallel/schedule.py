@@ -72,7 +72,7 @@ def make_schedule(
         output_args=(torch.empty((), device="meta") if last else hidden.detach().requires_grad_(),),
         group=mesh.pipe_group,
     )
-    stage.drive(engine, microbatches=plan.microbatches, clock=clock)
+    stage.drive(engine, clock)
     return SCHEDULES[plan.schedule](
         stage, plan.microbatches, loss_fn=lambda total, _labels: total * loss_scale(), scale_grads=False
     )
@@ -92,18 +92,16 @@ class _Forward(nn.Module):
 class _EngineStage(PipelineStage):
     """A pipeline stage whose backward goes through DeepSpeed."""
 
-    def drive(self, engine: ZeroEngine, *, microbatches: int, clock: BusyClock) -> None:
-        self._engine, self._microbatches, self._clock = engine, microbatches, clock
+    def drive(self, engine: ZeroEngine, clock: BusyClock) -> None:
+        self._engine, self._clock = engine, clock
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         with self._clock.busy():
             return super().forward_one_chunk(*args, **kwargs)
 
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        # The schedules of one stage a rank run their backwards in the order of the microbatches.
-        self._last_backward = bwd_chunk_id == self._microbatches - 1
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> None:
         with self._clock.busy():
-            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+            super().backward_one_chunk(*args, **kwargs)
 
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
@@ -117,7 +115,7 @@ class _EngineStage(PipelineStage):
             raise RuntimeError(f"a {backward_type} backward goes around ZeRO's gradient hooks")
         output, gradients = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
         if gradients is None:
-            self._engine.backward(output, None, last=self._last_backward)
+            self._engine.backward(output, None, last=last_backward)
         else:
-            self._engine.backward(output[0], gradients[0], last=self._last_backward)
+            self._engine.backward(output[0], gradients[0], last=last_backward)
         return tuple(v.grad if isinstance(v, torch.Tensor) else None for v in bwd_kwargs["input_values"]), None

@@ -34,7 +34,8 @@ def init_distributed(*, timeout: timedelta) -> None:
     """Starts torch.distributed through DeepSpeed: NCCL with GPUs, gloo without. Collective."""
     # On a CPU DeepSpeed compiles a shared-memory all-reduce at its first start (45 s). Nothing here calls it.
     # (By name: the attribute `deepspeed.comm.torch` is torch itself.)
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    comm: Any = importlib.import_module("deepspeed.comm.torch")
+    comm.build_shm_op = lambda: None
     deepspeed_logger.setLevel(logging.WARNING)
     deepspeed.init_distributed(
         dist_backend="nccl" if local_device().type == "cuda" else "gloo",
@@ -76,7 +77,8 @@ class ZeroEngine:
         self._mesh, self._clip = mesh, cfg.optim.grad_clip
         self._zero, self._reduce_once = deepspeed_zero_stage(cfg), cfg.parallel.reduce == "step"
         self._hold = cfg.parallel.gather == "step"
-        self._parameters = list(stage.parameters())
+        # Any: DeepSpeed hangs its state on the parameters.
+        self._parameters: list[Any] = list(stage.parameters())
         self._gradient_dtype: torch.dtype | None = None
         _scope_trace_check(mesh)
         for parameter in self._parameters:
@@ -202,7 +204,8 @@ class _Surrogate(torch.autograd.Function):
 
 def _adamw(stage: Stage, cfg: Config) -> torch.optim.Optimizer:
     """AdamW without a compiled op; matrices are decayed, norms and biases are not."""
-    decayed, others = [], []
+    decayed: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
     for parameter in stage.parameters():
         # A ZeRO-3 parameter is an empty placeholder that remembers its shape.
         shape = getattr(parameter, "ds_shape", parameter.shape)

@@ -49,7 +49,8 @@ _GATHER = {
 def _stage_table(plan: Plan) -> list[str]:
     total = sum(plan.stage_flops(stage) for stage in range(plan.stages))
     lines = [
-        f"{'stage':>5}  {'layers':<9} {'also':<16} {'parameters':>10}  {'FLOPs':>6}  ranks   (split: {plan.reasons['split']})"
+        f"split: {plan.reasons['split']}",
+        f"{'stage':>5}  {'layers':<9} {'also':<16} {'parameters':>10}  {'FLOPs':>6}  ranks",
     ]
     for stage in range(plan.stages):
         layers = plan.layers_of(stage)

@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _environment() -> dict[str, Any]:
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _RECORDED:
         try:
             versions[name] = metadata.version(name)

@@ -1,0 +1,62 @@
+"""Runs the tiny model in one layout on the ranks of a pool, and brings back all that the parity tests compare."""
+
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+
+from tests.helpers.tiny import STEPS, replica_batch, tiny_config
+
+
+def run_layout(settings: dict[str, Any], padded: bool) -> dict[str, Any]:
+    """One rank's part: called on every rank of a `RankPool`.
+
+    Returns:
+        steps: (loss, grad_norm) of each step; gradients: full gradients of the first step of this rank's stage, fp32;
+        parameters: full fp32 masters after the last step; heldout: token loss sum of a batch after the last step;
+        dtypes: the engine's table; bubble: bubble fractions.
+    """
+    import torch.distributed as dist
+
+    from stack.parallel.engine import Engine
+    from stack.parallel.mesh import make_mesh
+    from stack.plan.layout import make_plan
+
+    cfg = tiny_config(**settings)
+    plan = make_plan(cfg, dist.get_world_size())
+    mesh = make_mesh(plan, timeout=timedelta(seconds=60))
+    engine = Engine(cfg, plan, mesh)
+    gradients: dict[str, np.ndarray] = {}
+    update = engine.zero.step
+
+    def capture_then_step(lr: float) -> float:
+        if not gradients:
+            gradients.update(_full(engine, "gradient"))
+        return update(lr)
+
+    engine.zero.step = capture_then_step  # type: ignore[method-assign]
+    results = []
+    for step in range(STEPS):
+        batch = replica_batch(cfg, step, replica=mesh.replica, replicas=mesh.replicas, padded=padded)
+        results.append(engine.train_batch(batch, lr=cfg.optim.lr))
+    held = replica_batch(cfg, 99, replica=mesh.replica, replicas=mesh.replicas, padded=padded)
+    return {
+        "steps": [(result.loss, result.grad_norm) for result in results],
+        "bubble": [result.bubble_fraction for result in results],
+        "gradients": gradients,
+        "parameters": _full(engine, "parameter"),
+        "heldout": engine.eval_batch(held),
+        "dtypes": engine.dtypes,
+    }
+
+
+def _full(engine: Any, what: str) -> dict[str, np.ndarray]:
+    import deepspeed
+
+    if engine.zero.engine.zero_optimization_stage() == 0:
+        masters = {id(live): master for live, master in zip(*engine.zero.optimizer.live_and_masters, strict=True)}
+        read = (lambda p: p.grad) if what == "gradient" else (lambda p: masters[id(p)])
+    else:
+        utils = deepspeed.utils
+        read = utils.safe_get_full_grad if what == "gradient" else utils.safe_get_full_fp32_param
+    return {name: read(p).detach().float().numpy().copy() for name, p in engine.stage.named_parameters()}

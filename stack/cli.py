@@ -35,7 +35,7 @@ def data(overrides: Sequence[str]) -> int:
     from stack.data.shards import prepare
 
     cfg = compose(overrides)
-    print(prepare(cfg.data, seed=cfg.run.seed))
+    print(prepare(cfg.data, seed=cfg.data.split_seed))
     return 0
 
 

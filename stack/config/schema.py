@@ -70,6 +70,8 @@ class Data:
     """True: documents are joined and cut into full sequences. False: one document a sequence, cut or padded."""
     heldout_fraction: float = _between(0.02, 0.0001, 0.5)
     """Share of the documents kept out of training."""
+    split_seed: int = _at_least(0, 0)
+    """Chooses the held-out documents. Apart from `run.seed`, so that runs of a sweep are held to the same text."""
     root: str = "data"
     """Folder of prepared token shards; a corpus is prepared once and found again by its fingerprint."""
 

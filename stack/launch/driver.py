@@ -47,8 +47,8 @@ def train(overrides: Sequence[str]) -> int:
     """
     cfg = compose(overrides)
     plan = make_plan(cfg)
-    shards.prepare(cfg.data, seed=cfg.run.seed)
-    run = rundir.create(cfg, plan)
+    corpus = shards.prepare(cfg.data, seed=cfg.data.split_seed)
+    run = rundir.create(cfg, plan, corpus=corpus)
     console = Console(cfg.train.steps, log_every=cfg.train.log_every)
     print(render(plan, cfg), end="\n\n")
     console.start(f"run {run.path}")

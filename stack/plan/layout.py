@@ -117,6 +117,7 @@ def make_plan(cfg: Config, world_size: int | None = None) -> Plan:
     reasons["replicas"] = f"{world_size} ranks / {cfg.parallel.pipeline} stages"
     shape = model_shape(cfg.model)
     _check_model(cfg, shape)
+    _check_policies(cfg.parallel)
     first_layers, reasons["split"] = _split(cfg.parallel, shape, cfg.data.seq_len)
     microbatches = _microbatches(cfg, replicas)
     reasons["microbatches"] = (
@@ -162,6 +163,14 @@ def _check_model(cfg: Config, shape: ModelShape) -> None:
         raise LayoutError(
             f"data.vocab_size={cfg.data.vocab_size} is larger than model.config.vocab_size={shape.vocab}; "
             f"use model.config.vocab_size={cfg.data.vocab_size}"
+        )
+
+
+def _check_policies(parallel: Parallel) -> None:
+    if parallel.zero < 2 and parallel.reduce == "microbatch":
+        raise LayoutError(
+            f"parallel.reduce=microbatch with parallel.zero={parallel.zero}: whole gradients are kept until the step, "
+            "so reducing each of them costs traffic and saves nothing; use parallel.reduce=step or parallel.zero=2"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from stack.config.compose import to_yaml
 from stack.config.schema import Config
-from stack.errors import ConfigError
+from stack.errors import ConfigError, DataError
 from stack.plan.layout import Plan
 from stack.plan.report import render
 
@@ -43,6 +43,14 @@ class RunDir:
     @property
     def plan(self) -> Path:
         return self.path / "plan.json"
+
+    @property
+    def corpus(self) -> Path:
+        """The prepared corpus this run reads, as it was found when the run was started."""
+        found = read_json(self.path / "corpus.json")
+        if found is None:
+            raise DataError(f"{self.path / 'corpus.json'} is missing: the run directory is not whole; start a new run")
+        return Path(found["folder"])
 
     @property
     def metrics(self) -> Path:
@@ -74,8 +82,11 @@ class RunDir:
         return sorted((error for error in found if error), key=lambda error: error["time"])
 
 
-def create(cfg: Config, plan: Plan) -> RunDir:
-    """Makes a new run directory with config.yaml, plan.json, plan.txt and env.json.
+def create(cfg: Config, plan: Plan, *, corpus: Path) -> RunDir:
+    """Makes a new run directory with config.yaml, plan.json, plan.txt, env.json and corpus.json.
+
+    Args:
+        corpus: folder of the prepared corpus; the ranks read nothing but it.
 
     Raises:
         ConfigError: the folder cannot be created there.
@@ -95,6 +106,7 @@ def create(cfg: Config, plan: Plan) -> RunDir:
     write_json(run.plan, plan.to_dict())
     (run.path / "plan.txt").write_text(render(plan, cfg) + "\n")
     write_json(run.path / "env.json", _environment())
+    write_json(run.path / "corpus.json", {"folder": str(corpus.absolute())})
     for rank in range(plan.world_size):
         run.rank(rank).mkdir(parents=True)
     return run

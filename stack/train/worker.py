@@ -34,10 +34,9 @@ def main(argv: Sequence[str]) -> int:
         config_path, overrides = _parse(argv)
         cfg = from_yaml(config_path) if config_path else compose(overrides)
         plan = make_plan(cfg, world_size)
-        corpus = locate(cfg.data, seed=cfg.run.seed)
         run = RunDir(config_path.parent) if config_path else _agree_on_run(cfg, plan, rank)
         screen = _own_output(run, rank, shown=config_path is None and rank == 0)
-        _train(cfg, plan, run, corpus, rank=rank, screen=screen)
+        _train(cfg, plan, run, rank=rank, screen=screen)
     except StackError as error:
         return _failed(run, rank, error, error.exit_code)
     except Exception as error:  # noqa: BLE001 - whatever it was, the driver must learn which rank failed first
@@ -45,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _train(cfg: Config, plan: Plan, run: RunDir, corpus_folder: Path, *, rank: int, screen: TextIO | None) -> None:
+def _train(cfg: Config, plan: Plan, run: RunDir, *, rank: int, screen: TextIO | None) -> None:
     # DeepSpeed calls collectives by names that torch has since renamed; one warning a call site and rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Heavy imports come after everything that can be refused without them.
@@ -62,7 +61,7 @@ def _train(cfg: Config, plan: Plan, run: RunDir, corpus_folder: Path, *, rank: i
     mesh = make_mesh(plan, timeout=timeout)
     print(mesh, flush=True)
 
-    corpus = Corpus.open(corpus_folder)
+    corpus = Corpus.open(run.corpus)
     if corpus.vocab_size > plan.shape.vocab:
         raise DataError(
             f"model.config.vocab_size={plan.shape.vocab} is smaller than the tokenizer's {corpus.vocab_size}; "
@@ -109,13 +108,18 @@ def _parse(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def _agree_on_run(cfg: Config, plan: Plan, rank: int) -> RunDir:
-    """Without a driver rank 0 makes the run directory and tells the others. Collective."""
+    """Without a driver rank 0 makes the run directory and tells the others. Collective.
+
+    Raises:
+        DataError: on every rank, where the corpus is not prepared.
+    """
+    corpus = locate(cfg.data, seed=cfg.data.split_seed)
     import torch.distributed as dist
 
     from stack.parallel import zero
 
     zero.init_distributed(timeout=timedelta(seconds=cfg.health.hang_timeout_s))
-    told: list[str | None] = [str(rundir.create(cfg, plan).path) if rank == 0 else None]
+    told: list[str | None] = [str(rundir.create(cfg, plan, corpus=corpus).path) if rank == 0 else None]
     dist.broadcast_object_list(told, src=0)
     return RunDir(Path(str(told[0])))
 

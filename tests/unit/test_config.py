@@ -285,7 +285,7 @@ def test_a_saved_config_takes_keys_and_no_choices(tmp_path: Path) -> None:
         ("", "not a whole saved config; it lacks run, model"),
         ("- 1\n", "not a whole saved config; it lacks run, model"),
         ("run: [", "not a saved config ({saved}, line 1: expected the node"),
-        ("{whole}\nrun: {{}}\n", "not a saved config ({saved}, line 77: found duplicate key run"),
+        ("{whole}\nrun: {{}}\n", "not a saved config ({saved}, line 78: found duplicate key run"),
         ("{whole}\nfoo: 1\n", "foo=1: no such key; the sections are run, model"),
         ("{pipelin}", "parallel.pipelin=2: no such key; did you mean parallel.pipeline?"),
         ("{quoted}", "train.steps=200: an integer is needed, and this is text; drop the quotes"),

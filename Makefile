@@ -1,0 +1,53 @@
+# `make train` and `make test` work on a fresh machine: the environment is made when it is missing or out of date.
+.DEFAULT_GOAL := help
+.PHONY: help setup check test plan data train bench clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+# Where to find CPU wheels of torch, for a machine without a GPU; empty takes what pip is configured for.
+TORCH_INDEX ?=
+# Hydra overrides, e.g. make train ARGS="train.steps=50 parallel.zero=1".
+ARGS ?=
+# What `make test` runs, e.g. make test TESTS=tests/unit.
+TESTS ?= tests
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: $(READY) ## make .venv with the tested versions
+
+# torch first and by its exact version: a range, or another package's wish for torch, can bring gigabytes of CUDA.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11; use make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --progress-bar off $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(BIN)/pip install --quiet --progress-bar off -c constraints.txt -e '.[dev]'
+	@touch $@
+
+check: $(READY) ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: $(READY) ## run the test suite (TESTS=tests/unit for a part)
+	$(BIN)/python -m pytest $(TESTS)
+
+plan: $(READY) ## print the layout of a run (ARGS="experiment=8b")
+	$(BIN)/stack plan $(ARGS)
+
+data: $(READY) ## tokenize the corpus
+	$(BIN)/stack data $(ARGS)
+
+train: $(READY) ## train (ARGS="train.steps=50 parallel.zero=1")
+	$(BIN)/stack train $(ARGS)
+
+bench: $(READY) ## measure against plain DeepSpeed and its PipelineEngine
+	$(BIN)/python -m benchmarks.run
+
+clean: ## remove the environment and caches; runs/ and data/ stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The programs that are compared; each rank runs one as a module."""

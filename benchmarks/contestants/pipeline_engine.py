@@ -1,0 +1,106 @@
+"""Peer: DeepSpeed's own PipelineModule and PipelineEngine, ZeRO-1, over the layers of the Hugging Face model."""
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.pipe import LayerSpec, PipelineModule
+from torch import nn
+
+from benchmarks.contestants import common
+from stack.data.batches import Batch
+from stack.models.build import Stage
+
+STAGES = 2
+
+
+class Embedding(nn.Module):
+    """Token ids to hidden states."""
+
+    def __init__(self, embedding: nn.Module):
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.embedding(tokens)
+
+
+class Decoder(nn.Module):
+    """A decoder layer; it keeps its positions, since only hidden states are passed between layers."""
+
+    def __init__(self, layer: nn.Module, rotary: nn.Module):
+        super().__init__()
+        self.layer = layer
+        positions = torch.arange(common.SEQ_LEN)[None]
+        cos, sin = rotary(torch.empty(0), positions)
+        for name, value in (("positions", positions), ("cos", cos), ("sin", sin)):
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        # No mask: sdpa's kernel knows causality by itself.
+        return self.layer(
+            hidden,
+            attention_mask=None,
+            position_ids=self.positions,
+            position_embeddings=(self.cos, self.sin),
+            use_cache=False,
+        )
+
+
+class Head(nn.Module):
+    """Hidden states to logits."""
+
+    def __init__(self, norm: nn.Module, head: nn.Module):
+        super().__init__()
+        self.norm, self.head = norm, head
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(hidden))
+
+
+def main() -> None:
+    """Entry of a rank."""
+    args = common.parser().parse_args()
+    common.start()
+    module = _pipeline_module(common.whole_model(), checkpoint=args.checkpoint == "full")
+    # The bucket holds a whole stage, as ours does.
+    zero_optimization = {"stage": 1, "reduce_bucket_size": 1e7, "allgather_bucket_size": 1e7}
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=[p for p in module.parameters() if p.requires_grad],
+        config=common.peer_config(zero_optimization),
+    )
+
+    def train_step(batch: Batch) -> torch.Tensor:
+        microbatches = zip(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels), strict=True)
+        return engine.train_batch(data_iter=microbatches)
+
+    common.measure(
+        train_step,
+        args,
+        replica=engine.grid.get_data_parallel_rank(),
+        replicas=dist.get_world_size() // STAGES,
+        # Layer 0 is the embedding.
+        split=[max(0, int(first) - 1) for first in module.parts[:-1]],
+    )
+
+
+def _pipeline_module(model: Stage, *, checkpoint: bool) -> PipelineModule:
+    layers = [
+        LayerSpec(Embedding, model.get_submodule(model.family.embedding)),
+        *(LayerSpec(Decoder, layer, model.rotary) for layer in model.layers),
+        LayerSpec(Head, model.get_submodule(model.family.norm), model.get_submodule(model.family.head)),
+    ]
+    return PipelineModule(
+        layers=layers,
+        num_stages=STAGES,
+        loss_fn=lambda logits, labels: F.cross_entropy(logits.float().flatten(0, -2), labels.flatten()),
+        # The head costs about a layer: with it counted as one, the stages are those of our planner.
+        partition_method="type:Decoder|Head",
+        activation_checkpoint_interval=1 if checkpoint else 0,
+        checkpointable_layers=["Decoder"],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The house: a room imports only rooms above it, and each library has one room that knows it."""
+
+import ast
+from pathlib import Path
+
+STACK = Path(__file__).parents[2] / "stack"
+#: From top to bottom. `errors` and `config` may be imported by all.
+ROOMS = ["errors", "config", "plan", "data", "models", "parallel", "observe", "health", "train", "launch", "cli"]
+#: Who may import what.
+ONLY = {"deepspeed": {"parallel"}, "wandb": {"observe/wandb.py"}, "hydra": {"config"}, "omegaconf": {"config"}}
+LONGEST = 400
+
+
+def _files() -> list[Path]:
+    return sorted(STACK.rglob("*.py"))
+
+
+def _imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _room(path: str) -> str:
+    return path.split("/")[0].removesuffix(".py")
+
+
+def test_a_room_imports_only_rooms_above_it():
+    for file in _files():
+        here = _room(file.relative_to(STACK).as_posix())
+        if here in ("__init__", "__main__"):
+            continue
+        for name in _imports(file):
+            if name.startswith("stack.") and (there := name.split(".")[1]) in ROOMS:
+                assert ROOMS.index(there) <= ROOMS.index(here), f"{file.relative_to(STACK)} imports {name}"
+
+
+def test_each_library_has_one_room():
+    for file in _files():
+        path = file.relative_to(STACK).as_posix()
+        for name in _imports(file):
+            allowed = ONLY.get(name.split(".")[0])
+            assert allowed is None or path in allowed or _room(path) in allowed, f"{path} imports {name}"
+
+
+def test_only_one_file_touches_deepspeed():
+    users = {f.name for f in _files() if any(name.split(".")[0] == "deepspeed" for name in _imports(f))}
+    assert users == {"zero.py"}
+
+
+def test_no_file_has_outgrown_its_room():
+    assert {f.name: n for f in _files() if (n := len(f.read_text().splitlines())) > LONGEST} == {}

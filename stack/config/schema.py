@@ -102,9 +102,9 @@ class Activation:
 
 @dataclass
 class Batch:
-    global_size: int = _at_least(64, 1)
+    global_size: int = _at_least(16, 1)
     """Sequences in one optimizer step, over all replicas and microbatches."""
-    micro_size: int = _at_least(4, 1)
+    micro_size: int = _at_least(2, 1)
     """Sequences in one microbatch of one replica; the number of microbatches follows."""
 
 

@@ -64,14 +64,14 @@ precision=null | write ~precision to compose without it; choices are bf16, fp32
 ~precision=bf16 | write ~precision to compose without it
 log.wandb=3 | it is a section, not a value; its keys are mode, project, entity, group, tags
 # types, and what Hydra or OmegaConf would convert in silence
-batch.micro_size=abc | an integer is needed, for example 4
-batch.micro_size=1.5 | an integer is needed, for example 4
+batch.micro_size=abc | an integer is needed, for example 2
+batch.micro_size=1.5 | an integer is needed, for example 2
 batch.micro_size=1e3 -> batch.micro_size=1000.0 | an integer is needed; write 1000
-batch.micro_size=true | an integer is needed, for example 4
+batch.micro_size=true | an integer is needed, for example 2
 batch.micro_size='4' -> batch.micro_size=4 | an integer is needed, and this is text; drop the quotes
-batch.micro_size=null | an integer is needed, for example 4
-batch.micro_size= | an integer is needed, for example 4
-batch.micro_size=[4] | an integer is needed, for example 4
+batch.micro_size=null | an integer is needed, for example 2
+batch.micro_size= | an integer is needed, for example 2
+batch.micro_size=[4] | an integer is needed, for example 2
 optim.lr=fast | a number is needed, for example 0.003
 optim.lr=true | a number is needed, for example 0.003
 data.pack=1 | true or false is needed

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -85,6 +86,7 @@ def _page(results: list[dict[str, Any]], today: str) -> str:
     ]
     for result in results:
         machine, turns = result["hardware"], result["turns"]
+        loads = " ".join(str(turn[side]["load_before"]) for turn in turns for side in ("ours", "peer"))
         lines += [
             f"## {result['name']}",
             "",
@@ -95,14 +97,20 @@ def _page(results: list[dict[str, Any]], today: str) -> str:
             f"    peer: {result['commands']['peer']}",
             "",
             f"- work: {result['work']}",
+            f"- steps of a turn: {result['steps']}",
             f"- loss of the last step: ours {turns[0]['ours']['loss']:.6f}, peer {turns[0]['peer']['loss']:.6f}",
             f"- versions: {', '.join(f'{name} {version}' for name, version in result['versions'].items())}",
             f"- hardware: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
-            f"- load average before each run: {' '.join(str(load) for load in result['load_before'])}",
+            f"- CPU seconds a step, all ranks together: ours {_cpu(turns, 'ours')}, peer {_cpu(turns, 'peer')}",
+            f"- load average of the minute before each run, the run before it included: {loads}",
             f"- date: {result['date']}",
             "",
         ]
     return "\n".join(lines)
+
+
+def _cpu(turns: list[dict[str, Any]], side: str) -> str:
+    return f"{statistics.median(turn[side]['cpu_s_per_step'] for turn in turns):.2f}"
 
 
 def _output(*command: str) -> str:

@@ -5,13 +5,11 @@ and threads. Both report the loss of their last step; unless they agree, they di
 """
 
 import argparse
-import contextlib
 import datetime
 import json
 import math
 import os
 import shlex
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,8 +25,8 @@ LOSS_TOLERANCE = 1e-4
 RUN_TIMEOUT_S = 900
 ROOT = Path(__file__).parents[1]
 WORK = (
-    "Llama 8 layers x 256 (intermediate 688, 8 heads, 4 kv heads, vocabulary 4096, untied), fp32, AdamW, clipping at 1, "
-    "8 microbatches of 2 x 256 tokens a replica and step"
+    "Llama 8 layers x 256 (intermediate 688, 8 heads, 4 kv heads, vocabulary 4096, untied), fp32, AdamW, clipping at "
+    "1, 8 microbatches of 2 x 256 tokens a replica and step"
 )
 
 
@@ -111,47 +109,56 @@ def _arguments() -> argparse.Namespace:
 
 
 def _compare(comparison: Comparison, args: argparse.Namespace) -> dict[str, Any]:
-    turns, loads = [], []
-    for turn in range(args.repeats):
-        outcome = {}
-        for side, contestant in (("ours", comparison.ours), ("peer", comparison.peer)):
-            loads.append(round(os.getloadavg()[0], 2))
-            outcome[side] = _run(_command(comparison, contestant, args))
-            print(
-                f"{comparison.name} turn {turn + 1}/{args.repeats} {side}: {outcome[side]['tokens_per_s']:,.0f} tokens/s, "
-                f"loss {outcome[side]['loss']:.6f}",
-                flush=True,
-            )
-        _check_same_work(**outcome)
-        turns.append(outcome)
+    contestants = {"ours": comparison.ours, "peer": comparison.peer}
+    commands = {side: _command(comparison, contestant, args) for side, contestant in contestants.items()}
+    turns = [_turn(commands, title=f"{comparison.name} {turn}/{args.repeats}") for turn in range(1, args.repeats + 1)]
     ratios = [turn["ours"]["tokens_per_s"] / turn["peer"]["tokens_per_s"] for turn in turns]
     return {
         "name": comparison.name,
         "about": comparison.about,
-        **{side: statistics.median(turn[side]["tokens_per_s"] for turn in turns) for side in ("ours", "peer")},
+        **{side: statistics.median(turn[side]["tokens_per_s"] for turn in turns) for side in commands},
         "ratio": statistics.median(ratios),
         "ratios": ratios,
         "spread": [min(ratios), max(ratios)],
         "goal": comparison.goal,
         "reached": statistics.median(ratios) >= comparison.goal,
-        "work": f"{WORK}; activation checkpointing {args.checkpoint}; {args.warmup} warm-up and {args.steps} measured steps",
+        "work": f"{WORK}; activation checkpointing {args.checkpoint}",
+        "steps": f"{args.warmup} to warm up, then {args.steps} measured",
         "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
-        "commands": {
-            "ours": shlex.join(_command(comparison, comparison.ours, args)[1:]),
-            "peer": shlex.join(_command(comparison, comparison.peer, args)[1:]),
-        },
+        "commands": {side: shlex.join(["python", *command[1:]]) for side, command in commands.items()},
         "turns": turns,
-        "load_before": loads,
         "versions": report.versions(),
         "hardware": report.hardware(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
 
+def _turn(commands: dict[str, list[str]], *, title: str) -> dict[str, dict[str, Any]]:
+    """Runs ours, then the peer.
+
+    Raises:
+        BenchmarkError: they did not do the same work.
+    """
+    turn = {}
+    for side, command in commands.items():
+        # Tells a reader whether the machine was busy with something else.
+        load = round(os.getloadavg()[0], 2)
+        turn[side] = {**_run(command), "load_before": load}
+        speed, loss = turn[side]["tokens_per_s"], turn[side]["loss"]
+        print(f"{title} {side}: {speed:,.0f} tokens/s, loss {loss:.6f}, load before {load}", flush=True)
+    ours, peer = turn["ours"], turn["peer"]
+    if not math.isclose(ours["loss"], peer["loss"], rel_tol=LOSS_TOLERANCE):
+        raise BenchmarkError(f"the losses differ: ours {ours['loss']}, peer {peer['loss']}: not the same work")
+    if ours["split"] != peer["split"]:
+        raise BenchmarkError(f"the stages differ: ours start at layers {ours['split']}, peer at {peer['split']}")
+    return turn
+
+
 def _command(comparison: Comparison, contestant: tuple[str, ...], args: argparse.Namespace) -> list[str]:
     module, *own = contestant
     shared = ["--steps", str(args.steps), "--warmup", str(args.warmup), "--checkpoint", args.checkpoint]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(comparison.ranks), "--master-port", "{port}"]
+    # Standalone: on a port that is free.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(comparison.ranks)]
     return [sys.executable, *launcher, "-m", f"benchmarks.contestants.{module}", *own, *shared]
 
 
@@ -161,7 +168,6 @@ def _run(command: list[str]) -> dict[str, Any]:
     Raises:
         BenchmarkError: it failed, or took too long.
     """
-    command = [part.format(port=_free_port()) for part in command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -176,22 +182,9 @@ def _run(command: list[str]) -> dict[str, Any]:
         process.wait()
     found = [line for line in output.splitlines() if line.startswith(RESULT)]
     if process.returncode or not found:
-        tail = "\n".join(output.splitlines()[-40:])
+        tail = "\n".join(output.splitlines()[-80:])
         raise BenchmarkError(f"exit code {process.returncode}: {shlex.join(command)}\n{tail}")
     return json.loads(found[-1].removeprefix(RESULT))
-
-
-def _check_same_work(ours: dict[str, Any], peer: dict[str, Any]) -> None:
-    if not math.isclose(ours["loss"], peer["loss"], rel_tol=LOSS_TOLERANCE):
-        raise BenchmarkError(f"the losses differ: ours {ours['loss']}, peer {peer['loss']}: not the same work")
-    if ours["split"] != peer["split"]:
-        raise BenchmarkError(f"the stages differ: ours start at layers {ours['split']}, peer at {peer['split']}")
-
-
-def _free_port() -> int:
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The `stack` command: one verb, then Hydra overrides."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -16,6 +17,8 @@ Overrides are Hydra's: key=value, or group=choice such as experiment=8b.
 Every key with its meaning: stack/config/schema.py
 Exit codes: 0 done, 2 usage, 3 config, 4 layout, 5 data, 7 numerics, 8 hang, 9 a rank failed, 130 Ctrl-C
 """
+#: What a shell reports for a command that SIGPIPE ended.
+_BROKEN_PIPE = 141
 
 
 def plan(overrides: Sequence[str]) -> int:
@@ -52,14 +55,29 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {"plan": plan, "data": data, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code; an error for the user is one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
+    code = 0
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()
     except StackError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader is gone, as after `| head`; what is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code or _BROKEN_PIPE
+    return code
+
+
+def _open_closed_streams() -> None:
+    """Output that a shell closed (`>&-`) goes nowhere, rather than into the next file that is opened."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -121,17 +121,22 @@ def measure(
     seconds: list[float] = []
     loss: float | torch.Tensor = 0.0
     for step in range(args.warmup + args.steps):
+        if step == args.warmup:
+            cpu_began = time.process_time()
         batch = replica_batch(step, replica=replica, replicas=replicas)
         began = time.perf_counter()
         loss = train_step(batch)
         seconds.append(time.perf_counter() - began)
-    mean_loss = torch.as_tensor(loss, dtype=torch.float64)
-    dist.all_reduce(mean_loss)
+    cpu_s = (time.process_time() - cpu_began) / args.steps
+    sums = torch.tensor([float(loss), cpu_s], dtype=torch.float64)
+    dist.all_reduce(sums)
     median = statistics.median(seconds[args.warmup :])
     result = {
         "tokens_per_s": batch.global_target_tokens / median,
         "step_s": median,
-        "loss": mean_loss.item() / dist.get_world_size(),
+        # Of all ranks together; other processes on the machine change it little.
+        "cpu_s_per_step": sums[1].item(),
+        "loss": sums[0].item() / dist.get_world_size(),
         "split": split,
     }
     if dist.get_rank() == 0:

@@ -1,30 +1,47 @@
 """A rank must not outlive whoever started it: the launcher, and the driver above the launcher."""
 
-import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 
 import psutil
+
+from stack.errors import RankFailure
 
 #: Set by the driver for the ranks on its own host: the driver's process id.
 DRIVER_PID = "STACK_DRIVER_PID"
 _POLL_S = 0.5
 
 
-def exit_with_parent() -> None:
+def exit_with_parent(last_words: Callable[[RankFailure], object]) -> None:
     """Starts a thread that ends this process, without collectives, once its parent or the driver is gone.
 
-    The launcher ends its ranks when it is told to; a launcher or driver that was killed tells nobody.
+    The launcher ends its ranks when it is told to; a launcher or driver that was killed tells nobody. `last_words`
+    gets the reason.
     """
-    watched = [psutil.Process(os.getppid())]
-    with contextlib.suppress(KeyError, psutil.NoSuchProcess):
-        watched.append(psutil.Process(int(os.environ[DRIVER_PID])))
-    threading.Thread(target=_watch, args=(watched,), daemon=True, name="orphan-watch").start()
+    watched = {"launcher": os.getppid()}
+    if driver := os.environ.get(DRIVER_PID):
+        watched["driver"] = int(driver)
+    threading.Thread(target=_watch, args=(watched, last_words), daemon=True, name="orphan-watch").start()
 
 
-def _watch(watched: list[psutil.Process]) -> None:
-    # is_running compares the start time too, so a reused process id is not mistaken for the old process.
-    while all(process.is_running() for process in watched):
-        time.sleep(_POLL_S)
-    os._exit(1)
+def is_alive(process: psutil.Process) -> bool:
+    """False from the moment it died, also while nobody has asked for its exit code yet."""
+    try:
+        # Compares the start time too, so that a reused process id is not mistaken for the old process.
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _watch(pids: dict[str, int], last_words: Callable[[RankFailure], object]) -> None:
+    try:
+        watched = {name: psutil.Process(pid) for name, pid in pids.items()}
+        while all(map(is_alive, watched.values())):
+            time.sleep(_POLL_S)
+        gone = next(name for name, process in watched.items() if not is_alive(process))
+        last_words(RankFailure(f"the {gone} (process {pids[gone]}) was killed, and its ranks end with it"))
+    finally:
+        # Also where one was gone before this could look.
+        os._exit(RankFailure.exit_code)

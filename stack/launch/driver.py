@@ -10,23 +10,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from stack.config.compose import compose
+from stack.config.schema import Config
 from stack.data import shards
-from stack.errors import RankFailure
+from stack.errors import RankFailure, StackError
 from stack.launch.backends import deepspeed
 from stack.launch.processes import Rank, local_ranks, stop
 from stack.observe.console import Console
 from stack.observe.jsonl import Follower
-from stack.plan.layout import make_plan
+from stack.plan.layout import Plan, make_plan
 from stack.plan.report import render
 from stack.train import rundir
 from stack.train.rundir import RunDir
 
-#: What a shell reports for a command ended by Ctrl-C.
-INTERRUPTED = 130
+#: What a shell adds to the number of the signal that ended a command: Ctrl-C is 130.
+_SIGNALLED = 128
 _POLL_S = 0.2
+#: How gloo, NCCL and the store say that the other side of a connection is gone.
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection was likely closed",
+    "remote process exiting prematurely",
+)
 
 
 @dataclass(frozen=True)
@@ -47,16 +53,58 @@ def train(overrides: Sequence[str]) -> int:
     """
     cfg = compose(overrides)
     plan = make_plan(cfg)
+    deepspeed.check(plan)
     corpus = shards.prepare(cfg.data, seed=cfg.data.split_seed)
-    run = rundir.create(cfg, plan, corpus=corpus)
-    console = Console(cfg.train.steps, log_every=cfg.train.log_every)
-    print(render(plan, cfg), end="\n\n")
-    console.start(f"run {run.path}")
+    with _stop_requests() as requests:
+        run = rundir.create(cfg, plan, corpus=corpus)
+        console = Console(cfg.train.steps, log_every=cfg.train.log_every)
+        try:
+            print(render(plan, cfg), end="\n\n")
+            console.start(f"run {run.path}")
+            failure = _run(cfg, plan, run, console, requests)
+        except BrokenPipeError:
+            failure = Failure("Interrupted", "nobody reads the output any more", _SIGNALLED + signal.SIGPIPE)
+        except Exception as error:
+            _record(run, Failure(type(error).__name__, f"stack train failed: {error}", StackError.exit_code))
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                console.close()
+        return _close(run, console, failure)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[signal.Signals]]:
+    """The signals that asked the run to end, as they come in. They interrupt nothing: however often and whenever a
+    user asks, the run is stopped in good order. One that was ignored (nohup) stays ignored."""
+    requests: list[signal.Signals] = []
+    heard = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    previous = {s: signal.signal(s, lambda number, _: requests.append(signal.Signals(number))) for s in heard}
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run(cfg: Config, plan: Plan, run: RunDir, console: Console, requests: list[signal.Signals]) -> Failure | None:
+    """Starts the ranks, shows the run until it ends, and leaves no process behind."""
     console.note(f"starting {plan.world_size} ranks with the deepspeed launcher")
     command = deepspeed.command(run, plan, port=free_port())
-    with _started(command, deepspeed.environment(plan), run, grace_s=cfg.launch.grace_s) as (launcher, ranks):
-        failure = _follow(launcher, ranks, run, console)
-    return _close(run, console, failure)
+    with run.launcher_log.open("wb") as log:
+        # A session of its own: Ctrl-C reaches the driver alone, which then stops the ranks in good order.
+        launcher = subprocess.Popen(
+            command,
+            env=deepspeed.environment(plan),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    try:
+        return _follow(launcher, run, console, requests, grace_s=cfg.launch.grace_s)
+    finally:
+        stop(launcher, grace_s=cfg.launch.grace_s)
 
 
 def free_port() -> int:
@@ -66,97 +114,96 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@contextlib.contextmanager
-def _started(
-    command: list[str], environment: dict[str, str], run: RunDir, *, grace_s: float
-) -> Iterator[tuple[psutil.Popen, dict[int, Rank]]]:
-    """The running launcher, and the ranks of this host as they come up. Leaves no process behind, however it ends."""
-    with run.launcher_log.open("wb") as log:
-        # A session of its own: Ctrl-C reaches the driver alone, which then stops the ranks in good order.
-        launcher = psutil.Popen(
-            command,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    ranks: dict[int, Rank] = {}
-    try:
-        yield launcher, ranks
-    finally:
-        # A second Ctrl-C must not leave ranks behind.
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        stop(launcher, local_ranks(run, ranks), grace_s=grace_s)
-        signal.signal(signal.SIGINT, previous)
-
-
-def _follow(launcher: psutil.Popen, ranks: dict[int, Rank], run: RunDir, console: Console) -> Failure | None:
+def _follow(
+    launcher: subprocess.Popen, run: RunDir, console: Console, requests: list[signal.Signals], *, grace_s: float
+) -> Failure | None:
     """Shows the run until it ends. The outcome is DONE.json; a launcher's exit code has been seen to lie."""
     metrics = Follower(run.metrics)
-    try:
-        while True:
-            ranks.update(local_ranks(run, ranks))
-            running = launcher.poll() is None
-            failure = _first_failure(run, ranks)
-            for record in metrics.poll():
-                console.step(record)
-            if failure or not running:
-                break
-            time.sleep(_POLL_S)
-    except KeyboardInterrupt:
-        return Failure("Interrupted", "stopped by Ctrl-C", INTERRUPTED)
-    if failure is None and not run.done.exists():
-        return Failure(
-            "RankFailure",
-            f"the launcher ended with {launcher.returncode} before the run was done: {_last_line(run.launcher_log)}",
-            RankFailure.exit_code,
-        )
-    return failure
+    ranks: dict[int, Rank] = {}
+    while True:
+        ranks = local_ranks(run, ranks)
+        running = launcher.poll() is None
+        failure = _first_failure(run, ranks)
+        # A terminal that was closed takes no lines.
+        for record in [] if requests else metrics.poll():
+            console.step(record)
+        if failure or requests or not running or _is_overdue(run, grace_s):
+            break
+        time.sleep(_POLL_S)
+    if failure or run.done.exists():
+        return failure
+    if requests:
+        return Failure("Interrupted", f"stopped by {_name(requests[0])}", _SIGNALLED + requests[0])
+    return Failure(
+        "RankFailure",
+        f"the launcher ended with {launcher.returncode} before the run was done: {_last_line(run.launcher_log)}",
+        RankFailure.exit_code,
+    )
+
+
+def _is_overdue(run: RunDir, grace_s: float) -> bool:
+    """Whether the run is done, and yet some process of it does not end."""
+    return run.done.exists() and time.time() - run.done.stat().st_mtime > grace_s
+
+
+def _name(number: signal.Signals) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else number.name
 
 
 def _first_failure(run: RunDir, ranks: dict[int, Rank]) -> Failure | None:
-    """The rank that failed first. One that was killed leaves no error.json, and what its neighbours then write is
-    only that it is gone."""
-    if run.done.exists():
-        return None
+    """The rank that failed first. One that was killed leaves neither error.json nor done.json, and what its
+    neighbours then write is only that it is gone."""
     dead = [rank for rank in ranks.values() if not rank.alive]
     errors = run.errors()
-    if not dead and not errors:
-        return None
-    silent = [rank for rank in dead if not (run.rank(rank.rank) / "error.json").exists()]
-    lost = [error for error in errors if not _is_lost_peer(error)]
-    if lost or not silent:
-        first = (lost or errors)[0]
-        return Failure(first["type"], first["message"], first["exit_code"], first["rank"])
+    silent = [rank for rank in dead if not run.has_outcome(rank.rank)]
+    causes = [error for error in errors if not _is_lost_peer(error)]
     if run.done.exists():
         return None
-    rank = silent[0]
-    return Failure(
-        "RankFailure",
-        f"process {rank.process.pid} was killed or crashed without a Python error (out of memory?)",
-        RankFailure.exit_code,
-        rank.rank,
-    )
+    if causes:
+        return _told(causes[0])
+    if silent:
+        return Failure(
+            "RankFailure",
+            f"process {silent[0].pid} was killed or crashed without a Python error (out of memory?)",
+            RankFailure.exit_code,
+            silent[0].rank,
+        )
+    # The lost rank itself may need a moment more to be seen dead.
+    if errors and time.time() - errors[0]["time"] > _POLL_S:
+        return _told(errors[0])
+    return None
+
+
+def _told(error: dict[str, Any]) -> Failure:
+    return Failure(error["type"], error["message"], error["exit_code"], error["rank"])
 
 
 def _is_lost_peer(error: dict[str, Any]) -> bool:
     """Whether the error only says that another rank went away."""
-    return any(word in error["message"] for word in ("Connection closed by peer", "Connection reset by peer"))
+    return any(words in error["message"] for words in _LOST_PEER)
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    """What was printed last, the launcher's own account of what it starts and stops left out."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    told = [line for line in lines if line and "[launch.py:" not in line and "[runner.py:" not in line]
+    return told[-1] if told else "it printed no error"
 
 
 def _close(run: RunDir, console: Console, failure: Failure | None) -> int:
-    if failure is None:
+    """Writes FAILED.json if need be, tells the user, and returns the exit code."""
+    if failure is None or run.done.exists():
         console.close(f"done: {run.path}\ncurve: {run.curve}")
         return 0
-    rundir.write_json(run.failed, {**asdict(failure), "time": time.time()})
+    _record(run, failure)
     where = run.launcher_log if failure.rank is None else run.rank(failure.rank) / "log.txt"
     culprit = "" if failure.rank is None else f"rank {failure.rank}: "
     first_line = failure.message.strip().splitlines()[0]
-    console.close(f"{failure.type}: {culprit}{first_line}\nlog: {where}")
+    # The reader of the output may have ended first, by the same Ctrl-C.
+    with contextlib.suppress(OSError):
+        console.close(f"{failure.type}: {culprit}{first_line}\nlog: {where}")
     return failure.exit_code
+
+
+def _record(run: RunDir, failure: Failure) -> None:
+    rundir.write_json(run.failed, {**asdict(failure), "time": time.time()})

@@ -82,7 +82,7 @@ class Engine:
             pipeline_s = self._elapsed(pipeline_start)
         grad_norm = self.zero.step(lr)
         if not self.dtypes:
-            self.dtypes = self.zero.dtypes()
+            self.dtypes = {**self.zero.dtypes(), "rotary tables": _name(next(self.stage.rotary.buffers()).dtype)}
             _check_dtypes(self.dtypes, self._dtype)
         idle = max(0.0, pipeline_s - self._clock.seconds())
         return self._gather(losses, batch, grad_norm=grad_norm, idle_s=idle, start=start)
@@ -148,7 +148,11 @@ def _check_dtypes(found: dict[str, str], compute: torch.dtype) -> None:
     wrong = {
         name: dtype
         for name, dtype in found.items()
-        if dtype != (str(compute).removeprefix("torch.") if name == "parameters" else "float32")
+        if dtype != (_name(compute) if name == "parameters" else "float32")
     }
     if wrong:
         raise RuntimeError(f"dtypes differ from what was promised: {wrong}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -37,8 +37,11 @@ def init_distributed(*, timeout: timedelta) -> None:
     comm: Any = importlib.import_module("deepspeed.comm.torch")
     comm.build_shm_op = lambda: None
     deepspeed_logger.setLevel(logging.WARNING)
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     deepspeed.init_distributed(
-        dist_backend="nccl" if local_device().type == "cuda" else "gloo",
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
         timeout=timeout,
         verbose=False,
         auto_mpi_discovery=False,

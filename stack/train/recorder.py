@@ -71,11 +71,18 @@ class Recorder:
         if not self._writes:
             return
         self._metrics.close()
-        if records := latest(read(self._run.metrics)):
-            draw(records, self._run.curve, title=f"{self._run.path.parent.name}: {self._plan.summary}")
+        self._draw()
         self._wandb.finish(exit_code=0 if kind is None else 1)
         if self._console:
             self._console.close(f"curve {self._run.curve}" if kind is None else f"failed: {error}")
+
+    def _draw(self) -> None:
+        try:
+            if records := latest(read(self._run.metrics)):
+                draw(records, self._run.curve, title=f"{self._run.path.parent.name}: {self._plan.summary}")
+        # Days of training are not lost for their picture.
+        except Exception as error:  # noqa: BLE001
+            self._note(f"no curve: {type(error).__name__}: {error}")
 
     def _note(self, text: str) -> None:
         print(text, flush=True)

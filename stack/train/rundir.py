@@ -73,8 +73,12 @@ class RunDir:
         return self.path / "launcher.log"
 
     def rank(self, rank: int) -> Path:
-        """This rank's folder: log.txt, rank.json, and error.json if it failed."""
+        """This rank's folder: log.txt, rank.json, and at its end done.json or error.json."""
         return self.path / "ranks" / str(rank)
+
+    def has_outcome(self, rank: int) -> bool:
+        """Whether the rank itself has said how it ended."""
+        return any((self.rank(rank) / name).exists() for name in ("done.json", "error.json"))
 
     def errors(self) -> list[dict[str, Any]]:
         """What failed ranks wrote, the first failure first."""
@@ -91,7 +95,7 @@ def create(cfg: Config, plan: Plan, *, corpus: Path) -> RunDir:
     Raises:
         ConfigError: the folder cannot be created there.
     """
-    parent = Path(cfg.run.root).absolute() / cfg.run.name
+    parent = Path(cfg.run.root).expanduser().absolute() / cfg.run.name
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from typing import TextIO
 from stack.config.compose import compose, from_yaml
 from stack.config.schema import Config
 from stack.data.manifest import locate
-from stack.errors import DataError, RankFailure, StackError, UsageError
+from stack.errors import DataError, HangError, NumericsError, RankFailure, StackError, UsageError
 from stack.health.orphan import exit_with_parent
 from stack.plan.layout import Plan, make_plan
 from stack.train import rundir
@@ -30,17 +30,21 @@ def main(argv: Sequence[str]) -> int:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     run: RunDir | None = None
     try:
-        exit_with_parent()
+        exit_with_parent(lambda error: _failed(run, rank, error, error.exit_code))
         config_path, overrides = _parse(argv)
+        run = RunDir(config_path.parent) if config_path else None
         cfg = from_yaml(config_path) if config_path else compose(overrides)
         plan = make_plan(cfg, world_size)
-        run = RunDir(config_path.parent) if config_path else _agree_on_run(cfg, plan, rank)
+        run = run or _agree_on_run(cfg, plan, rank)
         screen = _own_output(run, rank, shown=config_path is None and rank == 0)
         _train(cfg, plan, run, rank=rank, screen=screen)
+        # A rank that is gone without this, or an error.json, was killed.
+        rundir.write_json(run.rank(rank) / "done.json", {"time": time.time()})
     except StackError as error:
         return _failed(run, rank, error, error.exit_code)
     except Exception as error:  # noqa: BLE001 - whatever it was, the driver must learn which rank failed first
-        return _failed(run, rank, error, RankFailure.exit_code)
+        hang = _as_hang(error)
+        return _failed(run, rank, hang or error, hang.exit_code if hang else RankFailure.exit_code)
     return 0
 
 
@@ -80,19 +84,24 @@ def _train(cfg: Config, plan: Plan, run: RunDir, *, rank: int, screen: TextIO | 
         for name in ("train", "heldout")
     )
     engine = Engine(cfg, plan, mesh)
-    with Recorder(cfg, plan, run, engine, rank=rank, screen=screen) as recorder:
-        state = train(
-            cfg,
-            TrainState(),
-            engine=engine,
-            training=training,
-            heldout=heldout,
-            replica=mesh.replica,
-            mfu=recorder.mfu,
-            record=recorder.record,
-        )
-        # Nobody is done before everybody is; and no rank waits in a group for rank 0's W&B.
+    try:
+        with Recorder(cfg, plan, run, engine, rank=rank, screen=screen) as recorder:
+            state = train(
+                cfg,
+                TrainState(),
+                engine=engine,
+                training=training,
+                heldout=heldout,
+                replica=mesh.replica,
+                mfu=recorder.mfu,
+                record=recorder.record,
+            )
+            # Nobody is done before everybody is; and no rank waits in a group for rank 0's W&B.
+            zero.close()
+    except NumericsError:
+        # Every rank is here. The launcher ends all when one ends, and rank 0 has the curve and W&B to finish before.
         zero.close()
+        raise
     if rank == 0:
         rundir.write_json(run.done, {"step": state.step, "tokens": state.tokens, "time": time.time()})
 
@@ -143,11 +152,23 @@ def _own_output(run: RunDir, rank: int, *, shown: bool) -> TextIO | None:
     return screen
 
 
+def _as_hang(error: Exception) -> HangError | None:
+    """The error of a collective that waited for `health.hang_timeout_s`; torch and gloo know it by its words alone."""
+    words = str(error).lower()
+    if not isinstance(error, RuntimeError) or not ("timed out" in words or "timeout" in words):
+        return None
+    hang = HangError(f"another rank did not answer within health.hang_timeout_s: {error}")
+    hang.__cause__ = error
+    return hang
+
+
 def _failed(run: RunDir | None, rank: int, error: Exception, exit_code: int) -> int:
     """Leaves the error where the driver finds it and its traceback in the log."""
     if run is None:
-        # Nobody has a folder yet, and every rank fails alike: one line is enough.
-        if rank == 0:
+        # Nobody has a folder yet. What the user did wrong is wrong on every rank: one line is enough.
+        if not isinstance(error, StackError):
+            traceback.print_exception(error)
+        elif rank == 0:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return exit_code
     traceback.print_exception(error)

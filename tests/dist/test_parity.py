@@ -99,7 +99,7 @@ def test_bf16_does_not_depend_on_the_layout(ranks, name):
         assert _relative(value, single["gradients"][parameter]) < 1e-5, parameter
 
 
-def test_bf16_keeps_masters_sums_and_state_in_fp32(ranks):
+def test_bf16_keeps_all_but_the_parameters_in_fp32(ranks):
     for settings in ({}, {"parallel__reduce": "microbatch"}, {"parallel__zero": 1}, {"parallel__zero": 0}):
         table = ranks(4).run(run_layout, {"precision__dtype": "bf16", **settings}, False)[0]["dtypes"]
         assert table == {
@@ -109,6 +109,7 @@ def test_bf16_keeps_masters_sums_and_state_in_fp32(ranks):
             "gradient reduction": "float32",
             "exp_avg": "float32",
             "exp_avg_sq": "float32",
+            "rotary tables": "float32",
         }
 
 

@@ -12,7 +12,6 @@ from stack.plan.layout import balanced_split, make_plan
 from stack.plan.report import render
 from stack.plan.shape import ModelShape, model_shape
 
-
 #: The numbers that the messages below are worked out for, whatever the quickstart is tuned to.
 BATCH = {"batch.global_size": 32, "batch.micro_size": 4}
 

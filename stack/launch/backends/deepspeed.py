@@ -9,8 +9,8 @@ from stack.plan.layout import Plan, local_devices
 from stack.train.rundir import RunDir
 
 
-def command(run: RunDir, plan: Plan, *, port: int) -> list[str]:
-    """The launcher's command line; its hostfile is written into the run directory.
+def check(plan: Plan) -> None:
+    """Whether this driver can start the plan.
 
     Raises:
         LayoutError: the plan spans hosts, which this driver does not start; the launcher itself does.
@@ -20,6 +20,10 @@ def command(run: RunDir, plan: Plan, *, port: int) -> list[str]:
             f"launch.nodes={plan.nodes}: stack train starts this host only; use launch.nodes=1, or on several hosts "
             "deepspeed --hostfile HOSTFILE --no_local_rank --module stack.train OVERRIDES"
         )
+
+
+def command(run: RunDir, plan: Plan, *, port: int) -> list[str]:
+    """The launcher's command line; its hostfile is written into the run directory."""
     hostfile = run.path / "hostfile"
     hostfile.write_text(f"localhost slots={plan.world_size}\n")
     return [

@@ -1,0 +1,150 @@
+"""Whatever ends a run early: the exit code and FAILED.json say why, and no process is left."""
+
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.helpers.runs import STACK, eventually
+
+#: Longer than any test waits.
+ENDLESS = {"train.steps": 1_000_000, "schedule.kind": "constant", "train.log_every": 1000}
+
+
+@pytest.fixture
+def running(start):
+    """Starts an endless run of two ranks and waits for its third step."""
+
+    def run(**settings):
+        command = start({**ENDLESS, **{key.replace("__", "."): value for key, value in settings.items()}})
+        command.wait_for_step(3)
+        return command
+
+    return run
+
+
+def assert_failed(command, exit_code, kind, message, *, rank=None):
+    assert command.wait(15) == exit_code, command.stdout + command.stderr
+    command.assert_nothing_left(within_s=2)
+    failure = command.json("FAILED.json")
+    assert (failure["type"], failure["exit_code"]) == (kind, exit_code)
+    assert message in failure["message"]
+    assert rank is None or failure["rank"] == rank
+    assert f"{kind}: " in command.stdout
+    assert message in command.stdout
+    assert "Traceback" not in command.stdout + command.stderr
+    assert not (command.run / "DONE.json").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named(running, rank):
+    command = running()
+    killed = command.rank(rank)
+    killed.kill()
+
+    assert_failed(command, 9, "RankFailure", f"process {killed.pid} was killed or crashed", rank=rank)
+
+
+def test_a_rank_that_raises_is_named(start):
+    command = start(ENDLESS)
+    eventually((command.run / "ranks/1").is_dir, "the folder of rank 1")
+    (command.run / "ranks/1/log.txt").mkdir()  # where it wants to write its log
+
+    assert_failed(command, 9, "IsADirectoryError", "log.txt", rank=1)
+
+
+def test_a_corpus_that_vanishes_is_a_data_error(start, tiny, tmp_path):
+    shutil.copytree(tiny["data.root"], tmp_path / "data")
+    command = start({**ENDLESS, "data.root": tmp_path / "data"})
+    eventually((command.run / "corpus.json").exists, "corpus.json")
+    shutil.rmtree(tmp_path / "data")
+
+    assert_failed(command, 5, "DataError", "is no prepared corpus")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_curve(start):
+    command = start({**ENDLESS, "optim.lr": 1e38})
+
+    command.wait()
+    assert_failed(command, 7, "NumericsError", "loss is nan at step 2")
+    assert len(command.records()) == 1
+    assert (command.run / "curve.png").exists()
+    assert list(command.run.glob("wandb/offline-run-*"))
+
+
+def test_a_rank_that_hangs_is_a_hang(running):
+    command = running(health__hang_timeout_s=10, launch__grace_s=1)
+    command.rank(1).suspend()
+    eventually(lambda: command.json("FAILED.json"), "FAILED.json", timeout_s=30)
+
+    assert_failed(command, 8, "HangError", "did not answer within health.hang_timeout_s")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_asked_to_end_ends(running, number):
+    command = running()
+    command.send(number)
+
+    words = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert_failed(command, 128 + number, "Interrupted", f"stopped by {words}")
+
+
+def test_impatience_leaves_nothing_behind(running):
+    command = running(launch__grace_s=2)
+    command.rank(1).suspend()  # does not see SIGTERM: only SIGKILL ends it
+    for _ in range(5):
+        command.send(signal.SIGINT)
+        time.sleep(0.3)
+
+    assert_failed(command, 130, "Interrupted", "stopped by Ctrl-C")
+
+
+def test_ctrl_c_before_the_ranks_are_up(start):
+    command = start(ENDLESS)
+    command.find("deepspeed.launcher.runner")
+    command.send(signal.SIGINT)
+
+    assert_failed(command, 130, "Interrupted", "stopped by Ctrl-C")
+
+
+def test_no_rank_outlives_a_killed_driver(running):
+    command = running()
+    command.process.kill()
+    # Not yet reaped by its parent, which is this test: ranks must not take a zombie for alive.
+    command.assert_nothing_left(within_s=10)
+
+
+def test_no_rank_outlives_a_driver_that_was_killed_before_it_came_up(start):
+    command = start(ENDLESS)
+    command.find("deepspeed.launcher.runner")
+    command.process.kill()
+    command.assert_nothing_left(within_s=30)
+
+
+@pytest.mark.parametrize("which", ["runner", "launch"])
+def test_a_killed_launcher_is_a_failure_though_deepspeed_may_return_0(running, which):
+    command = running()
+    launcher = command.find(f"deepspeed.launcher.{which}")
+    launcher.kill()
+
+    message = "launcher ended with -9" if which == "runner" else f"launcher (process {launcher.pid}) was killed"
+    assert_failed(command, 9, "RankFailure", message)
+
+
+def test_a_run_ends_when_nobody_reads_its_output(start):
+    pipe = ("bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "bash", STACK, "train")
+    command = start({**ENDLESS, "train.log_every": 1}, pipe)
+
+    assert command.wait() == 128 + signal.SIGPIPE
+    command.assert_nothing_left(within_s=2)
+    assert command.json("FAILED.json")["message"] == "nobody reads the output any more"
+    assert command.stderr == ""
+
+
+def test_a_run_without_an_output_to_write_to_is_done(start):
+    closed = ("bash", "-c", '"$@" <&- >&- 2>&-', "bash", STACK, "train")
+    command = start({"launch.ranks_per_node": 1, "parallel.pipeline": 1}, closed)
+
+    assert command.wait() == 0
+    assert command.json("DONE.json")["step"] == 5

@@ -1,0 +1,133 @@
+"""Real commands as a user starts them, each in a process of its own, and every process that one leaves behind."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from stack.observe.jsonl import read
+from stack.observe.metrics import StepRecord
+
+STACK = str(Path(sys.executable).with_name("stack"))
+DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
+#: Every process of a command inherits this variable, also one that has left its session or lost its parent.
+_MARK = "STACK_TEST_COMMAND"
+
+_T = TypeVar("_T")
+
+
+class Command:
+    """A started command. It writes into `folder`: its output, and its runs below `runs/`."""
+
+    def __init__(self, command: Sequence[str], folder: Path):
+        self.folder, self._mark = folder, uuid.uuid4().hex
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        with self._output("stdout").open("wb") as out, self._output("stderr").open("wb") as err:
+            self.process = subprocess.Popen(
+                list(command),
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                env={**environment, "CUDA_VISIBLE_DEVICES": "", _MARK: self._mark},
+            )
+
+    def _output(self, stream: str) -> Path:
+        return self.folder / f"{stream}-{self._mark[:6]}.txt"
+
+    @property
+    def stdout(self) -> str:
+        return self._output("stdout").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._output("stderr").read_text()
+
+    def wait(self, timeout_s: float = 120) -> int:
+        """The exit code, once it has ended by itself."""
+        return self.process.wait(timeout_s)
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    # Its processes.
+
+    def processes(self) -> list[psutil.Process]:
+        """All live processes that come from this command, itself included."""
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.Error):
+            return process.environ().get(_MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+    def find(self, word: str) -> psutil.Process:
+        """The one process of this command with `word` in its command line; waits for it."""
+
+        def search() -> psutil.Process | None:
+            for process in self.processes():
+                with contextlib.suppress(psutil.Error):
+                    if any(word in argument for argument in process.cmdline()):
+                        return process
+            return None
+
+        return eventually(search, f"the process {word}")
+
+    def rank(self, rank: int) -> psutil.Process:
+        return psutil.Process(eventually(lambda: self.json(f"ranks/{rank}/rank.json"), f"rank {rank}")["pid"])
+
+    def assert_nothing_left(self, *, within_s: float) -> None:
+        """Every process is gone within `within_s` seconds from now."""
+        deadline = time.monotonic() + within_s
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left
+
+    def kill(self) -> None:
+        """Ends whatever is still there."""
+        while left := self.processes():
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.1)
+        self.process.wait()
+
+    # Its run directory.
+
+    @property
+    def run(self) -> Path:
+        """The one run directory below `runs/`; waits for it."""
+        [run] = eventually(lambda: list(self.folder.glob("runs/*/*/")), "the run directory")
+        return run
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """The object in a file of the run directory, or None where there is no such file."""
+        with contextlib.suppress(FileNotFoundError):
+            return json.loads((self.run / name).read_text())
+        return None
+
+    def records(self) -> list[StepRecord]:
+        with contextlib.suppress(FileNotFoundError):
+            return read(self.run / "metrics.jsonl")
+        return []
+
+    def wait_for_step(self, step: int) -> None:
+        eventually(lambda: len(self.records()) >= step, f"step {step}")
+
+
+def eventually(probe: Callable[[], _T | None], what: str, *, timeout_s: float = 120) -> _T:
+    """What `probe` returns, once that is not empty."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := probe()):
+        assert time.monotonic() < deadline, f"{what} did not come within {timeout_s:g} s"
+        time.sleep(0.05)
+    return found

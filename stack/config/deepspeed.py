@@ -71,6 +71,8 @@ def _zero(cfg: Config, *, stage_params: int, accelerator: str) -> dict[str, Any]
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
             "sub_group_size": 1_000_000_000,
+            # Else zero.Init replaces torch's linear, for the whole process, by one written in Python.
+            "memory_efficient_linear": False,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
     return zero

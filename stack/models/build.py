@@ -47,6 +47,8 @@ class Stage(nn.Module):
         if self.last:
             _attach(self, family.norm, skeleton.get_submodule(family.norm))
             _attach(self, family.head, skeleton.get_submodule(family.head))
+        #: Called with each unit before its forward; ZeRO-3 waits there for the unit's parameters.
+        self.before_unit: Callable[[nn.Module], None] | None = None
         # Its buffers are not persistent and not on meta: made again from the config.
         self.rotary = type(skeleton.get_submodule(family.rotary))(config=skeleton.config)
 
@@ -65,7 +67,7 @@ class Stage(nn.Module):
             yield self.family.head, self.get_submodule(self.family.head)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        hidden = self.get_submodule(self.family.embedding)(x) if self.first else x
+        hidden = self._use(self.family.embedding)(x) if self.first else x
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         # None wherever the attention kernel knows causality by itself (sdpa, flash). Padding is on the right, so
         # no real token sees it and no padding mask is needed.
@@ -73,16 +75,23 @@ class Stage(nn.Module):
             config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=None
         )
         rotary = self.rotary(hidden, positions)
-        for layer in self.layers:
+        for path, _ in self.get_submodule(self.family.layers).named_children():
+            layer = self._use(f"{self.family.layers}.{path}")
             hidden = layer(
                 hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary, use_cache=False
             )
         if not self.last:
             return hidden
-        logits = self.get_submodule(self.family.head)(self.get_submodule(self.family.norm)(hidden))
         if labels is None:
             raise ValueError("the last stage needs labels")
+        logits = self._use(self.family.head)(self._use(self.family.norm)(hidden))
         return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def _use(self, path: str) -> nn.Module:
+        unit = self.get_submodule(path)
+        if self.before_unit is not None:
+            self.before_unit(unit)
+        return unit
 
 
 def build_stage(

@@ -87,14 +87,12 @@ class Engine:
         idle = max(0.0, pipeline_s - self._clock.seconds())
         return self._gather(losses, batch, grad_norm=grad_norm, idle_s=idle, start=start)
 
-    @torch.no_grad()
     def eval_batch(self, batch: Batch) -> float:
         """Summed token loss of a held-out batch over all replicas, in nats."""
-        self.zero.train(False)
         losses: list[torch.Tensor] = []
         self._loss_scale = 1.0
-        self._run(self._schedule.eval, batch, losses)
-        self.zero.train(True)
+        with self.zero.evaluate():
+            self._run(self._schedule.eval, batch, losses)
         return self._sum([float(torch.stack(losses).double().sum()) if losses else 0.0])[0]
 
     def _run(self, schedule, batch: Batch, losses: list[torch.Tensor]) -> None:  # type: ignore[no-untyped-def]
@@ -146,9 +144,7 @@ class Engine:
 def _check_dtypes(found: dict[str, str], compute: torch.dtype) -> None:
     """Raises RuntimeError where a live tensor has another dtype than the config promises."""
     wrong = {
-        name: dtype
-        for name, dtype in found.items()
-        if dtype != (_name(compute) if name == "parameters" else "float32")
+        name: dtype for name, dtype in found.items() if dtype != (_name(compute) if name == "parameters" else "float32")
     }
     if wrong:
         raise RuntimeError(f"dtypes differ from what was promised: {wrong}")

@@ -26,9 +26,6 @@ from stack.models.build import Stage
 from stack.parallel.mesh import Mesh, Mpu, local_device
 from stack.parallel.replicated import MasterAdamW, clip, global_norm
 
-#: Marks a parameter as in use until the step ends. DeepSpeed's own entries are module ids, which are not negative.
-_HELD = -1
-
 
 def init_distributed(*, timeout: timedelta) -> None:
     """Starts torch.distributed through DeepSpeed: NCCL with GPUs, gloo without. Collective."""
@@ -64,8 +61,6 @@ def shard(unit: nn.Module, *, mesh: Mesh, config: dict[str, Any]) -> None:
         data_parallel_group=mesh.data_group,
         config_dict_or_path=config,
         mpu=Mpu(mesh),
-        # Replaces torch's linear with one that saves less for the backward; a gathered layer needs no such thing.
-        mem_efficient_linear=False,
         dtype=next(unit.parameters()).dtype,
     )
 
@@ -79,7 +74,9 @@ class ZeroEngine:
     def __init__(self, stage: Stage, *, cfg: Config, mesh: Mesh, config: dict[str, Any]):
         self._mesh, self._clip = mesh, cfg.optim.grad_clip
         self._zero, self._reduce_once = deepspeed_zero_stage(cfg), cfg.parallel.reduce == "step"
-        self._hold = cfg.parallel.gather == "step"
+        self._holds = self._zero == 3 and cfg.parallel.gather == "step"
+        self._stage = stage
+        self._in_flight: dict[nn.Module, Any] = {}
         # Any: DeepSpeed hangs its state on the parameters.
         self._parameters: list[Any] = list(stage.parameters())
         self._gradient_dtype: torch.dtype | None = None
@@ -97,6 +94,10 @@ class ZeroEngine:
         )
         if self._zero == 3:
             _reduce_norm_once(self.optimizer, mesh)
+            if self._holds:
+                # Parameters are gathered by `_gathered` instead of by a hook around each module in each microbatch.
+                self.optimizer.parameter_offload._remove_module_hooks()
+                stage.before_unit = self._arrive
         elif self._zero > 0:
             # ZeRO-2 would copy the fp32 sums through a buffer of the parameters' dtype before it reduces them.
             self.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
@@ -104,10 +105,6 @@ class ZeroEngine:
     @property
     def optimizer(self) -> Any:
         return self.engine.optimizer
-
-    def train(self, mode: bool) -> None:
-        """Training mode (checkpointing, dropout) or evaluation mode."""
-        self.engine.train(mode)
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         return self.engine(*args, **kwargs)
@@ -130,15 +127,42 @@ class ZeroEngine:
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
         """Everything of a step but the update. Gradients are reduced on leaving, or in each backward."""
-        if self._zero == 3 and self._hold:
-            for parameter in self._parameters:
-                parameter.ds_active_sub_modules.add(_HELD)
         # ZeRO-0 reduces in its last backward, at the accumulation boundary.
         once = self._zero > 0 and self._reduce_once
-        with self.engine.coalesce_grad_reduction() if once else contextlib.nullcontext():
+        with self._gathered(), self.engine.coalesce_grad_reduction() if once else contextlib.nullcontext():
             yield
             if self._gradient_dtype is None:
                 self._gradient_dtype = self._live_gradient_dtype()
+
+    @contextlib.contextmanager
+    def evaluate(self) -> Iterator[None]:
+        """Forwards only, in evaluation mode."""
+        self.engine.eval()
+        with torch.no_grad(), self._gathered():
+            yield
+        if self._holds:
+            self.optimizer._partition_all_parameters()
+        self.engine.train()
+
+    @contextlib.contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """With `parallel.gather=step`, has all units of the stage gathered in the order of their use: all are asked for
+        at once, and each is waited for when the first forward reaches it. The optimizer's step releases them."""
+        if self._holds:
+            asked: set[int] = set()
+            for _, unit in self._stage.units():
+                # A tied head asks for the tensor that the embedding has asked for.
+                parameters: list[Any] = [p for p in unit.parameters() if id(p) not in asked]
+                asked.update(map(id, parameters))
+                if parameters:
+                    self._in_flight[unit] = parameters[0].all_gather_coalesced(parameters)
+        yield
+        for unit in list(self._in_flight):
+            self._arrive(unit)
+
+    def _arrive(self, unit: nn.Module) -> None:
+        if (handle := self._in_flight.pop(unit, None)) is not None:
+            handle.wait()
 
     def step(self, lr: float) -> float:
         """Clips, updates, releases held parameters.
@@ -156,6 +180,8 @@ class ZeroEngine:
                 self.engine.step()
             self.engine.zero_grad()
             return norm.item()
+        # The order of the modules never changes: one step has shown it, and comparing costs a broadcast a forward.
+        coordinator.assert_ints_same_as_other_ranks = lambda _ints: None
         skipped = self.engine.skipped_steps
         self.engine.step()
         if self.engine.skipped_steps > skipped:

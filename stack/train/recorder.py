@@ -37,11 +37,7 @@ class Recorder:
             self._console.start(f"run {run.path}")
         self._wandb = WandbSink(
             run.path,
-            mode=cfg.log.wandb.mode,
-            project=cfg.log.wandb.project,
-            entity=cfg.log.wandb.entity,
-            group=cfg.log.wandb.group,
-            tags=cfg.log.wandb.tags,
+            **asdict(cfg.log.wandb),
             name=run.run_id,
             config={**asdict(cfg), "ds_config": engine.ds_config},
             files=[run.config, run.ds_config, run.plan],

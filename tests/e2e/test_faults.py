@@ -25,8 +25,8 @@ def running(start):
 
 
 def assert_failed(command, exit_code, kind, message, *, rank=None):
-    assert command.wait(15) == exit_code, command.stdout + command.stderr
-    command.assert_nothing_left(within_s=2)
+    assert command.wait(20) == exit_code, command.stdout + command.stderr
+    command.assert_nothing_left(within_s=0)
     failure = command.json("FAILED.json")
     assert (failure["type"], failure["exit_code"]) == (kind, exit_code)
     assert message in failure["message"]
@@ -60,6 +60,7 @@ def test_a_corpus_that_vanishes_is_a_data_error(start, tiny, tmp_path):
     eventually((command.run / "corpus.json").exists, "corpus.json")
     shutil.rmtree(tmp_path / "data")
 
+    command.wait()
     assert_failed(command, 5, "DataError", "is no prepared corpus")
 
 
@@ -137,7 +138,7 @@ def test_a_run_ends_when_nobody_reads_its_output(start):
     command = start({**ENDLESS, "train.log_every": 1}, pipe)
 
     assert command.wait() == 128 + signal.SIGPIPE
-    command.assert_nothing_left(within_s=2)
+    command.assert_nothing_left(within_s=0)
     assert command.json("FAILED.json")["message"] == "nobody reads the output any more"
     assert command.stderr == ""
 

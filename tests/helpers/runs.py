@@ -21,6 +21,7 @@ STACK = str(Path(sys.executable).with_name("stack"))
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 #: Every process of a command inherits this variable, also one that has left its session or lost its parent.
 _MARK = "STACK_TEST_COMMAND"
+_WANDB_S = 10
 
 _T = TypeVar("_T")
 
@@ -62,35 +63,32 @@ class Command:
     # Its processes.
 
     def processes(self) -> list[psutil.Process]:
-        """All live processes that come from this command, itself included."""
-        return [process for process in psutil.process_iter() if self._is_ours(process)]
-
-    def _is_ours(self, process: psutil.Process) -> bool:
-        with contextlib.suppress(psutil.Error):
-            return process.environ().get(_MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE
-        return False
+        """All live processes that come from this command, itself included; `info` has their name and cmdline."""
+        found = psutil.process_iter(["name", "cmdline", "environ", "status"])
+        alive = [process for process in found if process.info["status"] != psutil.STATUS_ZOMBIE]
+        return [process for process in alive if (process.info["environ"] or {}).get(_MARK) == self._mark]
 
     def find(self, word: str) -> psutil.Process:
-        """The one process of this command with `word` in its command line; waits for it."""
+        """The first process of this command with `word` in its command line; waits for it."""
 
-        def search() -> psutil.Process | None:
-            for process in self.processes():
-                with contextlib.suppress(psutil.Error):
-                    if any(word in argument for argument in process.cmdline()):
-                        return process
-            return None
+        def search() -> list[psutil.Process]:
+            return [process for process in self.processes() if word in " ".join(process.info["cmdline"])]
 
-        return eventually(search, f"the process {word}")
+        return eventually(search, f"the process {word}")[0]
 
     def rank(self, rank: int) -> psutil.Process:
         return psutil.Process(eventually(lambda: self.json(f"ranks/{rank}/rank.json"), f"rank {rank}")["pid"])
 
     def assert_nothing_left(self, *, within_s: float) -> None:
-        """Every process is gone within `within_s` seconds from now."""
+        """Every process is gone within `within_s` seconds; W&B's own ones see some seconds later that theirs is."""
+        self._assert_gone(within_s, apart_from="wandb-")
+        self._assert_gone(_WANDB_S, apart_from="nothing")
+
+    def _assert_gone(self, within_s: float, *, apart_from: str) -> None:
         deadline = time.monotonic() + within_s
-        while (left := self.processes()) and time.monotonic() < deadline:
+        while left := [p.info["cmdline"] for p in self.processes() if not p.info["name"].startswith(apart_from)]:
+            assert time.monotonic() < deadline, left
             time.sleep(0.1)
-        assert not left
 
     def kill(self) -> None:
         """Ends whatever is still there."""

@@ -10,7 +10,6 @@ import pytest
 
 from stack.health.orphan import is_alive
 from stack.observe.metrics import StepRecord
-from tests.helpers.runs import eventually
 
 PP2_DP2 = {"launch.ranks_per_node": 4, "parallel.pipeline": 2, "parallel.zero": 3, "activation.checkpoint": "full"}
 ONE_RANK = {"launch.ranks_per_node": 1, "parallel.pipeline": 1, "parallel.zero": 0, "activation.checkpoint": "none"}
@@ -88,7 +87,7 @@ def test_a_slow_end_of_rank_0_is_no_failure(start):
     rank = command.rank(1)
     wandb = command.find("wandb-core")
     wandb.suspend()  # as an upload that takes its time
-    eventually(lambda: not is_alive(rank), "the end of rank 1")
+    command.wait_for(lambda: not is_alive(rank), "the end of rank 1")
     with pytest.raises(subprocess.TimeoutExpired):
         command.wait(2)
     wandb.resume()

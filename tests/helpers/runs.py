@@ -22,6 +22,7 @@ DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 #: Every process of a command inherits this variable, also one that has left its session or lost its parent.
 _MARK = "STACK_TEST_COMMAND"
 _WANDB_S = 10
+_PATIENCE_S = 120
 
 _T = TypeVar("_T")
 
@@ -53,7 +54,19 @@ class Command:
     def stderr(self) -> str:
         return self._output("stderr").read_text()
 
-    def wait(self, timeout_s: float = 120) -> int:
+    def wait_for(self, probe: Callable[[], _T | None], what: str) -> _T:
+        """What `probe` returns, once that is not empty. Fails when the command has ended without it."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while not (found := probe()):
+            ended = self.process.poll() is not None
+            if ended and (found := probe()):
+                break
+            assert not ended, f"the command ended without {what}:\n{self.stdout}{self.stderr}"
+            assert time.monotonic() < deadline, f"{what} did not come within {_PATIENCE_S} s"
+            time.sleep(0.05)
+        return found
+
+    def wait(self, timeout_s: float = _PATIENCE_S) -> int:
         """The exit code, once it has ended by itself."""
         return self.process.wait(timeout_s)
 
@@ -74,10 +87,10 @@ class Command:
         def search() -> list[psutil.Process]:
             return [process for process in self.processes() if word in " ".join(process.info["cmdline"])]
 
-        return eventually(search, f"the process {word}")[0]
+        return self.wait_for(search, f"the process {word}")[0]
 
     def rank(self, rank: int) -> psutil.Process:
-        return psutil.Process(eventually(lambda: self.json(f"ranks/{rank}/rank.json"), f"rank {rank}")["pid"])
+        return psutil.Process(self.wait_for(lambda: self.json(f"ranks/{rank}/rank.json"), f"rank {rank}")["pid"])
 
     def assert_nothing_left(self, *, within_s: float) -> None:
         """Every process is gone within `within_s` seconds; W&B's own ones see some seconds later that theirs is."""
@@ -104,7 +117,7 @@ class Command:
     @property
     def run(self) -> Path:
         """The one run directory below `runs/`; waits for it."""
-        [run] = eventually(lambda: list(self.folder.glob("runs/*/*/")), "the run directory")
+        [run] = self.wait_for(lambda: list(self.folder.glob("runs/*/*/")), "the run directory")
         return run
 
     def json(self, name: str) -> dict[str, Any] | None:
@@ -119,13 +132,4 @@ class Command:
         return []
 
     def wait_for_step(self, step: int) -> None:
-        eventually(lambda: len(self.records()) >= step, f"step {step}")
-
-
-def eventually(probe: Callable[[], _T | None], what: str, *, timeout_s: float = 120) -> _T:
-    """What `probe` returns, once that is not empty."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := probe()):
-        assert time.monotonic() < deadline, f"{what} did not come within {timeout_s:g} s"
-        time.sleep(0.05)
-    return found
+        self.wait_for(lambda: len(self.records()) >= step, f"step {step}")

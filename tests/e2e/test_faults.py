@@ -57,6 +57,7 @@ def test_a_rank_that_raises_is_named(start):
     command.wait_for((command.run / "ranks/1").is_dir, "the folder of rank 1")
     (command.run / "ranks/1/log.txt").mkdir()  # where it wants to write its log
 
+    command.wait()
     assert_failed(command, 9, "IsADirectoryError", "log.txt", rank=1)
 
 
@@ -88,12 +89,11 @@ def test_a_rank_that_hangs_is_a_hang(running):
     assert_failed(command, 8, "HangError", "did not answer within health.hang_timeout_s")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_run_that_is_asked_to_end_ends(running, number):
+def test_a_run_that_is_told_to_end_ends(running):
     command = running(OFFLINE)
-    command.send(number)
+    command.send(signal.SIGTERM)
 
-    assert_failed(command, 128 + number, "Interrupted", f"stopped by {number.name}")
+    assert_failed(command, 143, "Interrupted", "stopped by SIGTERM")
 
 
 def test_ctrl_c_again_and_again_leaves_nothing_behind(running):
@@ -139,18 +139,9 @@ def test_a_killed_launcher_is_a_failure_though_deepspeed_may_return_0(running, w
 
 
 def test_a_run_ends_when_nobody_reads_its_output(start):
-    pipe = ("bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "bash", STACK, "train")
-    command = start({**ENDLESS, "train.log_every": 1}, pipe)
+    command = start(ENDLESS, ("bash", "-c", '"$@" | true; exit ${PIPESTATUS[0]}', "bash", STACK, "train"))
 
     assert command.wait() == 128 + signal.SIGPIPE
     command.assert_nothing_left(within_s=0)
     assert command.json("FAILED.json")["message"] == "nobody reads the output any more"
     assert command.stderr == ""
-
-
-def test_a_run_without_an_output_to_write_to_is_done(start):
-    closed = ("bash", "-c", '"$@" <&- >&- 2>&-', "bash", STACK, "train")
-    command = start({"launch.ranks_per_node": 1, "parallel.pipeline": 1, "log.wandb.mode": "disabled"}, closed)
-
-    assert command.wait() == 0
-    assert command.json("DONE.json")["step"] == 5

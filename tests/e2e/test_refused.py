@@ -37,6 +37,12 @@ def test_an_unknown_verb_is_one_line(start):
     assert command.stderr == "UsageError: tarin: no such verb; use train\n"
 
 
+def test_a_closed_output_is_no_mistake(start):
+    command = start({}, ("bash", "-c", '"$@" <&- >&- 2>&-', "bash", STACK, "plan"))
+
+    assert command.wait() == 0
+
+
 def _cpu_seconds() -> float:
     """Of the finished children: what a command costs, however busy the machine is."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -15,7 +15,8 @@ usage: stack VERB [OVERRIDES]
 
 Overrides are Hydra's: key=value, or group=choice such as experiment=8b.
 Every key with its meaning: stack/config/schema.py
-Exit codes: 0 done, 2 usage, 3 config, 4 layout, 5 data, 7 numerics, 8 hang, 9 a rank failed, 130 Ctrl-C
+Exit codes: 0 done, 2 usage, 3 config, 4 layout, 5 data, 7 numerics, 8 hang, 9 a rank failed,
+128 + signal when it was stopped (130 for Ctrl-C)
 """
 #: What a shell reports for a command that SIGPIPE ended.
 _BROKEN_PIPE = 141

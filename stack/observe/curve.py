@@ -39,7 +39,7 @@ def draw(records: Sequence[StepRecord], path: Path, *, title: str) -> None:
     _draw_speed(speed, rows)
     for axes in (loss, speed):
         _style(axes)
-    loss.set_title(title, loc="left", fontsize=11.5, color=_INK, pad=10)
+    loss.set_title(title, parse_math=False, loc="left", fontsize=11.5, color=_INK, pad=10)
     figure.align_ylabels()
     figure.savefig(path, format="png")
 

@@ -129,10 +129,23 @@ class ZeroEngine:
         """Everything of a step but the update. Gradients are reduced on leaving, or in each backward."""
         # ZeRO-0 reduces in its last backward, at the accumulation boundary.
         once = self._zero > 0 and self._reduce_once
-        with self._gathered(), self.engine.coalesce_grad_reduction() if once else contextlib.nullcontext():
+        with self._gathered(), self._reduced_once() if once else contextlib.nullcontext():
             yield
             if self._gradient_dtype is None:
                 self._gradient_dtype = self._live_gradient_dtype()
+
+    @contextlib.contextmanager
+    def _reduced_once(self) -> Iterator[None]:
+        """DeepSpeed's `coalesce_grad_reduction`, but for an error inside: its own reduces then too, and a rank that
+        failed would wait for the others in a collective instead of saying so."""
+        self.engine.inside_no_sync_ctxt = self.optimizer._coalesce_grad_reduction = True
+        yield
+        self.engine.inside_no_sync_ctxt = self.optimizer._coalesce_grad_reduction = False
+        self.engine.set_gradient_accumulation_boundary(True)
+        if self._zero == 3:
+            self.engine._flush_coalesced_reduction_zero3(self.optimizer)
+        else:
+            self.engine._flush_coalesced_reduction_zero12(self.optimizer)
 
     @contextlib.contextmanager
     def evaluate(self) -> Iterator[None]:
@@ -184,9 +197,9 @@ class ZeroEngine:
         coordinator.assert_ints_same_as_other_ranks = lambda _ints: None
         skipped = self.engine.skipped_steps
         self.engine.step()
-        if self.engine.skipped_steps > skipped:
-            return float("nan")
-        return float(self.engine.get_global_grad_norm())
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        # DeepSpeed writes a norm that is not finite as -1.
+        return float("nan") if self.engine.skipped_steps > skipped or norm < 0 else norm
 
     def dtypes(self) -> dict[str, str]:
         """Where each dtype is, read back from live tensors after a step."""

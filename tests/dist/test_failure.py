@@ -1,0 +1,42 @@
+"""What a rank does when it fails between other ranks."""
+
+import contextlib
+import time
+from datetime import timedelta
+
+import pytest
+
+from tests.helpers.tiny import replica_batch, tiny_config
+
+_LEFT_OPEN: list[contextlib.ExitStack] = []
+
+
+def fail_on_rank_0_after_a_backward(zero_stage: int) -> float:
+    """Seconds that rank 0 takes from its error to the caller, while its neighbour never leaves the step."""
+    import torch
+    import torch.distributed as dist
+
+    from stack.parallel.engine import Engine
+    from stack.parallel.mesh import make_mesh
+    from stack.plan.layout import make_plan
+
+    cfg = tiny_config(parallel__pipeline=1, parallel__zero=zero_stage)
+    plan = make_plan(cfg, dist.get_world_size())
+    mesh = make_mesh(plan, timeout=timedelta(seconds=30))
+    engine = Engine(cfg, plan, mesh)
+    batch = replica_batch(cfg, 0, replica=mesh.replica, replicas=mesh.replicas, padded=False)
+    steps = contextlib.ExitStack()
+    _LEFT_OPEN.append(steps)
+    steps.enter_context(engine.zero.accumulate())
+    ids, labels = torch.from_numpy(batch.input_ids[0]), torch.from_numpy(batch.labels[0])
+    engine.zero.backward(engine.zero.forward(ids, labels=labels), None, last=False)
+    began = time.monotonic()
+    if mesh.rank == 0:
+        with contextlib.suppress(KeyError), steps:
+            raise KeyError("a bug in the middle of a step")
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_an_error_inside_a_step_comes_out_at_once(ranks, zero_stage):
+    assert ranks(2).run(fail_on_rank_0_after_a_backward, zero_stage)[0] < 5

@@ -50,10 +50,3 @@ class RankFailure(StackError):
     """A rank ended with an exception or was killed."""
 
     exit_code = 9
-
-
-#: Exit code by the class name that a rank writes into its error.json.
-EXIT_CODES: dict[str, int] = {
-    cls.__name__: cls.exit_code
-    for cls in (UsageError, ConfigError, LayoutError, DataError, NumericsError, HangError, RankFailure)
-}

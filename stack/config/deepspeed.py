@@ -11,14 +11,13 @@ from stack.config.schema import Config
 _BUCKET_ELEMENTS = 50_000_000
 
 
-def ds_config(cfg: Config, *, replicas: int, stage_params: int, accelerator: str) -> dict[str, Any]:
+def ds_config(cfg: Config, *, replicas: int, stage_params: int) -> dict[str, Any]:
     """DeepSpeed's config for one pipeline stage.
 
     Args:
         cfg: the run.
         replicas: ranks of a stage's data group.
         stage_params: parameters of the largest stage; no bucket is larger.
-        accelerator: `cpu` or `cuda`.
     """
     bf16 = cfg.precision.dtype == "bf16"
     return {
@@ -34,7 +33,7 @@ def ds_config(cfg: Config, *, replicas: int, stage_params: int, accelerator: str
         "gradient_clipping": cfg.optim.grad_clip if cfg.parallel.zero else 0.0,
         "prescale_gradients": False,
         "zero_allow_untested_optimizer": False,
-        "zero_optimization": _zero(cfg, stage_params=stage_params, accelerator=accelerator),
+        "zero_optimization": _zero(cfg, stage_params=stage_params),
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "dump_state": False,
@@ -50,13 +49,13 @@ def deepspeed_zero_stage(cfg: Config) -> int:
     return 2 if cfg.parallel.zero == 1 and cfg.precision.dtype == "bf16" else cfg.parallel.zero
 
 
-def _zero(cfg: Config, *, stage_params: int, accelerator: str) -> dict[str, Any]:
+def _zero(cfg: Config, *, stage_params: int) -> dict[str, Any]:
     bucket = max(1, min(_BUCKET_ELEMENTS, stage_params))
     zero: dict[str, Any] = {
         "stage": deepspeed_zero_stage(cfg),
         "contiguous_gradients": True,
-        # Reducing once a step leaves nothing to overlap with; and gloo has no second stream.
-        "overlap_comm": accelerator == "cuda" and cfg.parallel.reduce == "microbatch" and cfg.parallel.zero >= 2,
+        # Overlap and prefetch exist on a GPU only: off until they are proved equal there.
+        "overlap_comm": False,
         "reduce_scatter": True,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
@@ -64,7 +63,7 @@ def _zero(cfg: Config, *, stage_params: int, accelerator: str) -> dict[str, Any]
     }
     if cfg.parallel.zero == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": bucket if accelerator == "cuda" else 0,
+            "stage3_prefetch_bucket_size": 0,
             # A decoder layer is one leaf module and gathered whole, so keeping its small tensors resident saves
             # no collective.
             "stage3_param_persistence_threshold": 0,

@@ -147,7 +147,8 @@ class Train:
     eval_every: int = _at_least(20, 0)
     """Steps between held-out evaluations; 0 never evaluates. The last step is always evaluated otherwise."""
     eval_sequences: int = _at_least(64, 1)
-    """Held-out sequences in one evaluation (fewer where the held-out split is smaller)."""
+    """Held-out sequences in one evaluation (fewer where the held-out split is smaller); it costs whole global
+    batches of forwards."""
     log_every: int = _at_least(5, 1)
     """Steps between console lines; metrics.jsonl has every step."""
 
@@ -170,7 +171,7 @@ class Log:
 @dataclass
 class Launch:
     nodes: int = _at_least(1, 1)
-    """Hosts of the run; `stack plan` believes it, a launch checks it against the ranks that come up."""
+    """Hosts that `stack plan` plans for; a bare launcher's ranks are counted as they come up."""
     ranks_per_node: Any = field(default="auto", metadata={"auto": int, "low": 1, "example": 8})
     """Ranks on each host; `auto` is its NVIDIA GPUs, or 4 on a host without any."""
     grace_s: float = _above(10.0, 0)

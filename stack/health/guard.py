@@ -14,6 +14,6 @@ def check_finite(*, step: int, loss: float, grad_norm: float) -> None:
     for name, value in (("loss", loss), ("grad_norm", grad_norm)):
         if not math.isfinite(value):
             raise NumericsError(
-                f"{name} is {value} at step {step}: the update was left out and training cannot go on; "
+                f"{name} is {value} at step {step} and training cannot go on; "
                 "lower optim.lr, lengthen schedule.warmup_steps or set optim.grad_clip"
             )

@@ -20,7 +20,8 @@ def exit_with_parent(last_words: Callable[[RankFailure], object]) -> None:
     The launcher ends its ranks when it is told to; a launcher or driver that was killed tells nobody. `last_words`
     gets the reason.
     """
-    watched = {"launcher": os.getppid()}
+    # In a container this may be the first process, which has no parent.
+    watched = {"launcher": parent} if (parent := os.getppid()) else {}
     if driver := os.environ.get(DRIVER_PID):
         watched["driver"] = int(driver)
     threading.Thread(target=_watch, args=(watched, last_words), daemon=True, name="orphan-watch").start()

@@ -19,6 +19,7 @@ from stack.observe.console import Console
 from stack.plan.layout import Plan, make_plan
 from stack.plan.report import render
 from stack.train import rundir
+from stack.train.inputs import open_batches
 from stack.train.rundir import RunDir
 
 
@@ -32,6 +33,7 @@ def train(overrides: Sequence[str]) -> int:
     plan = make_plan(cfg)
     deepspeed.check(plan)
     corpus = shards.prepare(cfg.data, seed=cfg.data.split_seed)
+    open_batches(cfg, plan, corpus)
     with _stop_requests() as requests:
         run = rundir.create(cfg, plan, corpus=corpus)
         console = Console(cfg.train.steps, log_every=cfg.train.log_every)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stack.errors import RankFailure
+from stack.errors import HangError, RankFailure
 from stack.launch.processes import Rank, local_ranks
 from stack.observe.console import Console
 from stack.observe.jsonl import Follower
@@ -82,6 +82,9 @@ def _first_failure(run: RunDir, ranks: dict[int, Rank]) -> Failure | None:
         return None
     if causes:
         return _told(causes[0])
+    hung = next((rank for rank in silent if _was_hung(run.rank(rank.rank) / "log.txt")), None)
+    if hung:
+        return Failure("HangError", "NCCL's watchdog gave up on a collective", HangError.exit_code, hung.rank)
     if silent:
         return Failure(
             "RankFailure",
@@ -93,6 +96,11 @@ def _first_failure(run: RunDir, ranks: dict[int, Rank]) -> Failure | None:
     if errors and time.time() - errors[0]["time"] > _POLL_S:
         return _told(errors[0])
     return None
+
+
+def _was_hung(log: Path) -> bool:
+    """Whether NCCL's watchdog ended the rank; it aborts the process, which then can tell nothing itself."""
+    return log.exists() and "Watchdog caught collective operation timeout" in log.read_text(errors="replace")
 
 
 def _told(error: dict[str, Any]) -> Failure:

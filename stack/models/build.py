@@ -15,12 +15,10 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask
 
 from stack.config.schema import Config
+from stack.data.batches import IGNORE
 from stack.models.families import FAMILIES, Family
 from stack.plan.layout import Plan
 from stack.plan.shape import model_fields
-
-#: Label of a position without a target (PyTorch's default `ignore_index`).
-IGNORED = -100
 
 
 class Stage(nn.Module):
@@ -29,7 +27,7 @@ class Stage(nn.Module):
     forward(x, labels):
         x: int64 token ids [micro_size, seq_len] on the first stage, else hidden states
             [micro_size, seq_len, hidden] in the compute dtype.
-        labels: int64 [micro_size, seq_len], already shifted, `IGNORED` where there is no target; last stage only.
+        labels: int64 [micro_size, seq_len], already shifted, `IGNORE` where there is no target; last stage only.
         Returns hidden states [micro_size, seq_len, hidden], or on the last stage the sum of the token losses
         (0-dimensional fp32).
     """
@@ -85,7 +83,7 @@ class Stage(nn.Module):
         if labels is None:
             raise ValueError("the last stage needs labels")
         logits = self._use(self.family.head)(self._use(self.family.norm)(hidden))
-        return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
     def _use(self, path: str) -> nn.Module:
         unit = self.get_submodule(path)

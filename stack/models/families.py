@@ -1,4 +1,4 @@
-"""Where a model family keeps its parts. A new family is one more entry here and its row in the parity test."""
+"""Where a model family keeps its parts inside its Hugging Face class."""
 
 from dataclasses import dataclass
 

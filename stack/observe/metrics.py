@@ -35,7 +35,7 @@ class StepRecord:
     bubble_fraction: float
     """Measured idle time of the stages over the step time, 0 to 1, mean over the stages."""
     memory_peak_bytes: int
-    """Largest device memory that any rank had allocated so far; 0 where the device does not tell."""
+    """Largest memory of any rank so far: allocated on the GPU, or resident on a machine without one."""
     skipped_steps: int
     """Steps so far whose update was thrown away because it was not finite."""
     attempt: int

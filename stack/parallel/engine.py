@@ -47,7 +47,6 @@ class Engine:
             cfg,
             replicas=plan.replicas,
             stage_params=max(plan.stage_params(stage) for stage in range(plan.stages)),
-            accelerator=mesh.device.type,
         )
         # Order matters: ZeRO-3 shards each unit as it is made; checkpointing changes forwards before hooks are set.
         place = (lambda unit: zero.shard(unit, mesh=mesh, config=self.ds_config)) if plan.zero == 3 else None
@@ -55,6 +54,8 @@ class Engine:
         apply_checkpointing(
             self.stage, cfg.activation.checkpoint, dropout=getattr(self.stage.config, "attention_dropout", 0.0) > 0
         )
+        # Dropout differs between ranks, whatever they drew before.
+        torch.manual_seed(cfg.run.seed + mesh.rank)
         self.zero = zero.ZeroEngine(self.stage, cfg=cfg, mesh=mesh, config=self.ds_config)
         self.dtypes: dict[str, str] = {}
         """Where each dtype is, read back from live tensors in the first step."""

@@ -118,4 +118,10 @@ class _EngineStage(PipelineStage):
             self._engine.backward(output, None, last=last_backward)
         else:
             self._engine.backward(output[0], gradients[0], last=last_backward)
-        return tuple(v.grad if isinstance(v, torch.Tensor) else None for v in bwd_kwargs["input_values"]), None
+        inputs = [v if isinstance(v, torch.Tensor) else None for v in bwd_kwargs["input_values"]]
+        received = tuple(None if v is None else v.grad for v in inputs)
+        for value in inputs:
+            if value is not None:
+                # The receive buffer lives on; the gradient must not, or a step keeps one for every microbatch.
+                value.grad = None
+        return received, None

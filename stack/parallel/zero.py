@@ -197,9 +197,9 @@ class ZeroEngine:
         coordinator.assert_ints_same_as_other_ranks = lambda _ints: None
         skipped = self.engine.skipped_steps
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        reported = float(self.engine.get_global_grad_norm() or 0.0)
         # DeepSpeed writes a norm that is not finite as -1.
-        return float("nan") if self.engine.skipped_steps > skipped or norm < 0 else norm
+        return float("nan") if self.engine.skipped_steps > skipped or reported < 0 else reported
 
     def dtypes(self) -> dict[str, str]:
         """Where each dtype is, read back from live tensors after a step."""

@@ -41,7 +41,7 @@ _REDUCE = {
     "microbatch": "gradients reduced after every backward",
 }
 _GATHER = {
-    "step": "parameters held from first to last use in the step",
+    "step": "parameters gathered at the start of the step and held",
     "microbatch": "parameters gathered again for every microbatch",
 }
 

@@ -18,6 +18,9 @@ def learning_rate(step: int, steps: int, *, optim: Optim, schedule: Schedule) ->
     start = schedule.warmup_steps
     if schedule.kind == "wsd":
         start = max(start, steps - (schedule.decay_steps or max(1, steps // 10)))
-    progress = min(1.0, max(0.0, (step - start) / max(1, steps - 1 - start)))
+    if step < start:
+        return optim.lr
+    # A decay of one step is at its end at once.
+    progress = (step - start) / (steps - 1 - start) if steps - 1 > start else 1.0
     keep = (1 + math.cos(math.pi * progress)) / 2 if schedule.kind == "cosine" else 1 - progress
     return optim.lr * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * keep)

@@ -15,11 +15,15 @@ from typing import TextIO
 from stack.config.compose import compose, from_yaml
 from stack.config.schema import Config
 from stack.data.manifest import locate
-from stack.errors import DataError, HangError, NumericsError, RankFailure, StackError, UsageError
+from stack.errors import HangError, NumericsError, RankFailure, StackError, UsageError
 from stack.health.orphan import exit_with_parent
 from stack.plan.layout import Plan, make_plan
 from stack.train import rundir
+from stack.train.inputs import open_batches
 from stack.train.rundir import RunDir
+
+#: Set by the driver: the user's CUDA_VISIBLE_DEVICES.
+VISIBLE_DEVICES = "STACK_VISIBLE_DEVICES"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,6 +32,9 @@ def main(argv: Sequence[str]) -> int:
     The arguments are `--config RUN_DIR/config.yaml` from the driver, or Hydra overrides from a bare launcher.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if VISIBLE_DEVICES in os.environ:
+        # The launcher numbers the devices from 0 whatever the user had made visible.
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[VISIBLE_DEVICES]
     run: RunDir | None = None
     try:
         exit_with_parent(lambda error: _failed(run, rank, error, error.exit_code))
@@ -52,7 +59,6 @@ def _train(cfg: Config, plan: Plan, run: RunDir, *, rank: int, screen: TextIO | 
     # DeepSpeed calls collectives by names that torch has since renamed; one warning a call site and rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Heavy imports come after everything that can be refused without them.
-    from stack.data.batches import Batches, Corpus
     from stack.parallel import zero
     from stack.parallel.engine import Engine
     from stack.parallel.mesh import make_mesh
@@ -65,24 +71,7 @@ def _train(cfg: Config, plan: Plan, run: RunDir, *, rank: int, screen: TextIO | 
     mesh = make_mesh(plan, timeout=timeout)
     print(mesh, flush=True)
 
-    corpus = Corpus.open(run.corpus)
-    if corpus.vocab_size > plan.shape.vocab:
-        raise DataError(
-            f"model.config.vocab_size={plan.shape.vocab} is smaller than the tokenizer's {corpus.vocab_size}; "
-            f"use model.config.vocab_size={corpus.vocab_size}"
-        )
-    training, heldout = (
-        Batches(
-            corpus.split(name),
-            seq_len=plan.seq_len,
-            pack=cfg.data.pack,
-            seed=cfg.run.seed,
-            global_size=plan.global_size,
-            micro_size=plan.micro_size,
-            replicas=plan.replicas,
-        )
-        for name in ("train", "heldout")
-    )
+    training, heldout = open_batches(cfg, plan, run.corpus)
     engine = Engine(cfg, plan, mesh)
     try:
         with Recorder(cfg, plan, run, engine, rank=rank, screen=screen) as recorder:
@@ -165,11 +154,11 @@ def _as_hang(error: Exception) -> HangError | None:
 def _failed(run: RunDir | None, rank: int, error: Exception, exit_code: int) -> int:
     """Leaves the error where the driver finds it and its traceback in the log."""
     if run is None:
-        # Nobody has a folder yet. What the user did wrong is wrong on every rank: one line is enough.
+        # Nobody has a folder yet. One line a host: a config is wrong on all of them, a corpus may be missing on one.
         if not isinstance(error, StackError):
             traceback.print_exception(error)
-        elif rank == 0:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{type(error).__name__}: {error} (on {socket.gethostname()})", file=sys.stderr)
         return exit_code
     traceback.print_exception(error)
     rundir.write_json(

@@ -38,5 +38,7 @@ def test_constant_stays():
     assert curve(kind="constant")[10:] == [1.0] * 90
 
 
-def test_a_run_of_one_step_has_a_rate():
-    assert curve(steps=1, warmup_steps=0) == [1.0]
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "linear"])
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (15, 10), (11, 10), (2, 1)])
+def test_a_short_run_ends_at_the_smallest_rate_too(kind, steps, warmup):
+    assert curve(steps=steps, warmup_steps=warmup, kind=kind)[-1] == pytest.approx(0.1)

@@ -7,6 +7,7 @@ from stack.errors import LayoutError
 from stack.health.orphan import DRIVER_PID
 from stack.plan.layout import Plan, local_devices
 from stack.train.rundir import RunDir
+from stack.train.worker import VISIBLE_DEVICES
 
 
 def check(plan: Plan) -> None:
@@ -19,6 +20,12 @@ def check(plan: Plan) -> None:
         raise LayoutError(
             f"launch.nodes={plan.nodes}: stack train starts this host only; use launch.nodes=1, or on several hosts "
             "deepspeed --hostfile HOSTFILE --no_local_rank --module stack.train OVERRIDES"
+        )
+    gpus = local_devices()
+    if gpus and plan.world_size > gpus:
+        raise LayoutError(
+            f"launch.ranks_per_node={plan.world_size} is more than the {gpus} GPUs here, and NCCL takes one rank a "
+            f"GPU; use launch.ranks_per_node={gpus}"
         )
 
 
@@ -45,6 +52,8 @@ def environment(plan: Plan) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // plan.world_size)
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ}
     environment[DRIVER_PID] = str(os.getpid())
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        environment[VISIBLE_DEVICES] = os.environ["CUDA_VISIBLE_DEVICES"]
     if not local_devices():
         environment["DS_ACCELERATOR"] = "cpu"
     return environment

@@ -16,7 +16,7 @@ from stack.config.compose import compose, from_yaml
 from stack.config.schema import Config
 from stack.data.manifest import locate
 from stack.errors import HangError, NumericsError, RankFailure, StackError, UsageError
-from stack.health.orphan import exit_with_parent
+from stack.health.orphan import DRIVER_PID, exit_with_parent
 from stack.plan.layout import Plan, make_plan
 from stack.train import rundir
 from stack.train.inputs import open_batches
@@ -161,14 +161,15 @@ def _failed(run: RunDir | None, rank: int, error: Exception, exit_code: int) -> 
             print(f"{type(error).__name__}: {error} (on {socket.gethostname()})", file=sys.stderr)
         return exit_code
     traceback.print_exception(error)
-    rundir.write_json(
-        run.rank(rank) / "error.json",
-        {
-            "rank": rank,
-            "type": type(error).__name__,
-            "message": str(error) or type(error).__name__,
-            "exit_code": exit_code,
-            "time": time.time(),
-        },
-    )
+    told = {
+        "rank": rank,
+        "type": type(error).__name__,
+        "message": str(error) or type(error).__name__,
+        "exit_code": exit_code,
+        "time": time.time(),
+    }
+    rundir.write_json(run.rank(rank) / "error.json", told)
+    if DRIVER_PID not in os.environ and not run.failed.exists():
+        # Nobody else is there to say how the run ended.
+        rundir.write_json(run.failed, told)
     return exit_code

@@ -25,6 +25,9 @@ CASES: dict[str, tuple[int, bool, dict[str, Any]]] = {
     "pp2 dp2 zero3, nothing recomputed": (4, True, {"activation__checkpoint": "none"}),
     "pp2 dp2 zero3, not clipped": (4, True, {"optim__grad_clip": 0.0}),
     "pp2 dp2 zero3, gpipe": (4, True, {"parallel__schedule": "gpipe"}),
+    "pp2 dp2 zero3, gpipe, reduced each microbatch": (
+        4, True, {"parallel__schedule": "gpipe", "parallel__reduce": "microbatch"},
+    ),
     "pp2 dp2 zero3, microbatches of two": (4, True, {"batch__micro_size": 2}),
     "pp2 dp2 zero3, uneven by hand": (4, True, {"parallel__split": [0, 1]}),
     "pp2 dp2 zero3, eager attention": (4, True, {"model__attention": "eager"}),

@@ -107,7 +107,7 @@ def build_stage(
     family = FAMILIES["llama"]
     skeleton = _skeleton(cfg, family)
     module = Stage(skeleton, family, plan, stage)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision.dtype]
+    dtype = compute_dtype(cfg)
     for path, unit in module.units():
         if plan.shape.tied and plan.stages == 1 and path == family.head:
             unit.weight = module.get_submodule(family.embedding).weight
@@ -118,6 +118,11 @@ def build_stage(
             place(unit)
     module.rotary.to(device)
     return module
+
+
+def compute_dtype(cfg: Config) -> torch.dtype:
+    """Dtype of the parameters in use and of the hidden states."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision.dtype]
 
 
 def hugging_face_config(cfg: Config, family: Family) -> transformers.PretrainedConfig:

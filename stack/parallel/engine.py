@@ -2,15 +2,17 @@
 
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from stack.config.deepspeed import ds_config
 from stack.config.schema import Config
 from stack.data.batches import Batch
-from stack.models.build import build_stage
+from stack.models.build import build_stage, compute_dtype
 from stack.parallel import zero
 from stack.parallel.activation import apply_checkpointing
 from stack.parallel.mesh import Mesh
@@ -61,7 +63,7 @@ class Engine:
         """Where each dtype is, read back from live tensors in the first step."""
         self._clock = BusyClock(mesh.device)
         self._loss_scale = 1.0
-        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision.dtype]
+        self._dtype = compute_dtype(cfg)
         self._schedule = make_schedule(
             self.zero, plan=plan, mesh=mesh, dtype=self._dtype, loss_scale=lambda: self._loss_scale, clock=self._clock
         )
@@ -83,8 +85,9 @@ class Engine:
             pipeline_s = self._elapsed(pipeline_start)
         grad_norm = self.zero.step(lr)
         if not self.dtypes:
-            self.dtypes = {**self.zero.dtypes(), "rotary tables": _name(next(self.stage.rotary.buffers()).dtype)}
-            _check_dtypes(self.dtypes, self._dtype)
+            found = {**self.zero.dtypes(), "rotary tables": next(self.stage.rotary.buffers()).dtype}
+            _check_dtypes(found, self._dtype)
+            self.dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in found.items()}
         idle = max(0.0, pipeline_s - self._clock.seconds())
         return self._gather(losses, batch, grad_norm=grad_norm, idle_s=idle, start=start)
 
@@ -94,22 +97,29 @@ class Engine:
         self._loss_scale = 1.0
         with self.zero.evaluate():
             self._run(self._schedule.eval, batch, losses)
-        return self._sum([float(torch.stack(losses).double().sum()) if losses else 0.0])[0]
+        total = torch.tensor(_total(losses), dtype=torch.float64, device=self._mesh.device)
+        dist.all_reduce(total)
+        return total.item()
 
-    def _run(self, schedule, batch: Batch, losses: list[torch.Tensor]) -> None:  # type: ignore[no-untyped-def]
-        tokens = torch.from_numpy(batch.input_ids).flatten(0, 1).to(self._mesh.device)
-        if self._mesh.stage < self._mesh.stages - 1:
-            schedule(*((tokens,) if self._mesh.stage == 0 else ()), return_outputs=False)
-            return
-        labels = torch.from_numpy(batch.labels).flatten(0, 1).to(self._mesh.device)
-        args = (tokens,) if self._mesh.stage == 0 else ()
-        schedule(*args, target=labels, losses=losses, return_outputs=False, labels=labels)
+    def _run(self, schedule: Callable[..., object], batch: Batch, losses: list[torch.Tensor]) -> None:
+        """Ids go to the first stage alone and labels to the last, which may be the same."""
+        args, kwargs = [], {}
+        if self._mesh.stage == 0:
+            args = [self._on_device(batch.input_ids)]
+        if self._mesh.stage == self._mesh.stages - 1:
+            labels = self._on_device(batch.labels)
+            kwargs = {"target": labels, "losses": losses, "labels": labels}
+        schedule(*args, return_outputs=False, **kwargs)
+
+    def _on_device(self, sequences: np.ndarray) -> torch.Tensor:
+        """[microbatches, micro_size, seq_len] as [microbatches x micro_size, seq_len]."""
+        return torch.from_numpy(sequences).flatten(0, 1).to(self._mesh.device)
 
     def _gather(
         self, losses: list[torch.Tensor], batch: Batch, *, grad_norm: float, idle_s: float, start: float
     ) -> StepResult:
         """One small all-gather a step: every rank learns the loss, the idle time and the peak of all."""
-        local = float(torch.stack([loss.detach() for loss in losses]).double().sum()) if losses else 0.0
+        local = _total(losses)
         took = self._elapsed(start)
         mine = torch.tensor([local, idle_s / took, took, self._memory_peak()], dtype=torch.float64)
         mine = mine.to(self._mesh.device)
@@ -126,11 +136,6 @@ class Engine:
             memory_peak_bytes=int(table[:, 3].max()),
         )
 
-    def _sum(self, values: list[float]) -> list[float]:
-        total = torch.tensor(values, dtype=torch.float64, device=self._mesh.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
     def _elapsed(self, start: float) -> float:
         if self._mesh.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
@@ -142,14 +147,15 @@ class Engine:
         return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def _check_dtypes(found: dict[str, str], compute: torch.dtype) -> None:
+def _total(losses: list[torch.Tensor]) -> float:
+    """Sum over the microbatches; 0 on stages that have no loss."""
+    return float(torch.stack([loss.detach() for loss in losses]).double().sum()) if losses else 0.0
+
+
+def _check_dtypes(found: dict[str, torch.dtype], compute: torch.dtype) -> None:
     """Raises RuntimeError where a live tensor has another dtype than the config promises."""
     wrong = {
-        name: dtype for name, dtype in found.items() if dtype != (_name(compute) if name == "parameters" else "float32")
+        name: dtype for name, dtype in found.items() if dtype != (compute if name == "parameters" else torch.float32)
     }
     if wrong:
         raise RuntimeError(f"dtypes differ from what was promised: {wrong}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

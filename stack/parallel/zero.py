@@ -29,7 +29,7 @@ from stack.parallel.replicated import MasterAdamW, clip, global_norm
 
 def init_distributed(*, timeout: timedelta) -> None:
     """Starts torch.distributed through DeepSpeed: NCCL with GPUs, gloo without. Collective."""
-    # On a CPU DeepSpeed compiles a shared-memory all-reduce at its first start (45 s). Nothing here calls it.
+    # On a CPU DeepSpeed compiles a shared-memory all-reduce at its first start. Nothing here calls it.
     # (By name: the attribute `deepspeed.comm.torch` is torch itself.)
     comm: Any = importlib.import_module("deepspeed.comm.torch")
     comm.build_shm_op = lambda: None
@@ -201,7 +201,7 @@ class ZeroEngine:
         # DeepSpeed writes a norm that is not finite as -1.
         return float("nan") if self.engine.skipped_steps > skipped or reported < 0 else reported
 
-    def dtypes(self) -> dict[str, str]:
+    def dtypes(self) -> dict[str, torch.dtype]:
         """Where each dtype is, read back from live tensors after a step."""
         optimizer = self.optimizer
         if self._zero == 3:
@@ -212,7 +212,7 @@ class ZeroEngine:
             masters = [p for group in optimizer.param_groups for p in group["params"]]
         state = optimizer.state[masters[0]]
         reduced = getattr(optimizer, "communication_data_type", self._gradient_dtype)
-        found = {
+        return {
             "parameters": next(iter(self._parameters)).dtype,
             "masters": masters[0].dtype,
             "gradient sums": self._gradient_dtype,
@@ -220,7 +220,6 @@ class ZeroEngine:
             "exp_avg": state["exp_avg"].dtype,
             "exp_avg_sq": state["exp_avg_sq"].dtype,
         }
-        return {name: str(dtype).removeprefix("torch.") for name, dtype in found.items()}
 
     def _live_gradient_dtype(self) -> torch.dtype:
         live = next((p.grad for p in self._parameters if p.grad is not None), None)

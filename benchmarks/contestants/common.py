@@ -100,6 +100,7 @@ def replica_batch(step: int, *, replica: int, replicas: int) -> Batch:
     return Batch(
         input_ids=np.ascontiguousarray(mine[..., :-1]),
         labels=np.ascontiguousarray(mine[..., 1:]),
+        positions=np.broadcast_to(np.arange(SEQ_LEN), mine[..., 1:].shape).copy(),
         global_target_tokens=replicas * MICROBATCHES * MICRO_SIZE * SEQ_LEN,
     )
 

@@ -7,14 +7,13 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
-from stack.config.model_fields import LLAMA_FIELDS, check_model_name, check_rope
+from stack.config.families import FAMILIES, base_fields
+from stack.config.model_fields import Tree, check_fields, check_rope, union
 from stack.config.schema import Config
 from stack.config.values import Spec, check_value, closest_path, refuse, show, spec_of
 from stack.errors import ConfigError
 
-Tree = Mapping[str, Any]
-"""Key -> Spec, or the Tree of a section."""
-
+_FIELDS = "model.config."
 _T = TypeVar("_T")
 
 
@@ -32,9 +31,9 @@ def to_config(raw: Any) -> Config:
 
 @cache
 def schema_tree() -> Tree:
-    """Every legal key: the schema's, and the model family's under `model.config`."""
+    """Every legal key: the schema's, and under `model.config` those of any family."""
     tree = _tree_of(Config)
-    tree["model"]["config"] = LLAMA_FIELDS
+    tree["model"]["config"] = union(family.fields for family in FAMILIES.values())
     return tree
 
 
@@ -59,7 +58,7 @@ def check_fragment(path: str, value: Any, node: Spec | Tree) -> Any:
 def unknown_key(path: str, shown: str, groups: Iterable[str] = ()) -> NoReturn:
     """Raise the ConfigError for a dotted path that does not exist; `shown` is what the user wrote."""
     tree = schema_tree()
-    meant = closest_path(path, [*(leaf for leaf, _ in leaves(tree)), *groups])
+    meant = _renamed(path) or closest_path(path, [*(leaf for leaf, _ in leaves(tree)), *groups])
     if meant:
         raise ConfigError(f"{shown}: no such key; did you mean {meant}?")
     section: Any = tree
@@ -71,8 +70,17 @@ def unknown_key(path: str, shown: str, groups: Iterable[str] = ()) -> NoReturn:
         known.append(part)
     if isinstance(section, Spec):
         raise ConfigError(f"{shown}: no such key; {'.'.join(known)} is a single value")
+    if path.startswith(_FIELDS):
+        raise ConfigError(f"{shown}: no such key; no family has it")
     where = f"the keys of {'.'.join(known)}" if known else "the sections"
     raise ConfigError(f"{shown}: no such key; {where} are {', '.join(section)}")
+
+
+def _renamed(path: str) -> str | None:
+    """The key for a name that only a config.json uses."""
+    key = path.removeprefix(_FIELDS)
+    aliases = {old: new for family in FAMILIES.values() for old, new in family.aliases.items()}
+    return f"{_FIELDS}{aliases[key]}" if key in aliases and key not in schema_tree()["model"]["config"] else None
 
 
 def _tree_of(cls: Any) -> dict[str, Any]:
@@ -119,12 +127,19 @@ def _run_rules(config: Config) -> None:
 
 
 def _model_rules(config: Config) -> None:
-    check_model_name(config.model.name)
+    fields = base_fields(config.model.name)
+    name = fields["model_type"]
+    family = FAMILIES[name]
+    check_fields(config.model.config, family.fields, name)
     check_rope(config.model.config.get("rope_parameters", {}))
     if config.model.attention == "flash_attention_2" and config.precision.dtype == "fp32":
         why = "its kernels have no fp32; add precision=bf16, or use model.attention=sdpa"
         refuse("model.attention", config.model.attention, why)
-    longest = config.model.config.get("max_position_embeddings")
+    if config.model.attention == "sdpa" and not family.sdpa:
+        refuse("model.attention", "sdpa", f"{name} caps its attention logits, which sdpa cannot; use model.attention=eager")
+    # Rotary embeddings reach past the length of a folder's model, a table of positions does not.
+    given = config.model.config if family.rotary else {**family.defaults, **fields, **config.model.config}
+    longest = given.get("max_position_embeddings")
     if longest is not None and config.data.seq_len > longest:
         why = f"longer than model.config.max_position_embeddings={longest}; at most {longest}"
         refuse("data.seq_len", config.data.seq_len, why)

@@ -38,9 +38,11 @@ class Run:
 @dataclass
 class Model:
     name: str = field(default="llama", metadata={"example": "llama, or a folder such as /models/my-llama"})
-    """A family (`llama`), or a Hugging Face model folder whose config.json gives the shape."""
+    """A family by its Hugging Face `model_type` (`llama`, `qwen3`, ...), or a model folder whose config.json is of one
+    and gives the shape."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Fields of the family's Hugging Face config, e.g. {hidden_size: 192}; they override a folder's."""
+    """Fields of the family's Hugging Face config, e.g. {hidden_size: 192}; they override a folder's, and those left
+    out are the class's own."""
     attention: str = _one_of("sdpa", "sdpa", "eager", "flash_attention_2")
     """Attention implementation by its Hugging Face name."""
 
@@ -79,13 +81,15 @@ class Data:
 @dataclass
 class Parallel:
     pipeline: int = _at_least(2, 1)
-    """Pipeline stages."""
+    """Ranks along the pipe; each holds `virtual_stages` stages."""
     data: Any = field(default="auto", metadata={"auto": int, "low": 1, "example": 4})
     """Replicas; `auto` is ranks / pipeline."""
     zero: int = field(default=3, metadata={"choices": (0, 1, 2, 3)})
     """ZeRO stage inside each pipeline stage's data group."""
-    schedule: str = _one_of("1f1b", "1f1b", "gpipe")
+    schedule: str = _one_of("1f1b", "1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")
     """Order of forwards and backwards of the microbatches."""
+    virtual_stages: int = _at_least(1, 1)
+    """Stages on each rank of the pipe: more than one for the interleaved schedules, two for `zbv`."""
     reduce: str = _one_of("step", "step", "microbatch")
     """Reduce gradients once a step (full stage gradients live meanwhile) or after every backward."""
     gather: str = _one_of("step", "step", "microbatch")
@@ -96,8 +100,11 @@ class Parallel:
 
 @dataclass
 class Activation:
-    checkpoint: str = _one_of("full", "none", "full")
-    """`full` keeps only each decoder layer's input and recomputes the layer in the backward."""
+    checkpoint: str = _one_of("full", "none", "full", "selective", "every_k")
+    """`full` keeps only each decoder layer's input and recomputes the layer in the backward; `every_k` does so in one
+    layer of `every`; `selective` also keeps the results of matrix products and attention."""
+    every: int = _at_least(2, 1)
+    """The k of `every_k`: layers 0, k, 2k, ... are recomputed."""
 
 
 @dataclass
@@ -110,20 +117,24 @@ class Batch:
 
 @dataclass
 class Precision:
-    dtype: str = _one_of("fp32", "fp32", "bf16")
+    dtype: str = _one_of("fp32", "fp32", "bf16", "fp16")
     """Compute dtype. Masters, optimizer state, gradient accumulation and reduction are fp32 in both."""
 
 
 @dataclass
 class Optim:
+    kind: str = _one_of("adamw", "adamw", "sgd")
+    """`sgd` is SGD with `momentum`."""
     lr: float = _above(3e-3, 0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    momentum: float = field(default=0.9, metadata={"low": 0, "below": 1})
+    """SGD's momentum."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"length": 2, "low": 0, "below": 1})
     """AdamW's two moment decays."""
     eps: float = _above(1e-8, 0)
     """AdamW's denominator floor."""
     weight_decay: float = _at_least(0.1, 0)
-    """Applied to matrices only; norms and biases are not decayed."""
+    """Applied to matrices only (decoupled in AdamW, part of the gradient in SGD); norms and biases are not decayed."""
     grad_clip: float = _at_least(1.0, 0)
     """Largest global gradient norm; 0 does not clip."""
 

@@ -30,6 +30,8 @@ class Batch:
     """int64 [microbatches, micro_size, seq_len]; padding is the end-of-document token, on the right."""
     labels: np.ndarray
     """int64, same shape: labels[..., t] is the target of position t, `IGNORE` where there is none."""
+    positions: np.ndarray
+    """int64, same shape: a token's place in its document, counted from the start of the document or the sequence."""
     global_target_tokens: int
     """Labels that are not `IGNORE`, in the whole global batch of all replicas."""
 
@@ -96,7 +98,7 @@ class Batches:
 
     `pack=True`: the stream is cut into windows of seq_len + 1 tokens, each starting at the last token of the one
     before, so every sequence has `seq_len` targets (the rest at the end of the stream, less than a window, is unused)
-    and may span documents. `pack=False`: a sequence is the first seq_len + 1 tokens of one document, padded
+    and may span documents, whose positions each start at 0. `pack=False`: a sequence is the first seq_len + 1 tokens of one document, padded
     on the right. Neither needs an attention mask: under causal attention no token sees what is to its right.
     """
 
@@ -172,10 +174,25 @@ class Batches:
         rows = self.global_size // self.replicas
         input_ids = np.full((rows, self.seq_len), self.split.eos_id, dtype=np.int64)
         labels = np.full((rows, self.seq_len), IGNORE, dtype=np.int64)
+        positions = np.tile(np.arange(self.seq_len, dtype=np.int64), (rows, 1))
         mine = slice(replica * rows, (replica + 1) * rows)
         for row, (start, length) in enumerate(zip(starts[mine].tolist(), targets[mine].tolist(), strict=True)):
             if length:
                 tokens = self.split.read(start, start + length + 1)
                 input_ids[row, :length], labels[row, :length] = tokens[:-1], tokens[1:]
+                if self.pack:
+                    positions[row] -= self._document_starts(start)
         shape = (-1, self.micro_size, self.seq_len)
-        return Batch(input_ids.reshape(shape), labels.reshape(shape), int(targets.sum()))
+        return Batch(
+            input_ids=input_ids.reshape(shape),
+            labels=labels.reshape(shape),
+            positions=positions.reshape(shape),
+            global_target_tokens=int(targets.sum()),
+        )
+
+    def _document_starts(self, start: int) -> np.ndarray:
+        """For each token of the sequence that begins at `start`, where its document does: int64 [seq_len], counted in
+        the sequence."""
+        tokens = np.arange(start, start + self.seq_len)
+        documents = np.searchsorted(self.split.starts, tokens, side="right") - 1
+        return np.maximum(self.split.starts[documents] - start, 0)

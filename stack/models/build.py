@@ -1,7 +1,7 @@
 """One pipeline stage of a Hugging Face model: built on meta, only the stage's own modules kept and materialised.
 
-Modules stay at their Hugging Face paths, so every parameter keeps its Hugging Face name. Only the model-level
-forward is replaced: hidden states are all that crosses a cut; positions and rotary tables are made on each stage.
+Every stage runs the class's own forward. Stand-ins take the place of other stages' modules, so hidden states are all
+that crosses a cut, masks and rotary tables are made on each stage, and every parameter keeps its Hugging Face name.
 """
 
 import zlib
@@ -12,151 +12,203 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers.masking_utils import create_causal_mask
 
 from stack.config.schema import Config
 from stack.data.batches import IGNORE
-from stack.models.families import FAMILIES, Family
+from stack.models.families import FAMILIES, Parts, parts_of
+from stack.models.router import Router
 from stack.plan.layout import Plan
 from stack.plan.shape import model_fields
 
+#: Calls with each unit as soon as it is materialised.
+Place = Callable[[nn.Module], None]
+
 
 class Stage(nn.Module):
-    """Decoder layers `plan.layers_of(stage)`, with the embedding on the first stage, norm and head on the last.
+    """Decoder layers `plan.layers_of(stage)`, with what is ahead of them on the first stage, norm and head on the last.
 
-    forward(x, labels):
+    forward(x, positions, labels):
         x: int64 token ids [micro_size, seq_len] on the first stage, else hidden states
             [micro_size, seq_len, hidden] in the compute dtype.
-        labels: int64 [micro_size, seq_len], already shifted, `IGNORE` where there is no target; last stage only.
+        positions: int64 [micro_size, seq_len]; they start at 0 in every document, and attention does not cross that.
+        labels: int64 [micro_size, seq_len], already shifted, `IGNORE` where there is no target.
         Returns hidden states [micro_size, seq_len, hidden], or on the last stage the sum of the token losses
         (0-dimensional fp32).
     """
 
-    def __init__(self, skeleton: transformers.PreTrainedModel, family: Family, plan: Plan, stage: int):
+    def __init__(self, model: Any, plan: Plan, stage: int):
         super().__init__()
-        self.config = skeleton.config
         self.first, self.last = stage == 0, stage == plan.stages - 1
-        self.family = family
-        if self.first:
-            _attach(self, family.embedding, skeleton.get_submodule(family.embedding))
-        all_layers = skeleton.get_submodule(family.layers)
-        own = {str(index): all_layers.get_submodule(str(index)) for index in plan.layers_of(stage)}
-        _attach(self, family.layers, nn.ModuleDict(own))
-        if self.last:
-            _attach(self, family.norm, skeleton.get_submodule(family.norm))
-            _attach(self, family.head, skeleton.get_submodule(family.head))
-        #: Called with each unit before its forward; ZeRO-3 waits there for the unit's parameters.
-        self.before_unit: Callable[[nn.Module], None] | None = None
-        # Its buffers are not persistent and not on meta: made again from the config.
-        self.rotary = type(skeleton.get_submodule(family.rotary))(config=skeleton.config)
+        self.parts = parts_of(model)
+        self.model = model
+        self.router = Router(model.config) if hasattr(model.config, "router_aux_loss_coef") else None
+        self._own = [f"{self.parts.layers}.{index}" for index in plan.layers_of(stage)]
+        self._leave_out(plan)
 
     @property
     def layers(self) -> list[nn.Module]:
-        return list(self.get_submodule(self.family.layers).children())
+        """This stage's decoder layers."""
+        return [layer for _, layer in self.numbered_layers()]
+
+    def numbered_layers(self) -> list[tuple[int, nn.Module]]:
+        """This stage's decoder layers with their numbers in the model."""
+        return [(int(path.rpartition(".")[2]), self.model.get_submodule(path)) for path in self._own]
+
+    def tied_weight(self) -> torch.Tensor:
+        """On the first stage the token embedding, on the last the head, of a model that ties them."""
+        path = self.parts.embedding if self.first else self.parts.head
+        return self.model.get_parameter(f"{path}.weight")
+
+    def table_dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of the rotary tables, where the model has some."""
+        tables = [buffer.dtype for name, buffer in self.model.named_buffers() if name.endswith("inv_freq")]
+        return {"rotary tables": tables[0]} if tables else {}
 
     def units(self) -> Iterator[tuple[str, nn.Module]]:
-        """Paths and modules that are materialised, and gathered, one at a time."""
-        if self.first:
-            yield self.family.embedding, self.get_submodule(self.family.embedding)
-        for index, layer in self.get_submodule(self.family.layers).named_children():
-            yield f"{self.family.layers}.{index}", layer
+        """Paths and modules that are materialised, and gathered, one at a time, in the order of the forward."""
+        ahead = self.parts.before if self.first else ()
+        behind = (*self.parts.after, self.parts.head) if self.last else ()
+        for path in (*ahead, *self._own, *behind):
+            unit = self.model.get_submodule(path)
+            if next(unit.parameters(), None) is not None:
+                yield path, unit
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        inputs: dict[str, Any] = {"input_ids": x} if self.first else {"inputs_embeds": x}
+        inputs |= {"position_ids": positions, **_packing(self.model.config, positions)}
+        if self.router is not None:
+            inputs["output_router_logits"] = True
+        # The head belongs to the outer class, with what some families do to its logits.
+        outputs = (self.model if self.last else self.model.base_model)(**inputs)
         if self.last:
-            yield self.family.norm, self.get_submodule(self.family.norm)
-            yield self.family.head, self.get_submodule(self.family.head)
+            logits = outputs.logits.float().flatten(0, -2)
+            output = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        else:
+            output = outputs.last_hidden_state
+        if self.router is not None and self.training:
+            output = self.router.attach(output, outputs.router_logits, labels)
+        return output
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        hidden = self._use(self.family.embedding)(x) if self.first else x
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        # None wherever the attention kernel knows causality by itself (sdpa, flash). Padding is on the right, so
-        # no real token sees it and no padding mask is needed.
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=None
-        )
-        rotary = self.rotary(hidden, positions)
-        for path, _ in self.get_submodule(self.family.layers).named_children():
-            layer = self._use(f"{self.family.layers}.{path}")
-            hidden = layer(
-                hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary, use_cache=False
-            )
+    def _leave_out(self, plan: Plan) -> None:
+        """Puts stand-ins in the place of the modules that belong to other stages."""
+        others = [f"{self.parts.layers}.{index}" for index in range(plan.shape.layers)]
+        absent = [path for path in others if path not in self._own]
+        if not self.first:
+            absent += self.parts.before
+            for attribute in FAMILIES[self.model.config.model_type].multipliers:
+                setattr(self.model.base_model, attribute, 1.0)
         if not self.last:
-            return hidden
-        if labels is None:
-            raise ValueError("the last stage needs labels")
-        logits = self._use(self.family.head)(self._use(self.family.norm)(hidden))
-        return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-
-    def _use(self, path: str) -> nn.Module:
-        unit = self.get_submodule(path)
-        if self.before_unit is not None:
-            self.before_unit(unit)
-        return unit
+            absent += [*self.parts.after, self.parts.head]
+        for path in absent:
+            self.model.set_submodule(path, _Nothing() if path in self.parts.added else _Through())
 
 
-def build_stage(
-    cfg: Config, plan: Plan, stage: int, *, device: torch.device, place: Callable[[nn.Module], None] | None = None
-) -> Stage:
-    """Builds and initialises one stage.
+class _Through(nn.Module):
+    """A module of another stage: hidden states go through unchanged."""
+
+    def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden
+
+
+class _Nothing(nn.Module):
+    """A module of the first stage whose output is added to the hidden states: on other stages there is none."""
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((), device=positions.device)
+
+
+def build_stages(
+    cfg: Config, plan: Plan, pipe_rank: int, *, device: torch.device, place: Place | None = None
+) -> list[Stage]:
+    """Builds and initialises the stages of one rank of the pipe.
 
     Parameters are drawn on the CPU in fp32 from a generator seeded by `run.seed` and the module's Hugging Face path,
     so any layout and any device start from equal weights; then cast to the compute dtype.
 
     Args:
-        place: called with each unit (embedding, a decoder layer, norm, head) as soon as it is materialised; ZeRO-3
-            shards it there, so no rank ever holds more than one unit in full.
+        place: ZeRO-3 shards each unit (embedding, a decoder layer, norm, head) there, so no rank ever holds more than
+            one unit in full.
     """
-    family = FAMILIES["llama"]
-    skeleton = _skeleton(cfg, family)
-    module = Stage(skeleton, family, plan, stage)
-    dtype = compute_dtype(cfg)
-    for path, unit in module.units():
-        if plan.shape.tied and plan.stages == 1 and path == family.head:
-            unit.weight = module.get_submodule(family.embedding).weight
-            continue
-        _materialise(skeleton, path, unit, seed=cfg.run.seed)
-        unit.to(device=device, dtype=dtype)
-        if place is not None:
-            place(unit)
-    module.rotary.to(device)
-    return module
+    stages = [Stage(_skeleton(cfg), plan, stage) for stage in plan.stages_of(pipe_rank)]
+    for stage in stages:
+        for path, unit in stage.units():
+            if plan.shape.tied and path == stage.parts.head:
+                if stages[0].first:
+                    unit.weight = stages[0].tied_weight()
+                    continue
+                unit.weight = nn.Parameter(_tied_weight(cfg, stage.parts))
+            else:
+                _materialise(stage.model, path, unit, seed=cfg.run.seed)
+            unit.to(device=device, dtype=compute_dtype(cfg))
+            if place is not None:
+                place(unit)
+        # What is left has no parameters: rotary tables, in fp32.
+        for path, module in stage.model.named_modules():
+            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+                _initialise(stage.model, path, module, seed=cfg.run.seed)
+                module.to(device)
+    return stages
 
 
 def compute_dtype(cfg: Config) -> torch.dtype:
     """Dtype of the parameters in use and of the hidden states."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.precision.dtype]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision.dtype]
 
 
-def hugging_face_config(cfg: Config, family: Family) -> transformers.PretrainedConfig:
-    """The family's Hugging Face config, without a cache and with the chosen attention."""
-    fields: dict[str, Any] = {
-        k: v for k, v in model_fields(cfg.model).items() if k not in ("model_type", "torch_dtype")
-    }
-    config = getattr(transformers, family.config_class)(**fields)
-    config.use_cache = False
+def hugging_face_config(cfg: Config) -> transformers.PretrainedConfig:
+    """The model's Hugging Face config, without a cache and with the chosen attention."""
+    fields: dict[str, Any] = {k: v for k, v in model_fields(cfg.model).items() if k not in ("torch_dtype", "dtype")}
+    # The class's ids may lie beyond our vocabulary, and the embedding of a padding id would not be trained.
+    fields |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "use_cache": False}
+    config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     config._attn_implementation = cfg.model.attention
     return config
 
 
-def _skeleton(cfg: Config, family: Family) -> transformers.PreTrainedModel:
+def _skeleton(cfg: Config) -> Any:
     with torch.device("meta"):
-        return getattr(transformers, family.model_class)(hugging_face_config(cfg, family))
+        return transformers.AutoModelForCausalLM.from_config(hugging_face_config(cfg))
 
 
-def _materialise(skeleton: transformers.PreTrainedModel, path: str, unit: nn.Module, *, seed: int) -> None:
-    for name, module in unit.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if not own:
-            continue
-        for key, parameter in own.items():
-            module.register_parameter(key, nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32)))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(f"{seed}:{path}.{name}".encode()))
-            skeleton._init_weights(module)
+def _tied_weight(cfg: Config, parts: Parts) -> torch.Tensor:
+    """The token embedding's first values, for a head that is tied to it from another rank."""
+    model = _skeleton(cfg)
+    embedding = model.get_submodule(parts.embedding)
+    _materialise(model, parts.embedding, embedding, seed=cfg.run.seed)
+    return embedding.weight.detach()
 
 
-def _attach(root: nn.Module, path: str, module: nn.Module) -> None:
-    *parents, name = path.split(".")
-    for parent in parents:
-        if not hasattr(root, parent):
-            root.add_module(parent, nn.Module())
-        root = root.get_submodule(parent)
-    root.add_module(name, module)
+def _materialise(model: Any, path: str, unit: nn.Module, *, seed: int) -> None:
+    # Children before their parents, as transformers does: some parents draw a child's weight anew.
+    for name, module in reversed(list(unit.named_modules())):
+        _initialise(model, f"{path}.{name}", module, seed=seed)
+    unset = [name for name, p in (*unit.named_parameters(), *unit.named_buffers()) if p.isnan().any()]
+    if unset:
+        raise RuntimeError(f"{type(model).__name__} does not initialise {path}.{unset[0]}")
+
+
+def _initialise(model: Any, path: str, module: nn.Module, *, seed: int) -> None:
+    """Gives a module its own parameters (fp32) and buffers on the CPU, with the values its class draws for them."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        module.register_parameter(name, nn.Parameter(_unset(parameter, torch.float32)))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        persistent = name not in module._non_persistent_buffers_set
+        module.register_buffer(name, _unset(buffer, buffer.dtype), persistent=persistent)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(f"{seed}:{path}".encode()))
+        model._init_weights(module)
+
+
+def _unset(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full(like.shape, torch.nan if dtype.is_floating_point else 0, dtype=dtype, device="cpu")
+
+
+def _packing(config: transformers.PretrainedConfig, positions: torch.Tensor) -> dict[str, Any]:
+    """Where documents begin, for the variable-length kernel of flash attention; other kernels take a mask, which the
+    model makes from the positions. Left to itself flash attention finds documents in batches of one alone."""
+    if config._attn_implementation != "flash_attention_2":
+        return {}
+    starts = (positions.flatten() == 0).nonzero().flatten()
+    ends = torch.cat([starts, starts.new_tensor([positions.numel()])]).to(torch.int32)
+    longest = int(ends.diff().max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

@@ -1,33 +1,80 @@
-"""Where a model family keeps its parts inside its Hugging Face class."""
+"""Where a Hugging Face causal language model class is cut: docs/add-a-family.md adds one."""
 
 from dataclasses import dataclass
+
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths inside a Hugging Face causal language model class."""
+    """What a class does not say by itself. Every stage runs the class's own forward, with stand-ins for the modules of
+    other stages; the order of the parts comes from the class's `base_model_pp_plan`, or from here where it has none."""
 
-    model_type: str
-    """`model_type` of its Hugging Face config."""
-    config_class: str
-    model_class: str
-    """Class names in `transformers`."""
-    embedding: str
+    before: tuple[str, ...] = ("embed_tokens",)
+    """Modules of the base model ahead of the decoder layers; the first one embeds the tokens."""
+    layers: str = "layers"
+    after: tuple[str, ...] = ("norm",)
+    """Modules between the decoder layers and the head."""
+    added: tuple[str, ...] = ()
+    """Those of `before` whose output the forward adds to the hidden states: nothing is added on later stages."""
+    multipliers: tuple[str, ...] = ()
+    """Attributes of the base model that its forward multiplies the embeddings by: 1 on later stages."""
+
+
+#: By `model_type` of the Hugging Face config.
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "gemma2": Family(),
+    "gemma3_text": Family(),
+    "phi3": Family(),
+    "olmo2": Family(),
+    "gpt_neox": Family(),
+    "gpt2": Family(before=("wte", "wpe", "drop"), layers="h", after=("ln_f",), added=("wpe",)),
+    "granite": Family(multipliers=("embedding_multiplier",)),
+    "smollm3": Family(),
+    "cohere": Family(),
+    "mixtral": Family(),
+    "qwen3_moe": Family(),
+    "olmoe": Family(),
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Module paths inside one model, in the order of the forward."""
+
+    before: tuple[str, ...]
     layers: str
-    norm: str
+    after: tuple[str, ...]
     head: str
-    rotary: str
+    added: tuple[str, ...]
+
+    @property
+    def embedding(self) -> str:
+        """Path of the token embedding."""
+        return self.before[0]
 
 
-LLAMA = Family(
-    model_type="llama",
-    config_class="LlamaConfig",
-    model_class="LlamaForCausalLM",
-    embedding="model.embed_tokens",
-    layers="model.layers",
-    norm="model.norm",
-    head="lm_head",
-    rotary="model.rotary_emb",
-)
+def parts_of(model: PreTrainedModel) -> Parts:
+    """Where `model` keeps its parts."""
+    family = FAMILIES[model.config.model_type]
+    before, layers, after = family.before, family.layers, family.after
+    if plan := model.config.base_model_pp_plan:
+        names = list(plan)
+        cut = names.index("layers")
+        before, layers, after = tuple(names[:cut]), "layers", tuple(names[cut + 1 :])
 
-FAMILIES = {family.model_type: family for family in (LLAMA,)}
+    def inside(name: str) -> str:
+        return f"{model.base_model_prefix}.{name}"
+
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    return Parts(
+        before=tuple(map(inside, before)),
+        layers=inside(layers),
+        after=tuple(map(inside, after)),
+        head=head,
+        added=tuple(map(inside, family.added)),
+    )

@@ -6,13 +6,15 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+#: Fields that rows do without where there is nothing to say.
+_OPTIONAL = ("heldout_loss", "router_aux_loss")
 #: JSON has no spelling for these, so they are strings of the kind `float()` reads; any JSON parser takes the file.
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one optimizer step did. Every field is in every row, save `heldout_loss`."""
+    """What one optimizer step did. Every field is in every row, save those that may be None at the end."""
 
     step: int
     """Optimizer steps finished, this one included; the first step is 1."""
@@ -44,13 +46,13 @@ class StepRecord:
     """End of the step in Unix seconds."""
     heldout_loss: float | None = None
     """Mean cross-entropy in nats over the held-out tokens; absent from the row of a step that did not evaluate."""
+    router_aux_loss: float | None = None
+    """What a mixture of experts adds to `loss` to balance its experts; absent for other models."""
 
     def to_dict(self) -> dict[str, Any]:
         """The row as a plain dict in the order of the fields."""
         row = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.heldout_loss is None:
-            del row["heldout_loss"]
-        return row
+        return {name: value for name, value in row.items() if value is not None or name not in _OPTIONAL}
 
     def to_json(self) -> str:
         """The row as one line of JSON without its newline; a float reads back with the same bits."""
@@ -72,7 +74,7 @@ class StepRecord:
         for field in fields(cls):
             if field.name in row:
                 values[field.name] = _from_json_value(field.name, field.type, row[field.name])
-            elif field.name != "heldout_loss":
+            elif field.name not in _OPTIONAL:
                 raise ValueError(f"it has no {field.name}")
         return cls(**values)
 

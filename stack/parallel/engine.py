@@ -12,12 +12,15 @@ import torch.distributed as dist
 from stack.config.deepspeed import ds_config
 from stack.config.schema import Config
 from stack.data.batches import Batch
-from stack.models.build import build_stage, compute_dtype
+from stack.models.build import build_stages, compute_dtype
 from stack.parallel import zero
 from stack.parallel.activation import apply_checkpointing
 from stack.parallel.mesh import Mesh
 from stack.parallel.schedule import BusyClock, make_schedule
 from stack.plan.layout import Plan
+
+#: Steps between two comparisons of the copies of a tied embedding; each sends a shard of it.
+TIED_CHECK_EVERY = 100
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class StepResult:
     step_time_s: wall time of the slowest rank.
     bubble_fraction: share of the step in which a stage waited for its neighbours, mean over the ranks.
     memory_peak_bytes: largest peak of any rank since it started (device memory, or resident memory on the CPU).
+    router_aux_loss: what a mixture of experts adds to the loss to balance its experts, coefficient included; None for
+        other models.
     """
 
     loss: float
@@ -38,27 +43,27 @@ class StepResult:
     step_time_s: float
     bubble_fraction: float
     memory_peak_bytes: int
+    router_aux_loss: float | None = None
 
 
 class Engine:
-    """One pipeline stage's share of the run. Every method is collective over all ranks."""
+    """This rank's stages of the run. Every method is collective over all ranks."""
 
     def __init__(self, cfg: Config, plan: Plan, mesh: Mesh):
         self._plan, self._mesh = plan, mesh
         self.ds_config = ds_config(
             cfg,
             replicas=plan.replicas,
-            stage_params=max(plan.stage_params(stage) for stage in range(plan.stages)),
+            rank_params=max(plan.rank_params(pipe_rank) for pipe_rank in range(plan.pipeline)),
         )
         # Order matters: ZeRO-3 shards each unit as it is made; checkpointing changes forwards before hooks are set.
         place = (lambda unit: zero.shard(unit, mesh=mesh, config=self.ds_config)) if plan.zero == 3 else None
-        self.stage = build_stage(cfg, plan, mesh.stage, device=mesh.device, place=place)
-        apply_checkpointing(
-            self.stage, cfg.activation.checkpoint, dropout=getattr(self.stage.config, "attention_dropout", 0.0) > 0
-        )
+        self.stages = build_stages(cfg, plan, mesh.pipe_rank, device=mesh.device, place=place)
+        for stage in self.stages:
+            apply_checkpointing(stage, cfg.activation)
         # Dropout differs between ranks, whatever they drew before.
         torch.manual_seed(cfg.run.seed + mesh.rank)
-        self.zero = zero.ZeroEngine(self.stage, cfg=cfg, mesh=mesh, config=self.ds_config)
+        self.zero = zero.ZeroEngine(self.stages, cfg=cfg, mesh=mesh, config=self.ds_config)
         self.dtypes: dict[str, str] = {}
         """Where each dtype is, read back from live tensors in the first step."""
         self._clock = BusyClock(mesh.device)
@@ -67,6 +72,10 @@ class Engine:
         self._schedule = make_schedule(
             self.zero, plan=plan, mesh=mesh, dtype=self._dtype, loss_scale=lambda: self._loss_scale, clock=self._clock
         )
+        self._routers = [stage.router for stage in self.stages if stage.router is not None]
+        for router in self._routers:
+            router.scale = lambda: self._loss_scale * self.zero.loss_scale
+        self._steps = 0
 
     def train_batch(self, batch: Batch, *, lr: float) -> StepResult:
         """One optimizer step on this replica's part of the global batch.
@@ -84,8 +93,11 @@ class Engine:
             self._run(self._schedule.step, batch, losses)
             pipeline_s = self._elapsed(pipeline_start)
         grad_norm = self.zero.step(lr)
+        if self._steps % TIED_CHECK_EVERY == 0:
+            self.zero.check_tied()
+        self._steps += 1
         if not self.dtypes:
-            found = {**self.zero.dtypes(), "rotary tables": next(self.stage.rotary.buffers()).dtype}
+            found = self.zero.dtypes() | self.stages[0].table_dtypes()
             _check_dtypes(found, self._dtype)
             self.dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in found.items()}
         idle = max(0.0, pipeline_s - self._clock.seconds())
@@ -102,14 +114,14 @@ class Engine:
         return total.item()
 
     def _run(self, schedule: Callable[..., object], batch: Batch, losses: list[torch.Tensor]) -> None:
-        """Ids go to the first stage alone and labels to the last, which may be the same."""
-        args, kwargs = [], {}
-        if self._mesh.stage == 0:
+        """Ids go to the first stage alone; every stage needs to know where documents begin and what is trained on."""
+        args, target = [], {}
+        labels = self._on_device(batch.labels)
+        if self.stages[0].first:
             args = [self._on_device(batch.input_ids)]
-        if self._mesh.stage == self._mesh.stages - 1:
-            labels = self._on_device(batch.labels)
-            kwargs = {"target": labels, "losses": losses, "labels": labels}
-        schedule(*args, return_outputs=False, **kwargs)
+        if self.stages[-1].last:
+            target = {"target": labels, "losses": losses}
+        schedule(*args, return_outputs=False, positions=self._on_device(batch.positions), labels=labels, **target)
 
     def _on_device(self, sequences: np.ndarray) -> torch.Tensor:
         """[microbatches, micro_size, seq_len] as [microbatches x micro_size, seq_len]."""
@@ -120,8 +132,9 @@ class Engine:
     ) -> StepResult:
         """One small all-gather a step: every rank learns the loss, the idle time and the peak of all."""
         local = _total(losses)
+        auxiliary = sum(_total(router.take()) for router in self._routers)
         took = self._elapsed(start)
-        mine = torch.tensor([local, idle_s / took, took, self._memory_peak()], dtype=torch.float64)
+        mine = torch.tensor([local, idle_s / took, took, self._memory_peak(), auxiliary], dtype=torch.float64)
         mine = mine.to(self._mesh.device)
         flat = torch.empty(dist.get_world_size() * mine.numel(), dtype=mine.dtype, device=mine.device)
         dist.all_gather_into_tensor(flat, mine)
@@ -134,6 +147,7 @@ class Engine:
             step_time_s=float(table[:, 2].max()),
             bubble_fraction=float(table[:, 1].mean()),
             memory_peak_bytes=int(table[:, 3].max()),
+            router_aux_loss=float(table[:, 4].sum()) / batch.global_target_tokens if self._routers else None,
         )
 
     def _elapsed(self, start: float) -> float:

@@ -1,6 +1,7 @@
-"""The rank grid as process groups: one data group a stage, one pipe group a replica."""
+"""The rank grid as process groups: one data group for each rank of the pipe, one pipe group for each replica."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,21 +16,24 @@ class Mesh:
     """This rank's place. `data_group` shards ZeRO states; `pipe_group` passes hidden states."""
 
     rank: int
-    stage: int
+    pipe_rank: int
     replica: int
-    stages: int
+    pipeline: int
     replicas: int
     data_group: dist.ProcessGroup
     pipe_group: dist.ProcessGroup
+    tied_group: dist.ProcessGroup | None
+    """Holders of the two copies of a tied embedding in this replica's pipe, if this rank is one of them."""
     device: torch.device
 
     @property
     def data_ranks(self) -> list[int]:
-        """Global ranks of this stage's data group."""
-        return [self.stage * self.replicas + replica for replica in range(self.replicas)]
+        """Global ranks of this rank's data group."""
+        return [self.pipe_rank * self.replicas + replica for replica in range(self.replicas)]
 
     def __str__(self) -> str:
-        return f"PP{self.stages} x DP{self.replicas} rank {self.rank} = stage {self.stage}, replica {self.replica}"
+        place = f"pipe rank {self.pipe_rank}, replica {self.replica}"
+        return f"PP{self.pipeline} x DP{self.replicas} rank {self.rank} = {place}"
 
 
 def make_mesh(plan: Plan, *, timeout: timedelta) -> Mesh:
@@ -39,14 +43,29 @@ def make_mesh(plan: Plan, *, timeout: timedelta) -> Mesh:
         timeout: longest wait in one collective before it raises.
     """
     rank = dist.get_rank()
-    stage, replica = plan.stage_of(rank), plan.replica_of(rank)
-    pipes = [
-        dist.new_group([plan.rank_of(s, r) for s in range(plan.stages)], timeout=timeout) for r in range(plan.replicas)
-    ]
-    data = [
-        dist.new_group([plan.rank_of(s, r) for r in range(plan.replicas)], timeout=timeout) for s in range(plan.stages)
-    ]
-    return Mesh(rank, stage, replica, plan.stages, plan.replicas, data[stage], pipes[replica], local_device())
+    pipe_rank, replica = plan.pipe_rank_of(rank), plan.replica_of(rank)
+
+    def groups(of: Iterable[list[int]]) -> list[dist.ProcessGroup]:
+        return [dist.new_group(ranks, timeout=timeout) for ranks in of]
+
+    pipes = groups([plan.rank_of(p, r) for p in range(plan.pipeline)] for r in range(plan.replicas))
+    data = groups([plan.rank_of(p, r) for r in range(plan.replicas)] for p in range(plan.pipeline))
+    tied: dist.ProcessGroup | None = None
+    if plan.tied_apart:
+        holders = [plan.holder_of(0), plan.holder_of(plan.stages - 1)]
+        pairs = groups([plan.rank_of(p, r) for p in holders] for r in range(plan.replicas))
+        tied = pairs[replica] if pipe_rank in holders else None
+    return Mesh(
+        rank=rank,
+        pipe_rank=pipe_rank,
+        replica=replica,
+        pipeline=plan.pipeline,
+        replicas=plan.replicas,
+        data_group=data[pipe_rank],
+        pipe_group=pipes[replica],
+        tied_group=tied,
+        device=local_device(),
+    )
 
 
 def local_device() -> torch.device:
@@ -64,10 +83,10 @@ class Mpu:
         self._mesh = mesh
 
     def get_model_parallel_rank(self) -> int:
-        return self._mesh.stage
+        return self._mesh.pipe_rank
 
     def get_model_parallel_world_size(self) -> int:
-        return self._mesh.stages
+        return self._mesh.pipeline
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return self._mesh.pipe_group

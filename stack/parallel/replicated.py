@@ -1,5 +1,6 @@
-"""What DeepSpeed leaves to its caller at ZeRO stage 0: fp32 masters, the norm over the stages, clipping."""
+"""What DeepSpeed leaves to its caller at ZeRO stage 0: averages over replicas, fp32 masters, the norm, clipping."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,29 +26,42 @@ def clip(parameters: Iterable[torch.Tensor], norm: torch.Tensor, limit: float) -
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], coefficient)
 
 
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW on fp32 masters of parameters in any dtype, with their fp32 gradients; the same as AdamW for fp32.
+def average(gradients: list[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Replaces gradients, in place, by their means over the group. Collective."""
+    for work in [dist.all_reduce(gradient, group=group, async_op=True) for gradient in gradients]:
+        work.wait()
+    torch._foreach_div_(gradients, dist.get_world_size(group))
+
+
+@functools.cache
+def on_masters(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The optimizer class `kind` on fp32 masters of parameters in any dtype, with their fp32 gradients.
 
     A master of an fp32 parameter is the parameter itself.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], **options: Any):
-        self._live = [p for group in groups for p in group["params"]]
-        self._masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self._live]
-        master_of = dict(zip(map(id, self._live), self._masters, strict=True))
-        super().__init__([{**g, "params": [master_of[id(p)] for p in g["params"]]} for g in groups], **options)
+    class OnMasters(kind):  # type: ignore[misc, valid-type]
+        def __init__(self, groups: list[dict[str, Any]], **options: Any):
+            self._live = [p for group in groups for p in group["params"]]
+            self._masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self._live]
+            master_of = dict(zip(map(id, self._live), self._masters, strict=True))
+            super().__init__([{**g, "params": [master_of[id(p)] for p in g["params"]]} for g in groups], **options)
 
-    @property
-    def live_and_masters(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The model's parameters, and in the same order what they are cast from."""
-        return self._live, self._masters
+        @property
+        def live_and_masters(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+            """The model's parameters, and in the same order what they are cast from."""
+            return self._live, self._masters
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        pairs = [(live, master) for live, master in zip(self._live, self._masters, strict=True) if live is not master]
-        for live, master in pairs:
-            master.grad = live.grad
-        super().step(closure)
-        for live, master in pairs:
-            live.copy_(master)
-            master.grad = None
+        @torch.no_grad()
+        def step(self, closure: Callable[[], float] | None = None) -> None:
+            pairs = [
+                (live, master) for live, master in zip(self._live, self._masters, strict=True) if live is not master
+            ]
+            for live, master in pairs:
+                master.grad = live.grad
+            super().step(closure)
+            for live, master in pairs:
+                live.copy_(master)
+                master.grad = None
+
+    return OnMasters

@@ -1,4 +1,4 @@
-"""Drives a stage's engine with a schedule of torch.distributed.pipelining, and measures when the stage computes."""
+"""Drives a rank's engine with a schedule of torch.distributed.pipelining, and measures when it computes."""
 
 import contextlib
 import time
@@ -7,14 +7,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.pipelining.schedules import _PipelineSchedule
 
 from stack.parallel.mesh import Mesh
 from stack.parallel.zero import ZeroEngine
 from stack.plan.layout import Plan
+from stack.plan.policies import SCHEDULES
 
-SCHEDULES: dict[str, type[PipelineScheduleSingle]] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+#: The classes behind the names in `stack.plan.policies`.
+_CLASSES: dict[str, Any] = {
+    "1f1b": Schedule1F1B,
+    "gpipe": ScheduleGPipe,
+    "interleaved_1f1b": ScheduleInterleaved1F1B,
+    "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+}
 
 
 class BusyClock:
@@ -52,8 +67,8 @@ class BusyClock:
 
 def make_schedule(
     engine: ZeroEngine, *, plan: Plan, mesh: Mesh, dtype: torch.dtype, loss_scale: Callable[[], float], clock: BusyClock
-) -> PipelineScheduleSingle:
-    """The schedule of this rank's stage.
+) -> _PipelineSchedule:
+    """The schedule of this rank's stages.
 
     Args:
         dtype: of the hidden states that cross a cut.
@@ -61,39 +76,47 @@ def make_schedule(
     """
     hidden = torch.empty(plan.micro_size, plan.seq_len, plan.shape.hidden, device="meta", dtype=dtype)
     tokens = torch.empty(plan.micro_size, plan.seq_len, device="meta", dtype=torch.long)
-    first, last = mesh.stage == 0, mesh.stage == mesh.stages - 1
-    # Static shapes: letting torch infer them would run a forward and a backward through ZeRO's hooks.
-    stage = _EngineStage(
-        _Forward(engine),
-        mesh.stage,
-        mesh.stages,
-        mesh.device,
-        input_args=(tokens if first else hidden.requires_grad_(),),
-        output_args=(torch.empty((), device="meta") if last else hidden.detach().requires_grad_(),),
-        group=mesh.pipe_group,
-    )
-    stage.drive(engine, clock)
-    return SCHEDULES[plan.schedule](
-        stage, plan.microbatches, loss_fn=lambda total, _labels: total * loss_scale(), scale_grads=False
+
+    def stage(index: int, number: int) -> _EngineStage:
+        # Static shapes: letting torch infer them would run a forward and a backward through ZeRO's hooks.
+        last = number == plan.stages - 1
+        made = _EngineStage(
+            _Forward(engine, index),
+            number,
+            plan.stages,
+            mesh.device,
+            input_args=(tokens if number == 0 else hidden.detach().requires_grad_(),),
+            output_args=(torch.empty((), device="meta") if last else hidden.detach().requires_grad_(),),
+            group=mesh.pipe_group,
+        )
+        made.drive(engine, index, clock)
+        return made
+
+    stages = [stage(index, number) for index, number in enumerate(plan.stages_of(mesh.pipe_rank))]
+    return _CLASSES[plan.schedule](
+        stages if SCHEDULES[plan.schedule].virtual else stages[0],
+        plan.microbatches,
+        loss_fn=lambda total, _labels: total * loss_scale(),
+        scale_grads=False,
     )
 
 
 class _Forward(nn.Module):
-    """The engine as a module without parameters: torch must not move, count or scale what ZeRO owns."""
+    """A stage of the engine as a module without parameters: torch must not move, count or scale what ZeRO owns."""
 
-    def __init__(self, engine: ZeroEngine):
+    def __init__(self, engine: ZeroEngine, index: int):
         super().__init__()
-        self._forward = engine.forward
+        self._forward, self._index = engine.forward, index
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        return self._forward(*args, **kwargs)
+        return self._forward(self._index, *args, **kwargs)
 
 
 class _EngineStage(PipelineStage):
     """A pipeline stage whose backward goes through DeepSpeed."""
 
-    def drive(self, engine: ZeroEngine, clock: BusyClock) -> None:
-        self._engine, self._clock = engine, clock
+    def drive(self, engine: ZeroEngine, index: int, clock: BusyClock) -> None:
+        self._engine, self._index, self._clock = engine, index, clock
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         with self._clock.busy():
@@ -103,25 +126,43 @@ class _EngineStage(PipelineStage):
         with self._clock.busy():
             super().backward_one_chunk(*args, **kwargs)
 
+    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> None:
+        with self._clock.busy():
+            super().backward_weight_one_chunk(*args, **kwargs)
+
+    # Between two stages of one rank torch hands gradients over in an evaluation too, where there are none.
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[torch.Tensor | None, ...], mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
-    ) -> tuple[tuple[torch.Tensor | None, ...], None]:
-        """Replaces torch's backward.
-
-        Raises:
-            RuntimeError: the schedule splits backwards, which goes around the hooks ZeRO reduces from.
-        """
-        if backward_type != "full":
-            raise RuntimeError(f"a {backward_type} backward goes around ZeRO's gradient hooks")
-        output, gradients = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
+    ) -> tuple[tuple[torch.Tensor | None, ...], list[dict[str, Any]] | None]:
+        """Replaces torch's backward, which knows nothing of ZeRO."""
+        if backward_type == "weight":
+            self._engine.backward_weight(self._index, bwd_kwargs["param_groups"])
+            return (), None
+        output, gradients, values = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"]
+        if backward_type == "input":
+            groups = self._engine.backward_input(self._index, output, gradients, values)
+            return _taken(values), groups
         if gradients is None:
-            self._engine.backward(output, None, last=last_backward)
+            self._engine.backward(output if isinstance(output, torch.Tensor) else output[0], None, last=last_backward)
         else:
             self._engine.backward(output[0], gradients[0], last=last_backward)
-        inputs = [v if isinstance(v, torch.Tensor) else None for v in bwd_kwargs["input_values"]]
-        received = tuple(None if v is None else v.grad for v in inputs)
-        for value in inputs:
-            if value is not None:
-                # The receive buffer lives on; the gradient must not, or a step keeps one for every microbatch.
-                value.grad = None
-        return received, None
+        return _taken(values), None
+
+
+def _taken(values: list[Any]) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of the received tensors. The receive buffers live on; their gradients must not, or a step keeps one
+    for every microbatch."""
+    tensors = [value if isinstance(value, torch.Tensor) else None for value in values]
+    received = tuple(None if tensor is None else tensor.grad for tensor in tensors)
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.grad = None
+    return received

@@ -8,7 +8,7 @@ assumption; tests/dist/test_parity.py fails when one of them is left out.
 import contextlib
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,12 +19,15 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from stack.config.deepspeed import deepspeed_zero_stage
 from stack.config.schema import Config
 from stack.models.build import Stage
 from stack.parallel.mesh import Mesh, Mpu, local_device
-from stack.parallel.replicated import MasterAdamW, clip, global_norm
+from stack.parallel.optimizer import make_optimizer
+from stack.parallel.replicated import average, clip, global_norm
+from stack.plan.policies import SCHEDULES
 
 
 def init_distributed(*, timeout: timedelta) -> None:
@@ -65,60 +68,115 @@ def shard(unit: nn.Module, *, mesh: Mesh, config: dict[str, Any]) -> None:
     )
 
 
+class _Stages(nn.ModuleList):
+    """The stages of a rank as the one module that its DeepSpeedEngine knows."""
+
+    def forward(self, index: int, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        return self[index](*args, **kwargs)
+
+
 class ZeroEngine:
-    """A stage's DeepSpeedEngine, driven microbatch by microbatch in any order.
+    """The DeepSpeedEngine of a rank's stages, driven microbatch by microbatch in any order.
 
     One step: inside `accumulate()` any interleaving of `forward` and `backward`, then `step(lr)`.
     """
 
-    def __init__(self, stage: Stage, *, cfg: Config, mesh: Mesh, config: dict[str, Any]):
+    def __init__(self, stages: list[Stage], *, cfg: Config, mesh: Mesh, config: dict[str, Any]):
         self._mesh, self._clip = mesh, cfg.optim.grad_clip
         self._zero, self._reduce_once = deepspeed_zero_stage(cfg), cfg.parallel.reduce == "step"
         self._holds = self._zero == 3 and cfg.parallel.gather == "step"
-        self._stage = stage
+        # Then DeepSpeed sees neither forwards nor backwards: autograd leaves whole gradients for the end of the step.
+        self._splits = SCHEDULES[cfg.parallel.schedule].splits_backward
+        self._stages = stages
         self._in_flight: dict[nn.Module, Any] = {}
+        module = _Stages(stages)
         # Any: DeepSpeed hangs its state on the parameters.
-        self._parameters: list[Any] = list(stage.parameters())
+        self._parameters: list[Any] = list(module.parameters())
         self._gradient_dtype: torch.dtype | None = None
+        tied: Any = stages[0 if stages[0].first else -1].tied_weight() if mesh.tied_group else None
         _scope_trace_check(mesh)
         for parameter in self._parameters:
-            # Without the mark DeepSpeed counts only the first stage's parameters in the global norm, silently.
-            parameter.model_parallel = True
+            # Without the mark DeepSpeed counts only the first stage's parameters in the global norm, silently. The
+            # second copy of a tied embedding must not count.
+            parameter.model_parallel = parameter is not tied or stages[0].first
             # Sums of many microbatches lose bits in bf16: autograd adds them in fp32 whatever the parameter's dtype.
             parameter.grad_dtype = torch.float32
         if self._zero == 3:
             # One gather and one hook a decoder layer instead of one a projection.
-            deepspeed.utils.set_z3_leaf_modules(stage, sorted({type(layer) for layer in stage.layers}, key=str))
+            layers = {type(layer) for stage in stages for layer in stage.layers}
+            deepspeed.utils.set_z3_leaf_modules(module, sorted(layers, key=str))
+        optimizer = make_optimizer(self._parameters, cfg, tied=tied, masters=self._zero == 0)
         self.engine, *_ = deepspeed.initialize(
-            model=stage, optimizer=_adamw(stage, cfg), mpu=Mpu(mesh), config=config, dist_init_required=False
+            model=module, optimizer=optimizer, mpu=Mpu(mesh), config=config, dist_init_required=False
         )
+        self._tied = tied
         if self._zero == 3:
-            _reduce_norm_once(self.optimizer, mesh)
+            self._reduce_norm_once()
             if self._holds:
                 # Parameters are gathered by `_gathered` instead of by a hook around each module in each microbatch.
                 self.optimizer.parameter_offload._remove_module_hooks()
-                stage.before_unit = self._arrive
+                for _, unit in self._units():
+                    unit.register_forward_pre_hook(lambda module, _args: self._arrive(module))
         elif self._zero > 0:
             # ZeRO-2 would copy the fp32 sums through a buffer of the parameters' dtype before it reduces them.
             self.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
+
+    def _units(self) -> Iterator[tuple[str, nn.Module]]:
+        for stage in self._stages:
+            yield from stage.units()
 
     @property
     def optimizer(self) -> Any:
         return self.engine.optimizer
 
-    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        return self.engine(*args, **kwargs)
+    @property
+    def loss_scale(self) -> float:
+        """What DeepSpeed multiplies losses by before their backward: 1, but for fp16."""
+        return 1.0
+
+    def backward_input(
+        self, index: int, output: Sequence[torch.Tensor], gradients: list[torch.Tensor] | None, values: list[Any]
+    ) -> list[dict[str, Any]]:
+        """The part of a backward that the neighbours wait for: gradients of a stage's inputs, left in their `.grad`.
+
+        Returns:
+            What `backward_weight` needs.
+        """
+        _, groups = stage_backward_input(list(output), gradients, values, self._stages[index].parameters())
+        return groups
+
+    def backward_weight(self, index: int, groups: list[dict[str, Any]]) -> None:
+        """The rest of that backward: gradients of the stage's parameters, added to what is there in fp32."""
+        parameters: list[Any] = list(self._stages[index].parameters())
+        sums = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad, parameter.grad_dtype = None, parameter.dtype
+        stage_backward_weight(iter(parameters), groups)
+        for parameter, before in zip(parameters, sums, strict=True):
+            gradient, parameter.grad, parameter.grad_dtype = parameter.grad, None, torch.float32
+            if before is None:
+                parameter.grad = None if gradient is None else gradient.float()
+            else:
+                parameter.grad = before if gradient is None else before.add_(gradient)
+
+    def forward(self, index: int, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        """Runs the forward of this rank's stage number `index` (0, 1, ... in the order of the forward)."""
+        return (self.engine.module if self._splits else self.engine)(index, *args, **kwargs)
 
     def backward(self, output: torch.Tensor, gradient: torch.Tensor | None, *, last: bool) -> None:
-        """Runs the backward of one microbatch.
+        """Runs the backward of one microbatch through one stage.
 
         Args:
             output: the loss (0-dimensional) on the last stage, else the hidden states that were sent on.
             gradient: None on the last stage, else the gradient of `output`.
-            last: whether this is the step's last backward on this rank.
+            last: whether this is the step's last backward of that stage.
         """
+        if self._splits:
+            torch.autograd.backward(output, gradient)
+            return
         loss = output if gradient is None else _Surrogate.apply(output, gradient)
-        self.engine.set_gradient_accumulation_boundary(last)
+        # ZeRO-0 would reduce at the boundary: once for each stage of this rank. It reduces in `accumulate`.
+        self.engine.set_gradient_accumulation_boundary(last and self._zero > 0)
         self.engine.backward(loss, scale_wrt_gas=False)
         if isinstance(self.optimizer, ZeROOptimizer):
             # Cleared only in forward otherwise: the second of two backwards in a row would overwrite, not add.
@@ -127,12 +185,15 @@ class ZeroEngine:
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
         """Everything of a step but the update. Gradients are reduced on leaving, or in each backward."""
-        # ZeRO-0 reduces in its last backward, at the accumulation boundary.
         once = self._zero > 0 and self._reduce_once
         with self._gathered(), self._reduced_once() if once else contextlib.nullcontext():
             yield
             if self._gradient_dtype is None:
                 self._gradient_dtype = self._live_gradient_dtype()
+        if self._zero == 0:
+            average([p.grad for p in self._parameters if p.grad is not None], self._mesh.data_group)
+        for gradient in self._tied_gradients():
+            dist.all_reduce(gradient, group=self._mesh.tied_group)
 
     @contextlib.contextmanager
     def _reduced_once(self) -> Iterator[None]:
@@ -163,7 +224,7 @@ class ZeroEngine:
         at once, and each is waited for when the first forward reaches it. The optimizer's step releases them."""
         if self._holds:
             asked: set[int] = set()
-            for _, unit in self._stage.units():
+            for _, unit in self._units():
                 # A tied head asks for the tensor that the embedding has asked for.
                 parameters: list[Any] = [p for p in unit.parameters() if id(p) not in asked]
                 asked.update(map(id, parameters))
@@ -187,7 +248,8 @@ class ZeroEngine:
             group["lr"] = lr
         self.engine.set_gradient_accumulation_boundary(True)
         if self._zero == 0:
-            norm = global_norm([p.grad for p in self._parameters if p.grad is not None], self._mesh.pipe_group)
+            counted = [p.grad for p in self._parameters if p.grad is not None and p.model_parallel]
+            norm = global_norm(counted, self._mesh.pipe_group)
             if torch.isfinite(norm):
                 clip(self._parameters, norm, self._clip)
                 self.engine.step()
@@ -217,9 +279,55 @@ class ZeroEngine:
             "masters": masters[0].dtype,
             "gradient sums": self._gradient_dtype,
             "gradient reduction": reduced,
-            "exp_avg": state["exp_avg"].dtype,
-            "exp_avg_sq": state["exp_avg_sq"].dtype,
+            **{name: value.dtype for name, value in state.items() if name != "step"},
         }
+
+    def check_tied(self) -> None:
+        """Compares the two copies of a tied embedding, this rank's part of it. Collective over its two holders.
+
+        Raises:
+            RuntimeError: on one holder at least, where they differ.
+        """
+        if self._tied is None:
+            return
+        mine = self._tied.ds_tensor if self._zero == 3 else self._tied.detach()
+        larger = mine.clone()
+        dist.all_reduce(larger, dist.ReduceOp.MAX, group=self._mesh.tied_group)
+        if not torch.equal(larger, mine):
+            raise RuntimeError("the first and the last stage no longer hold the same tied embedding")
+
+    def _tied_gradients(self) -> list[torch.Tensor]:
+        """Reduced gradients of the copy of a tied embedding that this rank holds, this rank's part of them. The two
+        copies are alone in their parameter groups, so the parts of the two holders are the same elements."""
+        if self._tied is None:
+            return []
+        if self._zero == 0:
+            return [self._tied.grad]
+        groups = self.optimizer.fp16_groups if self._zero == 3 else self.optimizer.bit16_groups
+        return [
+            gradient
+            for index, group in enumerate(groups)
+            if any(parameter is self._tied for parameter in group)
+            for gradient in self.optimizer.averaged_gradients[index]
+        ]
+
+    def _reduce_norm_once(self) -> None:
+        """ZeRO-3 reduces the norm once per optimizer sub-group over the pipe group; stages with unequal numbers of
+        sub-groups would hang. Summed locally first, then reduced once. DeepSpeed takes a negative norm for not
+        finite."""
+        optimizer, mesh = self.optimizer, self._mesh
+
+        def norm_groups() -> list[torch.Tensor]:
+            counted = [
+                gradient
+                for index, group in enumerate(optimizer.fp16_groups)
+                for parameter, gradient in zip(group, optimizer.averaged_gradients[index], strict=True)
+                if parameter.model_parallel
+            ]
+            norm = global_norm(counted, mesh.data_group, mesh.pipe_group)
+            return [torch.where(norm.isfinite(), norm, torch.full_like(norm, -1.0))]
+
+        optimizer._get_norm_groups = norm_groups
 
     def _live_gradient_dtype(self) -> torch.dtype:
         live = next((p.grad for p in self._parameters if p.grad is not None), None)
@@ -243,23 +351,6 @@ class _Surrogate(torch.autograd.Function):
         return ctx.saved_tensors[0], None
 
 
-def _adamw(stage: Stage, cfg: Config) -> torch.optim.Optimizer:
-    """AdamW without a compiled op; matrices are decayed, norms and biases are not."""
-    decayed: list[torch.Tensor] = []
-    others: list[torch.Tensor] = []
-    for parameter in stage.parameters():
-        # A ZeRO-3 parameter is an empty placeholder that remembers its shape.
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        (decayed if len(shape) >= 2 else others).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": cfg.optim.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    kind = MasterAdamW if deepspeed_zero_stage(cfg) == 0 else torch.optim.AdamW
-    first, second = cfg.optim.betas
-    return kind(groups, lr=cfg.optim.lr, betas=(first, second), eps=cfg.optim.eps, fused=True)
-
-
 def _scope_trace_check(mesh: Mesh) -> None:
     """ZeRO-3 compares its module order with a broadcast over the WORLD in the middle of a forward; stages hold
     different modules and run at different times, so that deadlocks. Compared over the data group instead, where the
@@ -274,15 +365,3 @@ def _scope_trace_check(mesh: Mesh) -> None:
             raise RuntimeError(f"ZeRO-3 module order of rank {mesh.rank} differs from the first replica of its stage")
 
     coordinator.assert_ints_same_as_other_ranks = same_on_data_group
-
-
-def _reduce_norm_once(optimizer: Any, mesh: Mesh) -> None:
-    """ZeRO-3 reduces the norm once per optimizer sub-group over the pipe group; stages with unequal numbers of
-    sub-groups would hang. Summed locally first, then reduced once. DeepSpeed takes a negative norm for not finite."""
-
-    def norm_groups() -> list[torch.Tensor]:
-        gradients = [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
-        norm = global_norm(gradients, mesh.data_group, mesh.pipe_group)
-        return [torch.where(norm.isfinite(), norm, torch.full_like(norm, -1.0))]
-
-    optimizer._get_norm_groups = norm_groups

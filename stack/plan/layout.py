@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from stack.config.schema import Config, Parallel
 from stack.errors import LayoutError
+from stack.plan.policies import SCHEDULES, check_policies
 from stack.plan.shape import ModelShape, model_shape
 
 #: Ranks on a host without a GPU: pp2 x dp2, the smallest layout in which nothing is trivial.
@@ -18,12 +19,15 @@ CPU_RANKS = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """The layout of a run. The pipe is the outermost axis of the rank grid: a stage's data group is contiguous,
-    inside a host where it can be, and only hidden states cross hosts."""
+    """The layout of a run. The pipe is the outermost axis of the rank grid: a data group is contiguous, inside a host
+    where it can be, and only hidden states cross hosts."""
 
     world_size: int
     nodes: int
+    pipeline: int
+    """Ranks along the pipe."""
     stages: int
+    """Parts that the decoder layers are cut into; a rank of the pipe holds stages / pipeline of them."""
     replicas: int
     zero: int
     schedule: str
@@ -38,16 +42,34 @@ class Plan:
     @property
     def summary(self) -> str:
         """The layout in a few words."""
-        return f"PP{self.stages} x DP{self.replicas}, ZeRO-{self.zero}, {self.schedule}"
+        return f"PP{self.pipeline} x DP{self.replicas}, ZeRO-{self.zero}, {self.schedule}"
 
-    def stage_of(self, rank: int) -> int:
+    def pipe_rank_of(self, rank: int) -> int:
         return rank // self.replicas
 
     def replica_of(self, rank: int) -> int:
         return rank % self.replicas
 
-    def rank_of(self, stage: int, replica: int) -> int:
-        return stage * self.replicas + replica
+    def rank_of(self, pipe_rank: int, replica: int) -> int:
+        return pipe_rank * self.replicas + replica
+
+    def stages_of(self, pipe_rank: int) -> tuple[int, ...]:
+        """Stages that a rank of the pipe holds, in the order of the forward: dealt round, or folded into a V."""
+        rounds = range(0, self.stages, self.pipeline)
+        if SCHEDULES[self.schedule].folded:
+            return tuple(
+                start + (self.pipeline - 1 - pipe_rank if turn % 2 else pipe_rank) for turn, start in enumerate(rounds)
+            )
+        return tuple(start + pipe_rank for start in rounds)
+
+    def holder_of(self, stage: int) -> int:
+        """The rank of the pipe that holds a stage."""
+        return next(pipe_rank for pipe_rank in range(self.pipeline) if stage in self.stages_of(pipe_rank))
+
+    @property
+    def tied_apart(self) -> bool:
+        """Whether the token embedding and the head that is tied to it are on different ranks of the pipe."""
+        return self.shape.tied and self.holder_of(0) != self.holder_of(self.stages - 1)
 
     def layers_of(self, stage: int) -> range:
         """Decoder layers of a stage."""
@@ -58,9 +80,13 @@ class Plan:
         """Parameters a stage holds (before ZeRO shards them over its data group)."""
         first = self.shape.embedding_params if stage == 0 else 0
         last = self.shape.norm_params + self.shape.head_params if stage == self.stages - 1 else 0
-        if self.stages == 1 and self.shape.tied:
+        if stage == self.stages - 1 and self.shape.tied and not self.tied_apart:
             last -= self.shape.head_params
         return len(self.layers_of(stage)) * self.shape.layer_params + first + last
+
+    def rank_params(self, pipe_rank: int) -> int:
+        """Parameters of all stages of a rank of the pipe."""
+        return sum(map(self.stage_params, self.stages_of(pipe_rank)))
 
     def stage_flops(self, stage: int) -> float:
         """Forward FLOPs of a stage per token."""
@@ -73,7 +99,7 @@ class Plan:
             {
                 "stage": stage,
                 "layers": [self.layers_of(stage).start, self.layers_of(stage).stop],
-                "ranks": [self.rank_of(stage, replica) for replica in range(self.replicas)],
+                "ranks": [self.rank_of(self.holder_of(stage), replica) for replica in range(self.replicas)],
                 "params": self.stage_params(stage),
                 "forward_flops_per_token": self.stage_flops(stage),
             }
@@ -117,7 +143,7 @@ def make_plan(cfg: Config, world_size: int | None = None) -> Plan:
     reasons["replicas"] = f"{world_size} ranks / {cfg.parallel.pipeline} stages"
     shape = model_shape(cfg.model)
     _check_model(cfg, shape)
-    _check_policies(cfg.parallel)
+    check_policies(cfg, replicas)
     first_layers, reasons["split"] = _split(cfg.parallel, shape, cfg.data.seq_len)
     microbatches = _microbatches(cfg, replicas)
     reasons["microbatches"] = (
@@ -126,7 +152,8 @@ def make_plan(cfg: Config, world_size: int | None = None) -> Plan:
     return Plan(
         world_size=world_size,
         nodes=cfg.launch.nodes,
-        stages=cfg.parallel.pipeline,
+        pipeline=cfg.parallel.pipeline,
+        stages=len(first_layers),
         replicas=replicas,
         zero=cfg.parallel.zero,
         schedule=cfg.parallel.schedule,
@@ -154,11 +181,6 @@ def _replicas(parallel: Parallel, world_size: int) -> int:
 
 
 def _check_model(cfg: Config, shape: ModelShape) -> None:
-    if shape.tied and cfg.parallel.pipeline > 1:
-        raise LayoutError(
-            f"model.config.tie_word_embeddings=true with parallel.pipeline={cfg.parallel.pipeline}: the first and the "
-            "last stage cannot share one tensor; use tie_word_embeddings=false or parallel.pipeline=1"
-        )
     if cfg.data.tokenizer == "bpe" and cfg.data.vocab_size > shape.vocab:
         raise LayoutError(
             f"data.vocab_size={cfg.data.vocab_size} is larger than model.config.vocab_size={shape.vocab}; "
@@ -166,19 +188,14 @@ def _check_model(cfg: Config, shape: ModelShape) -> None:
         )
 
 
-def _check_policies(parallel: Parallel) -> None:
-    if parallel.zero < 2 and parallel.reduce == "microbatch":
-        raise LayoutError(
-            f"parallel.reduce=microbatch with parallel.zero={parallel.zero}: whole gradients are kept until the step, "
-            "so reducing each of them costs traffic and saves nothing; use parallel.reduce=step or parallel.zero=2"
-        )
-
-
 def _split(parallel: Parallel, shape: ModelShape, seq_len: int) -> tuple[tuple[int, ...], str]:
-    stages = parallel.pipeline
+    stages = parallel.pipeline * parallel.virtual_stages
     if stages > shape.layers:
+        what = f"parallel.pipeline={parallel.pipeline}"
+        if parallel.virtual_stages > 1:
+            what += f" x parallel.virtual_stages={parallel.virtual_stages}"
         raise LayoutError(
-            f"parallel.pipeline={stages} is more than the model's {shape.layers} decoder layers and every stage "
+            f"{what} is more than the model's {shape.layers} decoder layers and every stage "
             f"needs one; use at most {shape.layers}"
         )
     if parallel.split == "auto":
@@ -223,28 +240,39 @@ def balanced_split(shape: ModelShape, stages: int, seq_len: int) -> tuple[int, .
 
 def _microbatches(cfg: Config, replicas: int) -> int:
     """The batch triangle: global_size = micro_size x microbatches x replicas, in sequences."""
-    size, micro = cfg.batch.global_size, cfg.batch.micro_size
-    need = cfg.parallel.pipeline if cfg.parallel.schedule == "1f1b" else 1
+    size, micro, parallel = cfg.batch.global_size, cfg.batch.micro_size, cfg.parallel
     microbatches, rest = divmod(size, micro * replicas)
     if rest:
         raise LayoutError(
             f"batch.global_size={size} is not a multiple of batch.micro_size={micro} x {replicas} replicas; "
-            f"nearest: {_nearest_batches(size, micro, replicas, need)}"
+            f"nearest: {_nearest_batches(size, micro, replicas, parallel)}"
         )
-    if microbatches < need:
+    if why := _illegal_count(microbatches, parallel):
         raise LayoutError(
-            f"batch.global_size={size} gives {microbatches} microbatches and parallel.schedule=1f1b needs one for "
-            f"each of {need} stages; nearest: {_nearest_batches(size, micro, replicas, need)}"
+            f"batch.global_size={size} gives {microbatches} microbatches and parallel.schedule={parallel.schedule} "
+            f"{why}; nearest: {_nearest_batches(size, micro, replicas, parallel)}"
         )
     return microbatches
 
 
-def _nearest_batches(size: int, micro: int, replicas: int, need: int) -> str:
+def _illegal_count(microbatches: int, parallel: Parallel) -> str:
+    """Why the schedule cannot run so many microbatches, or nothing."""
+    ranks = parallel.pipeline
+    if parallel.schedule == "1f1b" and microbatches < ranks:
+        return f"needs one for each of {ranks} stages"
+    if parallel.schedule.startswith("interleaved") and microbatches % max(1, microbatches // ranks):
+        return f"runs them in equal rounds of {ranks} or more"
+    return ""
+
+
+def _nearest_batches(size: int, micro: int, replicas: int, parallel: Parallel) -> str:
     """The three legal (global_size, micro_size, microbatches) closest to what was asked for, in relative change."""
     legal = []
     for candidate in range(1, 2 * micro + 1):
         unit = candidate * replicas
-        for count in {max(need, size // unit), max(need, size // unit + 1)}:
+        around = range(max(1, size // unit - parallel.pipeline), size // unit + 2 * parallel.pipeline + 1)
+        possible = sorted((c for c in around if not _illegal_count(c, parallel)), key=lambda c: abs(c * unit - size))
+        for count in possible[:2]:
             distance = abs(count * unit - size) / size + abs(candidate - micro) / micro
             legal.append((distance, count * unit, candidate, count))
     return "; ".join(

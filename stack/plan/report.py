@@ -2,6 +2,7 @@
 
 from stack.config.schema import Config
 from stack.plan.layout import Plan
+from stack.plan.policies import SCHEDULES
 
 
 def render(plan: Plan, cfg: Config) -> str:
@@ -10,9 +11,9 @@ def render(plan: Plan, cfg: Config) -> str:
     rows = [
         ("model", f"{_count(plan.shape.total_params)} parameters", f"{cfg.model.name}, {plan.shape.layers} layers"),
         ("ranks", plan.world_size, plan.reasons["ranks"]),
-        ("stages", plan.stages, "parallel.pipeline"),
+        ("stages", plan.stages, _stages(plan)),
         ("replicas", plan.replicas, plan.reasons["replicas"]),
-        ("ZeRO stage", plan.zero, f"over the {plan.replicas} ranks of a stage's data group"),
+        ("ZeRO stage", plan.zero, f"over the {plan.replicas} ranks of a data group"),
         ("schedule", plan.schedule, "parallel.schedule"),
         ("reduce", cfg.parallel.reduce, _REDUCE[cfg.parallel.reduce]),
     ]
@@ -24,7 +25,7 @@ def render(plan: Plan, cfg: Config) -> str:
         ("microbatches", plan.microbatches, plan.reasons["microbatches"]),
         ("tokens a step", f"{tokens:,}", f"{plan.global_size} sequences x {plan.seq_len} tokens"),
         ("tokens in all", f"{tokens * cfg.train.steps:,}", f"{cfg.train.steps} steps"),
-        ("bubble", f"{bubble(plan):.1%}", "(stages - 1) / (microbatches + stages - 1), if all stages were equal"),
+        ("bubble", f"{bubble(plan):.1%}", _bubble_formula(plan)),
     ]
     width = max(len(str(value)) for _, value, _ in rows)
     lines = [f"{name:<14} {value!s:<{width}}  {reason}" for name, value, reason in rows]
@@ -32,8 +33,25 @@ def render(plan: Plan, cfg: Config) -> str:
 
 
 def bubble(plan: Plan) -> float:
-    """Idle share of a step with equal stages, for 1F1B and GPipe alike (Narayanan et al. 2021, section 2.2)."""
-    return (plan.stages - 1) / (plan.microbatches + plan.stages - 1)
+    """Idle share of a step with equal stages, for 1F1B and GPipe alike; several stages on a rank divide it by their
+    number (Narayanan et al. 2021, section 2.2). A schedule that splits the backward fills all of it but the start."""
+    if SCHEDULES[plan.schedule].splits_backward:
+        return 0.0
+    idle = (plan.pipeline - 1) * plan.pipeline / plan.stages
+    return idle / (plan.microbatches + idle)
+
+
+def _bubble_formula(plan: Plan) -> str:
+    if SCHEDULES[plan.schedule].splits_backward:
+        return "weight gradients fill it, if all stages and both parts of the backward were equal"
+    virtual = plan.stages // plan.pipeline
+    idle = "(pipeline - 1)" if virtual == 1 else f"(pipeline - 1)/{virtual}"
+    return f"{idle} / (microbatches + {idle}), if all stages were equal"
+
+
+def _stages(plan: Plan) -> str:
+    virtual = plan.stages // plan.pipeline
+    return "parallel.pipeline" if virtual == 1 else f"parallel.pipeline {plan.pipeline} x virtual_stages {virtual}"
 
 
 _REDUCE = {
@@ -55,7 +73,8 @@ def _stage_table(plan: Plan) -> list[str]:
     for stage in range(plan.stages):
         layers = plan.layers_of(stage)
         also = [name for name, here in (("embedding", stage == 0), ("head", stage == plan.stages - 1)) if here]
-        ranks = f"{plan.rank_of(stage, 0)}-{plan.rank_of(stage, plan.replicas - 1)}"
+        holder = plan.holder_of(stage)
+        ranks = f"{plan.rank_of(holder, 0)}-{plan.rank_of(holder, plan.replicas - 1)}"
         lines.append(
             f"{stage:>5}  {f'{layers.start}-{layers.stop - 1}':<9} {', '.join(also):<16} "
             f"{_count(plan.stage_params(stage)):>10}  {plan.stage_flops(stage) / total:>6.1%}  {ranks}"

@@ -1,45 +1,37 @@
 """The model as arithmetic: parameters and FLOPs of each part, from its Hugging Face config, without torch."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from stack.config.families import FAMILIES, Family, base_fields
 from stack.config.schema import Model
-from stack.errors import ConfigError, LayoutError
-
-#: Defaults of `transformers.LlamaConfig`, for fields that neither the folder nor `model.config` sets.
-_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-}
+from stack.errors import LayoutError
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder with gated MLP and grouped-query attention (Llama)."""
+    """What a decoder holds and what a token costs in it. Its layers are equal in parameters."""
 
     layers: int
     hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     vocab: int
-    attention_bias: bool
-    mlp_bias: bool
     tied: bool
-
-    @property
-    def embedding_params(self) -> int:
-        return self.vocab * self.hidden
+    embedding_params: int
+    """Tokens, and positions where they are learned."""
+    norm_params: int
+    """The norm ahead of the head."""
+    layer_params: int
+    """One decoder layer, all experts counted."""
+    layer_weights: int
+    """Weights of a layer's matrix products for one token; only the experts that it is sent to count."""
+    attention_width: int
+    """Query heads x head dimension."""
+    idle_params: int = 0
+    """Parameters of a layer's experts that a token is not sent to."""
+    window: int | None = None
+    """Tokens that attention reaches back in the layers with a sliding window, its own included."""
+    windowed_layers: int = 0
 
     @property
     def head_params(self) -> int:
@@ -47,30 +39,24 @@ class ModelShape:
         return self.vocab * self.hidden
 
     @property
-    def norm_params(self) -> int:
-        return self.hidden
-
-    @property
-    def layer_params(self) -> int:
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = self.hidden * (2 * q + 2 * kv) + (q + 2 * kv + self.hidden if self.attention_bias else 0)
-        mlp = 3 * self.hidden * self.intermediate + (2 * self.intermediate + self.hidden if self.mlp_bias else 0)
-        return attention + mlp + 2 * self.hidden
-
-    @property
     def total_params(self) -> int:
         head = 0 if self.tied else self.head_params
         return self.embedding_params + self.layers * self.layer_params + self.norm_params + head
 
-    def layer_flops(self, seq_len: int) -> float:
-        """Forward FLOPs of one decoder layer per token.
+    @property
+    def active_params(self) -> int:
+        """Parameters that one token passes."""
+        return self.total_params - self.layers * self.idle_params
 
-        Two per weight of the matrix products, plus the two attention products over an average of `seq_len / 2`
-        earlier tokens: causal attention is counted once (PaLM, appendix B, with the causal half left out).
+    def layer_flops(self, seq_len: int) -> float:
+        """Forward FLOPs of one decoder layer per token, the mean over the layers.
+
+        Two per weight of the matrix products, plus the two attention products over the earlier tokens in reach:
+        causal attention is counted once (PaLM, appendix B, with the causal half left out).
         """
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        weights = self.hidden * (2 * q + 2 * kv) + 3 * self.hidden * self.intermediate
-        return 2 * weights + 2 * seq_len * q
+        windowed = self.windowed_layers / self.layers
+        reach = (1 - windowed) * _mean_reach(seq_len, None) + windowed * _mean_reach(seq_len, self.window)
+        return 2 * self.layer_weights + 4 * self.attention_width * reach
 
     @property
     def head_flops(self) -> float:
@@ -83,18 +69,16 @@ class ModelShape:
 
 
 def model_fields(model: Model) -> dict[str, Any]:
-    """Hugging Face config fields of the model: the folder's config.json, overridden by `model.config`.
+    """Hugging Face config fields of the model, `model_type` among them: those that its name stands for, overridden by
+    `model.config`.
 
     Raises:
-        ConfigError: the folder's config.json cannot be read.
+        ConfigError: the name is neither a family nor a folder of one.
     """
-    fields: dict[str, Any] = {}
-    if model.name != "llama":
-        path = Path(model.name) / "config.json"
-        try:
-            fields = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.name={model.name}: {path} cannot be read ({error})") from error
+    fields = base_fields(model.name)
+    if "rope_parameters" in model.config:
+        # The older name, which transformers would prefer.
+        fields.pop("rope_scaling", None)
     return {**fields, **model.config}
 
 
@@ -102,12 +86,109 @@ def model_shape(model: Model) -> ModelShape:
     """Sizes of the configured model.
 
     Raises:
-        LayoutError: heads do not divide the width, or key-value heads do not divide the heads.
+        LayoutError: its numbers do not fit together, or its layers are not equal in parameters.
     """
-    fields: Mapping[str, Any] = {**_DEFAULTS, **{k: v for k, v in model_fields(model).items() if v is not None}}
+    given = model_fields(model)
+    family = FAMILIES[given["model_type"]]
+    fields = {**family.defaults, **given}
+    _check_layers(fields)
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     kv_heads = fields.get("num_key_value_heads") or heads
-    if "head_dim" not in fields and hidden % heads:
+    _check_heads(fields, family, kv_heads)
+    head_dim = fields.get("head_dim") or hidden // heads
+    q, kv = heads * head_dim, kv_heads * head_dim
+
+    expert, router, experts, active = _mlp(fields, family)
+    weights = hidden * (2 * q + 2 * kv) + router
+    norm = hidden * (2 if family.classic else 1)
+    small = family.norms * norm + _qk_norms(fields, family, q, kv, head_dim) + _biases(fields, family, q, kv)
+    window, windowed_layers = _windows(fields, family)
+    positions = 0 if family.rotary else fields["max_position_embeddings"]
+    return ModelShape(
+        layers=fields["num_hidden_layers"],
+        hidden=hidden,
+        vocab=fields["vocab_size"],
+        tied=bool(fields["tie_word_embeddings"]),
+        embedding_params=(fields["vocab_size"] + positions) * hidden,
+        norm_params=norm,
+        layer_params=weights + experts * expert + small,
+        layer_weights=weights + active * expert,
+        attention_width=q,
+        idle_params=(experts - active) * expert,
+        window=window,
+        windowed_layers=windowed_layers,
+    )
+
+
+def _mlp(fields: Mapping[str, Any], family: Family) -> tuple[int, int, int, int]:
+    """Weights of one MLP and of the router, MLPs in a layer, and those that a token is sent to."""
+    expert = (2 if family.classic else 3) * fields["hidden_size"] * _inner(fields)
+    if family.experts is None:
+        return expert, 0, 1, 1
+    experts, active = fields[family.experts], fields["num_experts_per_tok"]
+    if active > experts:
+        raise LayoutError(
+            f"model.config.num_experts_per_tok={active} is more than {family.experts}={experts}; use at most {experts}"
+        )
+    return expert, fields["hidden_size"] * experts, experts, active
+
+
+def _inner(fields: Mapping[str, Any]) -> int:
+    """Width of an MLP. A mixture that has its own key for it may keep another for dense layers."""
+    keys = ("moe_intermediate_size", "intermediate_size", "n_inner")
+    return next((fields[key] for key in keys if fields.get(key)), 4 * fields["hidden_size"])
+
+
+def _biases(fields: Mapping[str, Any], family: Family, q: int, kv: int) -> int:
+    """Biases of a layer's linear maps. Config files also carry switches that their class does not read."""
+    hidden, inner = fields["hidden_size"], _inner(fields)
+    on = {key: fields[key] if key in family.fields else family.classic for key in ("attention_bias", "mlp_bias")}
+    attention = q + 2 * kv + hidden if on["attention_bias"] else q + 2 * kv if family.qkv_bias else 0
+    return attention + ((1 if family.classic else 2) * inner + hidden if on["mlp_bias"] else 0)
+
+
+def _qk_norms(fields: Mapping[str, Any], family: Family, q: int, kv: int, head_dim: int) -> int:
+    if not fields.get("use_qk_norm", True):
+        return 0
+    return {"none": 0, "head": 2 * head_dim, "width": q + kv}[family.qk_norm]
+
+
+def _windows(fields: Mapping[str, Any], family: Family) -> tuple[int | None, int]:
+    """The sliding window and how many layers have it."""
+    if family.slides is None:
+        return None, 0
+    window = fields["sliding_window"] if fields.get("use_sliding_window", True) else None
+    types = fields["layer_types"] if "layer_types" in family.fields else None
+    if types and window is None and "sliding_attention" in types:
+        switch = " and use_sliding_window=true" if "use_sliding_window" in family.fields else ""
+        raise LayoutError(
+            f"model.config.layer_types has sliding_attention and there is no window; set sliding_window{switch}"
+        )
+    if window is None:
+        return None, 0
+    layers = range(fields["num_hidden_layers"])
+    return window, types.count("sliding_attention") if types else sum(family.slides(fields, i) for i in layers)
+
+
+def _check_layers(fields: Mapping[str, Any]) -> None:
+    layers = fields["num_hidden_layers"]
+    for key in ("layer_types", "no_rope_layers"):
+        if (listed := fields.get(key)) is not None and len(listed) != layers:
+            raise LayoutError(
+                f"model.config.{key} has {len(listed)} entries for num_hidden_layers={layers}; "
+                f"give one for each layer, or null"
+            )
+    for key, uniform in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
+        if (fields.get(key) or uniform) != uniform:
+            raise LayoutError(
+                f"model: {key}={fields[key]} makes some layers dense and others a mixture, and stages are cut from "
+                f"equal layers; use a model with experts in every layer"
+            )
+
+
+def _check_heads(fields: Mapping[str, Any], family: Family, kv_heads: int) -> None:
+    hidden, heads, head_dim = fields["hidden_size"], fields["num_attention_heads"], fields.get("head_dim")
+    if hidden % heads and (family.whole_heads or head_dim is None):
         raise LayoutError(
             f"model.config.num_attention_heads={heads} does not divide hidden_size={hidden}; "
             f"use {_nearest_divisor(hidden, heads)}"
@@ -117,24 +198,19 @@ def model_shape(model: Model) -> ModelShape:
             f"model.config.num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}; "
             f"use {_nearest_divisor(heads, kv_heads)}"
         )
-    head_dim = fields.get("head_dim") or hidden // heads
-    if head_dim % 2:
+    head_dim = head_dim or hidden // heads
+    if family.rotary and head_dim % 2:
+        instead = f"head_dim={head_dim + 1}" if "head_dim" in family.fields else f"hidden_size={heads * (head_dim + 1)}"
         raise LayoutError(
-            f"model.config: the head dimension {head_dim} is odd and rotary embeddings need pairs; "
-            f"use head_dim={head_dim + 1}"
+            f"model.config: the head dimension {head_dim} is odd and rotary embeddings need pairs; use {instead}"
         )
-    return ModelShape(
-        layers=fields["num_hidden_layers"],
-        hidden=hidden,
-        intermediate=fields["intermediate_size"],
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab=fields["vocab_size"],
-        attention_bias=bool(fields["attention_bias"]),
-        mlp_bias=bool(fields["mlp_bias"]),
-        tied=bool(fields["tie_word_embeddings"]),
-    )
+
+
+def _mean_reach(seq_len: int, window: int | None) -> float:
+    """Earlier tokens that a token attends to, the mean over a sequence."""
+    if window is None or window >= seq_len:
+        return seq_len / 2
+    return window - window * window / (2 * seq_len)
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

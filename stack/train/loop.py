@@ -74,4 +74,5 @@ def _row(
         attempt=state.attempt,
         time=time.time(),
         heldout_loss=heldout_loss,
+        router_aux_loss=result.router_aux_loss,
     )

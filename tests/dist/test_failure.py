@@ -24,12 +24,14 @@ def fail_on_rank_0_after_a_backward(zero_stage: int) -> float:
     plan = make_plan(cfg, dist.get_world_size())
     mesh = make_mesh(plan, timeout=timedelta(seconds=30))
     engine = Engine(cfg, plan, mesh)
-    batch = replica_batch(cfg, 0, replica=mesh.replica, replicas=mesh.replicas, padded=False)
+    batch = replica_batch(cfg, 0, replica=mesh.replica, replicas=mesh.replicas, kind="full")
     steps = contextlib.ExitStack()
     _LEFT_OPEN.append(steps)
     steps.enter_context(engine.zero.accumulate())
     ids, labels = torch.from_numpy(batch.input_ids[0]), torch.from_numpy(batch.labels[0])
-    engine.zero.backward(engine.zero.forward(ids, labels=labels), None, last=False)
+    positions = torch.from_numpy(batch.positions[0])
+    loss = engine.zero.forward(0, ids, positions=positions, labels=labels)
+    engine.zero.backward(loss, None, last=False)
     began = time.monotonic()
     if mesh.rank == 0:
         with contextlib.suppress(KeyError), steps:

@@ -8,7 +8,7 @@ import numpy as np
 from tests.helpers.tiny import STEPS, replica_batch, tiny_config
 
 
-def run_layout(settings: dict[str, Any], padded: bool) -> dict[str, Any]:
+def run_layout(settings: dict[str, Any], kind: str) -> dict[str, Any]:
     """One rank's part: called on every rank of a `RankPool`.
 
     Returns:
@@ -37,9 +37,9 @@ def run_layout(settings: dict[str, Any], padded: bool) -> dict[str, Any]:
     engine.zero.step = capture_then_step  # type: ignore[method-assign]
     results = []
     for step in range(STEPS):
-        batch = replica_batch(cfg, step, replica=mesh.replica, replicas=mesh.replicas, padded=padded)
+        batch = replica_batch(cfg, step, replica=mesh.replica, replicas=mesh.replicas, kind=kind)
         results.append(engine.train_batch(batch, lr=cfg.optim.lr))
-    held = replica_batch(cfg, 99, replica=mesh.replica, replicas=mesh.replicas, padded=padded)
+    held = replica_batch(cfg, 99, replica=mesh.replica, replicas=mesh.replicas, kind=kind)
     return {
         "steps": [(result.loss, result.grad_norm) for result in results],
         "bubble": [result.bubble_fraction for result in results],
@@ -59,4 +59,8 @@ def _full(engine: Any, what: str) -> dict[str, np.ndarray]:
     else:
         utils = deepspeed.utils
         read = utils.safe_get_full_grad if what == "gradient" else utils.safe_get_full_fp32_param
-    return {name: read(p).detach().float().numpy().copy() for name, p in engine.stage.named_parameters()}
+    return {
+        name: read(p).detach().float().numpy().copy()
+        for stage in engine.stages
+        for name, p in stage.model.named_parameters()
+    }

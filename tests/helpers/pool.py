@@ -4,14 +4,16 @@ import contextlib
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 #: Seconds a case may take before the pool is given up.
 CASE_TIMEOUT_S = 120
+_AFTER_FAILURE_S = 2
 
 
 def free_port() -> int:
@@ -43,18 +45,22 @@ class RankPool:
         """
         for pipe in self._pipes:
             pipe.send((function, args))
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(CASE_TIMEOUT_S):
-                self.close()
-                raise AssertionError(f"rank {rank} did not finish {function.__name__} within {CASE_TIMEOUT_S} s")
-            answers.append(pipe.recv())
-        failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
-        if failed:
-            # The other ranks may wait for the failed one in a collective; a fresh pool is the only sure state.
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + CASE_TIMEOUT_S
+        while len(answers) < len(self._pipes) and (left := deadline - time.monotonic()) > 0:
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
+            for pipe in wait(waiting, timeout=left):
+                answers[self._pipes.index(pipe)] = pipe.recv()
+            if any(not ok for ok, _ in answers.values()):
+                # The other ranks may wait for the failed one in a collective: they get a moment to fail too.
+                deadline = min(deadline, time.monotonic() + _AFTER_FAILURE_S)
+        failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
+        if failed or len(answers) < len(self._pipes):
+            # A fresh pool is the only sure state.
             self.close()
-            raise AssertionError("\n".join(failed))
-        return [value for _, value in answers]
+            missing = f"ranks that did not answer: {sorted(set(range(len(self._pipes))) - set(answers))}"
+            raise AssertionError("\n".join([*failed, missing]))
+        return [answers[rank][1] for rank in range(len(self._pipes))]
 
     @property
     def alive(self) -> bool:

@@ -1,13 +1,15 @@
 """The dense run: one process, plain transformers forward, plain torch, no code of ours but the initial weights."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 import transformers
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from stack.config.schema import Config
-from stack.models.build import build_stage
+from stack.models.build import build_stages
 from stack.plan.layout import make_plan
 from tests.helpers.tiny import STEPS, global_batch
 
@@ -24,35 +26,73 @@ class Curve:
 
 def initial_weights(cfg: Config) -> dict[str, torch.Tensor]:
     """fp32 weights of the whole model by Hugging Face name."""
-    one = Config(**{**cfg.__dict__})
+    one = copy.deepcopy(cfg)
     one.parallel = type(cfg.parallel)(pipeline=1, zero=0)
     one.precision = type(cfg.precision)(dtype="fp32")
-    stage = build_stage(one, make_plan(one, 1), 0, device=torch.device("cpu"))
-    return {name: parameter.detach() for name, parameter in stage.named_parameters()}
+    [stage] = build_stages(one, make_plan(one, 1), 0, device=torch.device("cpu"))
+    return {name: parameter.detach() for name, parameter in stage.model.named_parameters()}
 
 
-def dense_run(cfg: Config, *, padded: bool) -> Curve:
-    """Trains the transformers model as any tutorial would: whole batch at once, clip_grad_norm_, AdamW."""
-    config = transformers.LlamaConfig(**cfg.model.config, use_cache=False)
-    config._attn_implementation = "sdpa"
-    model = transformers.LlamaForCausalLM(config)
+def dense_model(cfg: Config) -> transformers.PreTrainedModel:
+    """The model as transformers builds it, with our initial weights."""
+    ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    config = transformers.AutoConfig.for_model(cfg.model.name, **cfg.model.config, **ids, use_cache=False)
+    config._attn_implementation = cfg.model.attention
+    model = transformers.AutoModelForCausalLM.from_config(config)
     missing = model.load_state_dict(initial_weights(cfg), strict=not config.tie_word_embeddings)
     assert set(missing.missing_keys) <= {"lm_head.weight"}
+    return model.train()
+
+
+def dense_run(cfg: Config, kind: str) -> Curve:
+    """Trains the transformers model as any tutorial would: whole batch at once, clip_grad_norm_, torch's optimizer.
+
+    A mixture of experts goes microbatch by microbatch, since its auxiliary loss is one of a microbatch.
+    """
+    model = dense_model(cfg)
+    optimizer = _optimizer(model, cfg)
+    losses, norms, gradients = [], [], {}
+    for step in range(STEPS):
+        ids, labels, positions = map(torch.from_numpy, global_batch(cfg, step, kind))
+        rows = cfg.batch.micro_size if hasattr(model.config, "router_aux_loss_coef") else len(ids)
+        targets = (labels != -100).sum()
+        total = 0.0
+        for part in zip(ids.split(rows), labels.split(rows), positions.split(rows), strict=True):
+            cross_entropy, auxiliary = _losses(model, *part)
+            ((cross_entropy + auxiliary) / targets).backward()
+            total += cross_entropy.item() / targets.item()
+        if step == 0:
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip or float("inf")).item())
+        losses.append(total)
+        optimizer.step()
+        optimizer.zero_grad()
+    return Curve(losses, norms, gradients, {name: p.detach().clone() for name, p in model.named_parameters()})
+
+
+def _losses(
+    model: transformers.PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the token losses, and the auxiliary loss times the number of targets."""
+    config = model.config
+    moe = {"output_router_logits": True} if hasattr(config, "router_aux_loss_coef") else {}
+    output = model(input_ids=ids, position_ids=positions, **moe)
+    loss = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    if not moe:
+        return loss, torch.zeros(())
+    mask = (labels != -100).long()
+    layers = [
+        load_balancing_loss_func((logits,), config.num_local_experts, config.num_experts_per_tok, mask)
+        for logits in output.router_logits
+    ]
+    return loss, config.router_aux_loss_coef * torch.stack(layers).mean() * mask.sum()
+
+
+def _optimizer(model: torch.nn.Module, cfg: Config) -> torch.optim.Optimizer:
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": cfg.optim.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.optim.lr, betas=tuple(cfg.optim.betas), eps=cfg.optim.eps)
-    losses, norms, gradients = [], [], {}
-    for step in range(STEPS):
-        ids, labels = map(torch.from_numpy, global_batch(cfg, step, padded=padded))
-        logits = model(input_ids=ids).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        loss.backward()
-        if step == 0:
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.grad_clip or float("inf")).item())
-        losses.append(loss.item())
-        optimizer.step()
-        optimizer.zero_grad()
-    return Curve(losses, norms, gradients, {name: p.detach().clone() for name, p in model.named_parameters()})
+    if cfg.optim.kind == "sgd":
+        return torch.optim.SGD(groups, lr=cfg.optim.lr, momentum=cfg.optim.momentum)
+    return torch.optim.AdamW(groups, lr=cfg.optim.lr, betas=tuple(cfg.optim.betas), eps=cfg.optim.eps)

@@ -33,31 +33,42 @@ def tiny_config(**settings: Any) -> Config:
         section, key = path.split("__")
         if section == "shape":
             cfg.model.config[key] = value
+            # A key that the family does not have.
+            if value is None:
+                del cfg.model.config[key]
         else:
             setattr(getattr(cfg, section), key, value)
     return cfg
 
 
-def global_batch(cfg: Config, step: int, *, padded: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and shifted labels [global_size, seq_len] of a step; padded sequences end anywhere."""
+def global_batch(cfg: Config, step: int, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids, shifted labels and positions, each int64 [global_size, seq_len], of a step.
+
+    `full`: every position has a target. `padded`: sequences end anywhere. `packed`: documents begin anywhere.
+    """
     rng = np.random.default_rng([7, step])
     size, length = cfg.batch.global_size, cfg.data.seq_len
     tokens = rng.integers(0, cfg.model.config["vocab_size"], (size, length + 1))
     ids, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
-    if padded:
+    positions = np.broadcast_to(np.arange(length), ids.shape).copy()
+    if kind == "padded":
         for row, kept in enumerate(rng.integers(1, length + 1, size)):
             labels[row, kept:] = -100
             ids[row, kept:] = 0
-    return ids, labels
+    elif kind == "packed":
+        for row, starts in enumerate(rng.integers(1, length, (size, 2))):
+            for start in sorted(starts):
+                positions[row, start:] = np.arange(length - start)
+    else:
+        assert kind == "full"
+    return ids, labels, positions
 
 
-def replica_batch(cfg: Config, step: int, *, replica: int, replicas: int, padded: bool) -> Batch:
+def replica_batch(cfg: Config, step: int, *, replica: int, replicas: int, kind: str) -> Batch:
     """A replica's contiguous part of the global batch, cut into microbatches."""
-    ids, labels = global_batch(cfg, step, padded=padded)
-    part = slice(replica * len(ids) // replicas, (replica + 1) * len(ids) // replicas)
+    whole = global_batch(cfg, step, kind)
+    size = cfg.batch.global_size
+    part = slice(replica * size // replicas, (replica + 1) * size // replicas)
     shape = (-1, cfg.batch.micro_size, cfg.data.seq_len)
-    return Batch(
-        input_ids=ids[part].reshape(shape),
-        labels=labels[part].reshape(shape),
-        global_target_tokens=int((labels != -100).sum()),
-    )
+    ids, labels, positions = (values[part].reshape(shape) for values in whole)
+    return Batch(ids, labels, positions, global_target_tokens=int((whole[1] != -100).sum()))

@@ -14,6 +14,7 @@ import pytest
 from stack.config import compose as compose_module
 from stack.config.check import leaves, schema_tree, to_config
 from stack.config.compose import compose, conf_folder, from_yaml, to_yaml
+from stack.config.families import FAMILIES
 from stack.config.schema import Config
 from stack.config.values import show
 from stack.errors import ConfigError
@@ -39,18 +40,37 @@ def refusal(*overrides: str) -> str:
     return str(caught.value)
 
 
+FAMILIES_LINE = (
+    "the families are llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, olmo2, gpt_neox, gpt2, granite, "
+    "smollm3, cohere, mixtral, qwen3_moe, olmoe, and docs/add-a-family.md adds one"
+)
 BAD = """
 # unknown keys
 parallel.pipelin=2 | no such key; did you mean parallel.pipeline?
 paralel.pipeline=2 | no such key; did you mean parallel.pipeline?
 pipeline=2 | no such key; did you mean parallel.pipeline?
 lr=0.1 | no such key; did you mean optim.lr?
-parallel.foo=2 | no such key; the keys of parallel are pipeline, data, zero, schedule, reduce, gather, split
+parallel.foo=2 | no such key; the keys of parallel are pipeline, data, zero, schedule, virtual_stages, \
+reduce, gather, split
 parallel.pipeline.stages=2 | no such key; parallel.pipeline is a single value
-+parallel.stages=2 | no such key; the keys of parallel are pipeline, data, zero, schedule, reduce, gather, split
++parallel.stages=2 | no such key; did you mean parallel.virtual_stages?
 log.wandb={mod: online} -> log.wandb.mod=online | no such key; did you mean log.wandb.mode?
 model.config.hiden_size=4 | no such key; did you mean model.config.hidden_size?
 model.config.rope_theta=1e4 | no such key; did you mean model.config.rope_parameters.rope_theta?
+model.config.n_embd=4 | no such key; did you mean model.config.hidden_size?
+model.config.foo=4 | no such key; no family has it
+# keys that the family does not have
+model.config.n_inner=4 | llama has no such key; did you mean intermediate_size? drop a preset's with \
+~model.config.n_inner
+model.config.layer_norm_eps=1e-5 -> model.config.layer_norm_eps=1e-05 | llama has no such key; did you mean \
+rms_norm_eps? drop a preset's with ~model.config.layer_norm_eps
+model.config.rope_parameters={partial_rotary_factor: 0.5} -> model.config.rope_parameters.partial_rotary_factor=0.5 | \
+llama has no such key; its keys are rope_type, rope_theta, factor, low_freq_factor, high_freq_factor, \
+original_max_position_embeddings; drop a preset's with ~model.config.rope_parameters.partial_rotary_factor
+model.name=gpt2 -> model.config.intermediate_size=512 | gpt2 has no such key; did you mean n_inner? drop a preset's \
+with ~model.config.intermediate_size
+model.name=qwen3_moe -> model.config.intermediate_size=512 | qwen3_moe has no such key; did you mean \
+moe_intermediate_size? drop a preset's with ~model.config.intermediate_size
 # groups
 experment=8b | no such key; did you mean experiment?
 experiment=8bb | no such choice; did you mean 8b? choices are 1b, 405b_plan, 70b, 8b, quickstart
@@ -84,9 +104,11 @@ model.config.tie_word_embeddings=1 | true or false is needed
 # ranges and choices
 parallel.zero=4 | must be one of 0, 1, 2, 3; the nearest is 3
 parallel.zero=true | must be one of 0, 1, 2, 3
-parallel.schedule=gpip | must be one of 1f1b, gpipe; did you mean gpipe?
-parallel.schedule=GPipe | must be one of 1f1b, gpipe; did you mean gpipe?
-precision.dtype=fp16 | must be one of fp32, bf16; did you mean bf16?
+parallel.schedule=gpip | must be one of 1f1b, gpipe, interleaved_1f1b, interleaved_zero_bubble, zbv; \
+did you mean gpipe?
+parallel.schedule=GPipe | must be one of 1f1b, gpipe, interleaved_1f1b, interleaved_zero_bubble, zbv; \
+did you mean gpipe?
+precision.dtype=fp8 | must be one of fp32, bf16, fp16; did you mean fp32?
 parallel.pipeline=0 | must be at least 1
 optim.lr=0 | must be above 0, for example 0.003
 optim.lr=nan | must be finite, for example 0.003
@@ -112,7 +134,8 @@ data.name= | must not be empty; write null for none
 data.paths=[''] -> data.paths[0]= | must not be empty
 train.steps=??? | a value is needed, for example 100
 run.name=a/b | a folder name cannot contain a slash; for example a-b
-model.name=lama | neither a family nor a folder; did you mean llama?
+model.name=lama | neither a family nor a folder (did you mean llama?); {families}
+model.name=deepseek_v3 | neither a family nor a folder; {families}
 model.name=/nowhere/7b | its config.json cannot be read (No such file or directory); give a Hugging Face folder
 model=folder -> model.name= | must not be empty, for example llama, or a folder such as /models/my-llama
 # two values that contradict each other
@@ -146,7 +169,7 @@ hydra/launcher=joblib | hydra.* is not configurable here; drop it
 run.name=${run.nam} -> run.name | its interpolation leads nowhere (Interpolation key 'run.nam' not found)
 run.name=${run.name} -> run.name | its interpolation leads nowhere (Recursive interpolation detected)
 train.steps=${run.name} -> train.steps=quickstart | an integer is needed, for example 100
-""".replace("\\\n", "")
+""".replace("\\\n", "").replace("{families}", FAMILIES_LINE)
 
 
 def bad_rows() -> list[tuple[str, str]]:
@@ -265,10 +288,53 @@ def test_a_model_folder_must_be_of_a_known_family(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text("{")
     assert "its config.json is not JSON" in refusal("model=folder", override)
-    config.write_text(json.dumps({"model_type": "gpt2"}))
-    assert refusal("model=folder", override).endswith("its config.json has model_type gpt2; use one of llama")
+    config.write_text(json.dumps({"model_type": "bert"}))
+    assert refusal("model=folder", override).endswith(f"its config.json has model_type bert; {FAMILIES_LINE}")
     config.write_text(json.dumps({"model_type": "llama"}))
     assert compose(["model=folder", override]).model.config == {}
+    assert refusal("model=folder", override, "model.config.use_qk_norm=true").startswith(
+        "model.config.use_qk_norm=true: llama has no such key"
+    )
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("gpt_neox", "gpt2", "qwen3_moe")])
+def test_a_family_by_its_name_alone(family: str) -> None:
+    kernel = "sdpa" if FAMILIES[family].sdpa else "eager"
+    assert make_plan(compose([f"model.name={family}", f"model.attention={kernel}"]), world_size=4).shape.layers == 6
+
+
+def test_a_family_without_sdpa_says_so() -> None:
+    assert refusal("model.name=gemma2").endswith("which sdpa cannot; use model.attention=eager")
+
+
+def test_a_family_narrows_what_a_key_takes() -> None:
+    assert refusal("model.name=qwen3", "model.config.head_dim=null") == (
+        "model.config.head_dim=null: an integer is needed, for example 128"
+    )
+    assert compose(["model.config.head_dim=null"]).model.config["head_dim"] is None
+    linear = "model.config.rope_parameters={rope_type: linear, factor: 2}"
+    assert refusal("model.name=phi3", linear) == (
+        "model.config.rope_parameters.rope_type=linear: must be one of default"
+    )
+
+
+def test_rotary_settings_of_each_layer_type() -> None:
+    path = "model.config.rope_parameters"
+    full = f"{path}.full_attention={{rope_type: linear, rope_theta: 1e6, factor: 8}}"
+    rope = compose(["model.name=gemma3_text", full]).model.config["rope_parameters"]
+    assert rope == {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}}
+    assert refusal("model.name=gemma3_text", f"{path}.full_attention.factor=8") == (
+        f"{path}.full_attention.factor=8.0: not read with rope_type default, only with linear, llama3"
+    )
+    assert refusal("model.name=gemma3_text", f"{path}.rope_theta=1e4").startswith(
+        f"{path}.rope_theta=10000.0: gemma3_text has no such key; its keys are full_attention, sliding_attention"
+    )
+
+
+def test_a_table_of_positions_ends_the_sequence() -> None:
+    overrides = ["model=gpt2_4m", "~model.config.max_position_embeddings"]
+    assert refusal(*overrides, "data.seq_len=1025").endswith("max_position_embeddings=1024; at most 1024")
+    compose([*overrides, "data.seq_len=1024"])
 
 
 def test_a_saved_config_takes_keys_and_no_choices(tmp_path: Path) -> None:
@@ -285,7 +351,7 @@ def test_a_saved_config_takes_keys_and_no_choices(tmp_path: Path) -> None:
         ("", "not a whole saved config; it lacks run, model"),
         ("- 1\n", "not a whole saved config; it lacks run, model"),
         ("run: [", "not a saved config ({saved}, line 1: expected the node"),
-        ("{whole}\nrun: {{}}\n", "not a saved config ({saved}, line 78: found duplicate key run"),
+        ("{whole}\nrun: {{}}\n", "not a saved config ({saved}, line {line}: found duplicate key run"),
         ("{whole}\nfoo: 1\n", "foo=1: no such key; the sections are run, model"),
         ("{pipelin}", "parallel.pipelin=2: no such key; did you mean parallel.pipeline?"),
         ("{quoted}", "train.steps=200: an integer is needed, and this is text; drop the quotes"),
@@ -298,7 +364,8 @@ def test_a_damaged_saved_config_is_one_line(text: str, message: str, tmp_path: P
     saved.write_text(text.format(whole=whole, **variants))
     with pytest.raises(ConfigError) as caught:
         from_yaml(saved)
-    assert str(caught.value).startswith(f"{saved}: {message.format(saved=saved)}")
+    line = whole.count("\n") + 2
+    assert str(caught.value).startswith(f"{saved}: {message.format(saved=saved, line=line)}")
     assert "\n" not in str(caught.value)
 
 

@@ -28,9 +28,9 @@ def plan_of(*overrides: str, world_size: int | None = 4):
 
 def test_pipe_is_the_outermost_axis():
     plan = plan_of("parallel.pipeline=2", "batch.global_size=64", world_size=8)
-    assert [plan.stage_of(rank) for rank in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [plan.pipe_rank_of(rank) for rank in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert [plan.replica_of(rank) for rank in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3]
-    assert all(plan.rank_of(plan.stage_of(rank), plan.replica_of(rank)) == rank for rank in range(8))
+    assert all(plan.rank_of(plan.pipe_rank_of(rank), plan.replica_of(rank)) == rank for rank in range(8))
 
 
 def test_every_layer_is_on_exactly_one_stage():
@@ -42,7 +42,7 @@ def test_every_layer_is_on_exactly_one_stage():
 
 
 def test_split_is_the_best_of_all_contiguous_splits():
-    shape = ModelShape(9, 64, 172, 4, 2, 16, 2048, False, False, False)
+    shape = ModelShape(9, 64, 2048, False, 2048 * 64, 64, layer_params=45440, layer_weights=45312, attention_width=64)
 
     def largest(starts: tuple[int, ...]) -> float:
         ends = (*starts[1:], shape.layers)
@@ -67,12 +67,11 @@ def test_analytic_parameters_equal_the_hugging_face_model(name):
     import torch
 
     from stack.models.build import _skeleton
-    from stack.models.families import LLAMA
 
     cfg = compose([f"experiment={name}", "model.attention=sdpa"])
     shape = model_shape(cfg.model)
     with torch.device("meta"):
-        model = _skeleton(cfg, LLAMA)
+        model = _skeleton(cfg)
     assert sum(p.numel() for p in model.parameters()) == shape.total_params
     assert sum(p.numel() for p in model.model.layers[0].parameters()) == shape.layer_params
 
@@ -96,7 +95,30 @@ BAD_LAYOUTS = [
     (["batch.global_size=8"], 4, "parallel.schedule=1f1b needs one for each of 2 stages"),
     (["parallel.split=[0,9]"], 4, "use for example [0, 3]"),
     (["parallel.split=[0]"], 4, "first of 6 layers for each of 2 stages"),
-    (["model.config.tie_word_embeddings=true"], 4, "use tie_word_embeddings=false or parallel.pipeline=1"),
+    (["parallel.virtual_stages=2"], 4, "use parallel.schedule=interleaved_1f1b or parallel.virtual_stages=1"),
+    (["parallel.schedule=interleaved_1f1b"], 4, "use parallel.virtual_stages=2"),
+    (["parallel.schedule=zbv", "parallel.virtual_stages=3", "parallel.zero=1"], 4, "use parallel.virtual_stages=2"),
+    (["parallel.schedule=zbv", "parallel.virtual_stages=2"], 4, "use parallel.zero=1 or parallel.schedule=interleaved"),
+    (
+        ["parallel.schedule=zbv", "parallel.virtual_stages=2", "parallel.zero=1", "activation=full"],
+        4,
+        "use activation.checkpoint=none",
+    ),
+    (
+        ["parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2", "parallel.reduce=microbatch"],
+        4,
+        "use parallel.reduce=step",
+    ),
+    (
+        ["parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2", "batch.global_size=40"],
+        4,
+        "runs them in equal rounds of 2 or more; nearest: global_size=32 micro_size=4",
+    ),
+    (
+        ["parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=4"],
+        4,
+        "parallel.pipeline=2 x parallel.virtual_stages=4 is more than the model's 6 decoder layers",
+    ),
     (["model.config.vocab_size=1000"], 4, "use model.config.vocab_size=4096"),
     (["model.config.num_attention_heads=7"], 4, "does not divide hidden_size=192; use 6"),
     (["model.config.num_key_value_heads=4"], 4, "does not divide num_attention_heads=6; use 3"),

@@ -1,0 +1,352 @@
+"""The model families: what `model.config` accepts for each, and what its decoder layer is made of.
+
+Defaults are those of the family's config class in transformers 5; tests/unit/test_shape.py holds them together.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from stack.config.model_fields import PARTIAL, PLAIN_ROPE, ROPE, SPECS, Tree
+from stack.config.values import Spec, closest, one_line, refuse
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face decoder class. Its layer is Llama's unless it says otherwise: RMS norms, a gated MLP, and no
+    biases but those that a field asks for."""
+
+    fields: Tree
+    classic: bool = False
+    """As in GPT-2: LayerNorms, an MLP of two matrices, and biases in both and in the attention."""
+    norms: int = 2
+    """Norms of the layer's width in one layer."""
+    qk_norm: Literal["none", "head", "width"] = "none"
+    """What the norms of queries and keys reach over: one head, or all of them together."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values alone, whatever the fields say."""
+    whole_heads: bool = False
+    """The class wants heads that divide the width even where head_dim is set."""
+    sdpa: bool = True
+    """False: transformers has no SDPA for the class, since the kernel cannot cap attention logits."""
+    experts: str | None = None
+    """The field with the number of experts, in a mixture."""
+    slides: Callable[[Mapping[str, Any], int], bool] | None = None
+    """Whether a layer has a sliding window where no layer_types say so, from the fields and its index."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Names that a config.json may use -> the names here."""
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The class's value of every field that is not a section."""
+        return {key: spec.example for key, spec in self.fields.items() if isinstance(spec, Spec)}
+
+    @property
+    def rotary(self) -> bool:
+        """False: positions are learned, in a table of max_position_embeddings."""
+        return "rope_parameters" in self.fields
+
+
+_DECODER: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "max_position_embeddings": 2048,
+    "rope_parameters": ROPE,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+}
+
+
+def _fields(*lacks: str, **own: Any) -> Tree:
+    """The decoder's fields less those that a family lacks; `own` are its defaults, of its own fields too."""
+
+    def spec(key: str, given: Any) -> Spec | Tree:
+        if isinstance(given, Spec | Mapping):
+            return given
+        return replace(SPECS[key], example=given, nullable=SPECS[key].nullable or given is None)
+
+    return {key: spec(key, given) for key, given in {**_DECODER, **own}.items() if key not in lacks}
+
+
+_QWEN: dict[str, Any] = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+_GEMMA: dict[str, Any] = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "sliding_window": 4096,
+    "layer_types": None,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 8, "router_aux_loss_coef": 0.001}
+
+
+def _late(fields: Mapping[str, Any], layer: int) -> bool:
+    return layer >= fields["max_window_layers"]
+
+
+def _every(_: Mapping[str, Any], __: int) -> bool:
+    return True
+
+
+def _without_rope(fields: Mapping[str, Any], layer: int) -> bool:
+    if fields["no_rope_layers"] is None:
+        return (layer + 1) % fields["no_rope_layer_interval"] == 0
+    return not fields["no_rope_layers"][layer]
+
+
+#: By `model_type` of the Hugging Face config.
+FAMILIES: dict[str, Family] = {
+    "llama": Family(_fields(head_dim=None, attention_bias=False, mlp_bias=False), whole_heads=True),
+    "mistral": Family(
+        _fields(
+            intermediate_size=14336,
+            num_key_value_heads=8,
+            head_dim=None,
+            max_position_embeddings=131072,
+            sliding_window=replace(SPECS["sliding_window"], example=4096, nullable=True),
+        ),
+        slides=_every,
+    ),
+    "qwen2": Family(_fields(**_QWEN), qkv_bias=True, slides=_late),
+    "qwen3": Family(_fields(**_QWEN, head_dim=128, attention_bias=False), qk_norm="head", slides=_late),
+    "gemma2": Family(
+        _fields("hidden_act", **_GEMMA), norms=4, whole_heads=True, slides=lambda _, layer: layer % 2 == 0, sdpa=False
+    ),
+    "gemma3_text": Family(
+        _fields(
+            "hidden_act",
+            **{
+                **_GEMMA,
+                "vocab_size": 262208,
+                "max_position_embeddings": 131072,
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+            },
+            rope_parameters={"full_attention": ROPE, "sliding_attention": ROPE},
+        ),
+        norms=4,
+        qk_norm="head",
+        whole_heads=True,
+        # Config files of transformers 4 have the period instead of layer_types.
+        slides=lambda fields, layer: (layer + 1) % fields.get("sliding_window_pattern", 6) != 0,
+    ),
+    "phi3": Family(
+        _fields(
+            vocab_size=32064,
+            hidden_size=3072,
+            intermediate_size=8192,
+            max_position_embeddings=4096,
+            rope_parameters=PLAIN_ROPE,
+            rms_norm_eps=1e-5,
+            resid_pdrop=0.0,
+            sliding_window=None,
+        ),
+        slides=_every,
+    ),
+    "olmo2": Family(_fields(vocab_size=50304, rms_norm_eps=1e-5, attention_bias=False), qk_norm="width"),
+    "gpt_neox": Family(
+        _fields(
+            "num_key_value_heads",
+            "rms_norm_eps",
+            vocab_size=50432,
+            hidden_size=6144,
+            intermediate_size=24576,
+            num_hidden_layers=44,
+            num_attention_heads=64,
+            rope_parameters={**ROPE, **PARTIAL},
+            hidden_act="gelu",
+            layer_norm_eps=1e-5,
+            hidden_dropout=0.0,
+            attention_bias=True,
+            use_parallel_residual=True,
+        ),
+        classic=True,
+    ),
+    "gpt2": Family(
+        _fields(
+            *("num_key_value_heads", "intermediate_size", "rope_parameters", "hidden_act"),
+            *("rms_norm_eps", "attention_dropout"),
+            vocab_size=50257,
+            hidden_size=768,
+            n_inner=None,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            max_position_embeddings=1024,
+            activation_function="gelu_new",
+            layer_norm_epsilon=1e-5,
+            attn_pdrop=0.1,
+            embd_pdrop=0.1,
+            resid_pdrop=0.1,
+            scale_attn_weights=True,
+            scale_attn_by_inverse_layer_idx=False,
+            tie_word_embeddings=True,
+        ),
+        classic=True,
+        aliases={
+            "n_embd": "hidden_size",
+            "n_layer": "num_hidden_layers",
+            "n_head": "num_attention_heads",
+            "n_positions": "max_position_embeddings",
+        },
+    ),
+    "granite": Family(
+        _fields(
+            attention_bias=False,
+            mlp_bias=False,
+            embedding_multiplier=1.0,
+            attention_multiplier=1.0,
+            residual_multiplier=1.0,
+            logits_scaling=1.0,
+        )
+    ),
+    "smollm3": Family(
+        _fields(
+            vocab_size=128256,
+            hidden_size=2048,
+            num_hidden_layers=36,
+            num_attention_heads=16,
+            num_key_value_heads=4,
+            max_position_embeddings=32768,
+            tie_word_embeddings=True,
+            attention_bias=False,
+            mlp_bias=False,
+            use_sliding_window=False,
+            sliding_window=None,
+            layer_types=None,
+            no_rope_layers=None,
+            no_rope_layer_interval=4,
+        ),
+        slides=_without_rope,
+    ),
+    "cohere": Family(
+        _fields(
+            "rms_norm_eps",
+            vocab_size=256000,
+            hidden_size=8192,
+            intermediate_size=22528,
+            num_hidden_layers=40,
+            num_attention_heads=64,
+            max_position_embeddings=8192,
+            layer_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            attention_bias=False,
+            use_qk_norm=False,
+            logit_scale=0.0625,
+        ),
+        norms=1,
+        qk_norm="width",
+    ),
+    "mixtral": Family(
+        _fields(
+            intermediate_size=14336,
+            num_key_value_heads=8,
+            head_dim=None,
+            max_position_embeddings=131072,
+            rms_norm_eps=1e-5,
+            sliding_window=None,
+            num_local_experts=8,
+            **{**_EXPERTS, "num_experts_per_tok": 2},
+            router_jitter_noise=0.0,
+        ),
+        experts="num_local_experts",
+        slides=_every,
+        aliases={"num_experts": "num_local_experts"},
+    ),
+    "qwen3_moe": Family(
+        _fields(
+            # It is the width of dense layers, and those are refused: model_shape.
+            "intermediate_size",
+            vocab_size=151936,
+            hidden_size=2048,
+            num_hidden_layers=24,
+            num_key_value_heads=4,
+            # Not in the config class, but its attention reads it, and every published model sets it.
+            head_dim=SPECS["head_dim"],
+            max_position_embeddings=32768,
+            attention_bias=False,
+            use_sliding_window=False,
+            sliding_window=4096,
+            moe_intermediate_size=768,
+            num_experts=128,
+            **_EXPERTS,
+            norm_topk_prob=False,
+        ),
+        qk_norm="head",
+        experts="num_experts",
+        slides=_every,
+        aliases={"num_local_experts": "num_experts"},
+    ),
+    "olmoe": Family(
+        _fields(
+            vocab_size=50304,
+            hidden_size=2048,
+            intermediate_size=2048,
+            num_hidden_layers=16,
+            num_attention_heads=16,
+            max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
+            attention_bias=False,
+            clip_qkv=None,
+            num_experts=64,
+            **{**_EXPERTS, "router_aux_loss_coef": 0.01},
+            norm_topk_prob=False,
+        ),
+        qk_norm="width",
+        experts="num_experts",
+        aliases={"num_local_experts": "num_experts"},
+    ),
+}
+
+_OFFER = f"the families are {', '.join(FAMILIES)}, and docs/add-a-family.md adds one"
+
+
+def base_fields(name: str) -> dict[str, Any]:
+    """Fields that `model.name` stands for, `model_type` among them: a family's, or those of a folder's config.json.
+
+    Raises:
+        ConfigError: it is neither, or the folder's model is of no known family.
+    """
+    if name in FAMILIES:
+        return {"model_type": name}
+    if "/" not in name and not Path(name).exists():
+        meant = closest(name, [*FAMILIES], cutoff=0.7)
+        hint = f" (did you mean {meant}?)" if meant else ""
+        refuse("model.name", name, f"neither a family nor a folder{hint}; {_OFFER}")
+    try:
+        fields = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        refuse("model.name", name, f"its config.json cannot be read ({error.strerror}); give a Hugging Face folder")
+    except ValueError as error:
+        refuse("model.name", name, f"its config.json is not JSON ({one_line(error)})")
+    family = fields.get("model_type") if isinstance(fields, dict) else None
+    if family not in FAMILIES:
+        refuse("model.name", name, f"its config.json has model_type {family}; {_OFFER}")
+    return {FAMILIES[family].aliases.get(key, key): value for key, value in fields.items()}

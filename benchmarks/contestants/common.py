@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from transformers import LlamaForCausalLM
 
 from stack.config.schema import Config
 from stack.data.batches import Batch
-from stack.models.build import Stage, build_stage
+from stack.models.build import build_stages
 from stack.parallel import zero
 from stack.plan.layout import make_plan
 
@@ -72,10 +73,11 @@ def config(replicas: int, **parallel: Any) -> Config:
     return cfg
 
 
-def whole_model() -> Stage:
-    """The whole model with the weights that every layout of ours starts from."""
+def whole_model() -> LlamaForCausalLM:
+    """The Hugging Face model with the weights that every layout of ours starts from."""
     cfg = config(replicas=1, pipeline=1, zero=0)
-    return build_stage(cfg, make_plan(cfg, 1), 0, device=torch.device("cpu"))
+    [stage] = build_stages(cfg, make_plan(cfg, 1), 0, device=torch.device("cpu"))
+    return stage.model
 
 
 def peer_config(zero_optimization: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from benchmarks.contestants import common
 from stack.data.batches import Batch
-from stack.models.build import Stage
 
 STAGES = 2
 
@@ -85,11 +85,11 @@ def main() -> None:
     )
 
 
-def _pipeline_module(model: Stage, *, checkpoint: bool) -> PipelineModule:
+def _pipeline_module(model: LlamaForCausalLM, *, checkpoint: bool) -> PipelineModule:
     layers = [
-        LayerSpec(Embedding, model.get_submodule(model.family.embedding)),
-        *(LayerSpec(Decoder, layer, model.rotary) for layer in model.layers),
-        LayerSpec(Head, model.get_submodule(model.family.norm), model.get_submodule(model.family.head)),
+        LayerSpec(Embedding, model.model.embed_tokens),
+        *(LayerSpec(Decoder, layer, model.model.rotary_emb) for layer in model.model.layers),
+        LayerSpec(Head, model.model.norm, model.lm_head),
     ]
     return PipelineModule(
         layers=layers,

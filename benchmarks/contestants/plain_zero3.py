@@ -3,12 +3,9 @@
 import deepspeed
 import torch
 import torch.distributed as dist
-from transformers import LlamaForCausalLM
 
 from benchmarks.contestants import common
 from stack.data.batches import Batch
-from stack.models.build import hugging_face_config
-from stack.models.families import FAMILIES
 
 
 def main() -> None:
@@ -17,8 +14,7 @@ def main() -> None:
     arguments.add_argument("--persistence", type=int, default=100_000, help="smaller parameters are not sharded")
     args = arguments.parse_args()
     common.start()
-    model = LlamaForCausalLM(hugging_face_config(common.config(replicas=1), FAMILIES["llama"]))
-    model.load_state_dict(common.whole_model().state_dict())
+    model = common.whole_model()
     if args.checkpoint == "full":
         model.activation_checkpointing_enable({"use_reentrant": False})
     # The example of DeepSpeed's ZeRO tutorial; its buckets hold this whole model.

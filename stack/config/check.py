@@ -136,7 +136,9 @@ def _model_rules(config: Config) -> None:
         why = "its kernels have no fp32; add precision=bf16, or use model.attention=sdpa"
         refuse("model.attention", config.model.attention, why)
     if config.model.attention == "sdpa" and not family.sdpa:
-        refuse("model.attention", "sdpa", f"{name} caps its attention logits, which sdpa cannot; use model.attention=eager")
+        refuse(
+            "model.attention", "sdpa", f"{name} caps its attention logits, which sdpa cannot; use model.attention=eager"
+        )
     # Rotary embeddings reach past the length of a folder's model, a table of positions does not.
     given = config.model.config if family.rotary else {**family.defaults, **fields, **config.model.config}
     longest = given.get("max_position_embeddings")

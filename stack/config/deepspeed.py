@@ -19,21 +19,30 @@ def ds_config(cfg: Config, *, replicas: int, rank_params: int) -> dict[str, Any]
         replicas: ranks of a data group.
         rank_params: parameters of the stages of the rank that has most; no bucket is larger.
     """
-    bf16 = cfg.precision.dtype == "bf16"
     return {
         "train_micro_batch_size_per_gpu": cfg.batch.micro_size,
         # DeepSpeed would divide the loss by it at every stage; the last stage scales once, by the global tokens.
         "gradient_accumulation_steps": 1,
         "train_batch_size": cfg.batch.micro_size * replicas,
-        "bf16": {"enabled": bf16 and cfg.parallel.zero > 0, "check_grad_overflow": False},
-        "fp16": {"enabled": False},
+        "bf16": {"enabled": cfg.precision.dtype == "bf16", "check_grad_overflow": False},
+        # One scale for all stages, since all see the same overflow; the numbers of `LossScaler` in ZeRO-0.
+        "fp16": {
+            "enabled": cfg.precision.dtype == "fp16",
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 1,
+            "consecutive_hysteresis": False,
+            "min_loss_scale": 1,
+        },
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        # ZeRO-0 is clipped by our own engine, which also sums the norm over the stages.
-        "gradient_clipping": cfg.optim.grad_clip if cfg.parallel.zero else 0.0,
+        "gradient_clipping": cfg.optim.grad_clip,
         "prescale_gradients": False,
         # SGD is equal to a dense process in tests/numerics.
         "zero_allow_untested_optimizer": cfg.optim.kind == "sgd",
+        # Else DeepSpeed refuses to offload an optimizer that is not its own compiled one.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero(cfg, rank_params=rank_params),
         "steps_per_print": None,
         "wall_clock_breakdown": False,
@@ -44,10 +53,10 @@ def ds_config(cfg: Config, *, replicas: int, rank_params: int) -> dict[str, Any]
 def deepspeed_zero_stage(cfg: Config) -> int:
     """The stage DeepSpeed is told.
 
-    Under bf16 with fp32 sums DeepSpeed turns its stage 1 into another optimizer that cannot reduce once a step.
-    Stage 2 reduced once a step is the same algorithm: full local gradients, then one reduce-scatter.
+    With fp32 sums of half-precision gradients DeepSpeed's stage 1 takes a path that cannot reduce once a step. Stage 2
+    reduced once a step is the same algorithm: full local gradients, then one reduce-scatter.
     """
-    return 2 if cfg.parallel.zero == 1 and cfg.precision.dtype == "bf16" else cfg.parallel.zero
+    return 2 if cfg.parallel.zero == 1 and cfg.precision.dtype != "fp32" else cfg.parallel.zero
 
 
 def _zero(cfg: Config, *, rank_params: int) -> dict[str, Any]:
@@ -74,5 +83,18 @@ def _zero(cfg: Config, *, rank_params: int) -> dict[str, Any]:
             # Else zero.Init replaces torch's linear, for the whole process, by one written in Python.
             "memory_efficient_linear": False,
             "stage3_gather_16bit_weights_on_model_save": False,
+            "zero_hpz_partition_size": cfg.parallel.hpz,
+            "zero_quantized_weights": cfg.parallel.quantized_weights,
         }
-    return zero
+    return zero | _offload(cfg)
+
+
+def _offload(cfg: Config) -> dict[str, Any]:
+    offload, found = cfg.parallel.offload, {}
+    if offload.optimizer != "none":
+        found["offload_optimizer"] = {"device": offload.optimizer, "pin_memory": False}
+        if offload.optimizer == "nvme":
+            found["offload_optimizer"]["nvme_path"] = offload.folder
+    if offload.params != "none":
+        found["offload_param"] = {"device": offload.params, "pin_memory": False}
+    return found

@@ -79,6 +79,16 @@ class Data:
 
 
 @dataclass
+class Offload:
+    optimizer: str = _one_of("none", "none", "cpu", "nvme")
+    """Where ZeRO keeps masters and optimizer state: on the device, in host memory, or in files (ZeRO-3)."""
+    params: str = _one_of("none", "none", "cpu")
+    """ZeRO-3: where the shards of the parameters are while nobody uses them."""
+    folder: str | None = field(default=None, metadata={"example": "/local/nvme"})
+    """Folder for `nvme`, on a disk of each host."""
+
+
+@dataclass
 class Parallel:
     pipeline: int = _at_least(2, 1)
     """Ranks along the pipe; each holds `virtual_stages` stages."""
@@ -94,6 +104,12 @@ class Parallel:
     """Reduce gradients once a step (full stage gradients live meanwhile) or after every backward."""
     gather: str = _one_of("step", "step", "microbatch")
     """ZeRO-3: hold a stage's gathered parameters for the whole step, or gather them again for each microbatch."""
+    hpz: int = _at_least(1, 1)
+    """ZeRO-3 with gather=microbatch: ranks that keep a second copy of the parameters between them, so that backwards
+    gather inside a host; 1 keeps none."""
+    quantized_weights: bool = False
+    """ZeRO-3: gather parameters as 8-bit integers. Needs NVIDIA GPUs, and is not exact."""
+    offload: Offload = field(default_factory=Offload)
     split: Any = field(default="auto", metadata={"auto": list[int], "low": 0, "example": [0, 5, 9]})
     """`auto` balances FLOPs, or the first layer of each stage, e.g. [0, 5, 9]."""
 
@@ -118,7 +134,8 @@ class Batch:
 @dataclass
 class Precision:
     dtype: str = _one_of("fp32", "fp32", "bf16", "fp16")
-    """Compute dtype. Masters, optimizer state, gradient accumulation and reduction are fp32 in both."""
+    """Compute dtype. Masters, optimizer state, gradient accumulation and reduction are always fp32; fp16 has a dynamic
+    loss scale, the same on all stages."""
 
 
 @dataclass

@@ -97,9 +97,10 @@ class Batches:
     """The sequences of a split, in global batches of `global_size`, for each of `replicas`.
 
     `pack=True`: the stream is cut into windows of seq_len + 1 tokens, each starting at the last token of the one
-    before, so every sequence has `seq_len` targets (the rest at the end of the stream, less than a window, is unused)
-    and may span documents, whose positions each start at 0. `pack=False`: a sequence is the first seq_len + 1 tokens of one document, padded
-    on the right. Neither needs an attention mask: under causal attention no token sees what is to its right.
+    before, so every sequence has `seq_len` targets (the rest at the end of the stream, less than a window, is unused).
+    A sequence may span documents; positions start at 0 in each, and attention does not reach past that.
+    `pack=False`: a sequence is the first seq_len + 1 tokens of one document, padded on the right, where no token sees
+    the padding.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 #: Fields that rows do without where there is nothing to say.
-_OPTIONAL = ("heldout_loss", "router_aux_loss")
+_OPTIONAL = ("heldout_loss", "router_aux_loss", "loss_scale")
 #: JSON has no spelling for these, so they are strings of the kind `float()` reads; any JSON parser takes the file.
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
@@ -48,6 +48,8 @@ class StepRecord:
     """Mean cross-entropy in nats over the held-out tokens; absent from the row of a step that did not evaluate."""
     router_aux_loss: float | None = None
     """What a mixture of experts adds to `loss` to balance its experts; absent for other models."""
+    loss_scale: float | None = None
+    """What fp16 multiplied the loss by in this step; absent for other dtypes."""
 
     def to_dict(self) -> dict[str, Any]:
         """The row as a plain dict in the order of the fields."""

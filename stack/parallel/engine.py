@@ -1,5 +1,6 @@
 """The engine of a run on one rank: a whole optimizer step, or a whole held-out batch, in one call."""
 
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -9,13 +10,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from stack.config.deepspeed import ds_config
 from stack.config.schema import Config
 from stack.data.batches import Batch
 from stack.models.build import build_stages, compute_dtype
 from stack.parallel import zero
 from stack.parallel.activation import apply_checkpointing
 from stack.parallel.mesh import Mesh
+from stack.parallel.rank_engine import RankEngine
+from stack.parallel.replicated import ReplicatedEngine
 from stack.parallel.schedule import BusyClock, make_schedule
 from stack.plan.layout import Plan
 
@@ -35,6 +37,7 @@ class StepResult:
     memory_peak_bytes: largest peak of any rank since it started (device memory, or resident memory on the CPU).
     router_aux_loss: what a mixture of experts adds to the loss to balance its experts, coefficient included; None for
         other models.
+    loss_scale: what fp16 multiplied the loss by in this step; None for other dtypes.
     """
 
     loss: float
@@ -44,6 +47,12 @@ class StepResult:
     bubble_fraction: float
     memory_peak_bytes: int
     router_aux_loss: float | None = None
+    loss_scale: float | None = None
+
+    @property
+    def skipped(self) -> bool:
+        """Whether an overflow in fp16 left the update out: not an error, the scale is halved."""
+        return self.loss_scale is not None and not math.isfinite(self.grad_norm)
 
 
 class Engine:
@@ -51,11 +60,7 @@ class Engine:
 
     def __init__(self, cfg: Config, plan: Plan, mesh: Mesh):
         self._plan, self._mesh = plan, mesh
-        self.ds_config = ds_config(
-            cfg,
-            replicas=plan.replicas,
-            rank_params=max(plan.rank_params(pipe_rank) for pipe_rank in range(plan.pipeline)),
-        )
+        self.ds_config = zero.config_of(cfg, plan) if plan.zero > 0 else {}
         # Order matters: ZeRO-3 shards each unit as it is made; checkpointing changes forwards before hooks are set.
         place = (lambda unit: zero.shard(unit, mesh=mesh, config=self.ds_config)) if plan.zero == 3 else None
         self.stages = build_stages(cfg, plan, mesh.pipe_rank, device=mesh.device, place=place)
@@ -63,18 +68,27 @@ class Engine:
             apply_checkpointing(stage, cfg.activation)
         # Dropout differs between ranks, whatever they drew before.
         torch.manual_seed(cfg.run.seed + mesh.rank)
-        self.zero = zero.ZeroEngine(self.stages, cfg=cfg, mesh=mesh, config=self.ds_config)
+        self.rank_engine: RankEngine = (
+            zero.ZeroEngine(self.stages, cfg=cfg, mesh=mesh, config=self.ds_config)
+            if plan.zero > 0
+            else ReplicatedEngine(self.stages, cfg=cfg, mesh=mesh)
+        )
         self.dtypes: dict[str, str] = {}
         """Where each dtype is, read back from live tensors in the first step."""
         self._clock = BusyClock(mesh.device)
         self._loss_scale = 1.0
         self._dtype = compute_dtype(cfg)
         self._schedule = make_schedule(
-            self.zero, plan=plan, mesh=mesh, dtype=self._dtype, loss_scale=lambda: self._loss_scale, clock=self._clock
+            self.rank_engine,
+            plan=plan,
+            mesh=mesh,
+            dtype=self._dtype,
+            loss_scale=lambda: self._loss_scale,
+            clock=self._clock,
         )
         self._routers = [stage.router for stage in self.stages if stage.router is not None]
         for router in self._routers:
-            router.scale = lambda: self._loss_scale * self.zero.loss_scale
+            router.scale = lambda: self._loss_scale * self.rank_engine.loss_scale
         self._steps = 0
 
     def train_batch(self, batch: Batch, *, lr: float) -> StepResult:
@@ -88,26 +102,27 @@ class Engine:
         # ZeRO averages over the data group; a mean over the global batch is the sum of the replicas' shares.
         self._loss_scale = self._plan.replicas / max(batch.global_target_tokens, 1)
         losses: list[torch.Tensor] = []
-        with self.zero.accumulate():
+        scale = self.rank_engine.loss_scale if self._dtype == torch.float16 else None
+        with self.rank_engine.accumulate():
             pipeline_start = time.perf_counter()
             self._run(self._schedule.step, batch, losses)
             pipeline_s = self._elapsed(pipeline_start)
-        grad_norm = self.zero.step(lr)
+        grad_norm = self.rank_engine.step(lr)
         if self._steps % TIED_CHECK_EVERY == 0:
-            self.zero.check_tied()
+            self.rank_engine.check_tied()
         self._steps += 1
-        if not self.dtypes:
-            found = self.zero.dtypes() | self.stages[0].table_dtypes()
+        if not self.dtypes and math.isfinite(grad_norm):
+            found = self.rank_engine.dtypes() | self.stages[0].table_dtypes()
             _check_dtypes(found, self._dtype)
             self.dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in found.items()}
         idle = max(0.0, pipeline_s - self._clock.seconds())
-        return self._gather(losses, batch, grad_norm=grad_norm, idle_s=idle, start=start)
+        return self._gather(losses, batch, grad_norm=grad_norm, loss_scale=scale, idle_s=idle, start=start)
 
     def eval_batch(self, batch: Batch) -> float:
         """Summed token loss of a held-out batch over all replicas, in nats."""
         losses: list[torch.Tensor] = []
         self._loss_scale = 1.0
-        with self.zero.evaluate():
+        with self.rank_engine.evaluate():
             self._run(self._schedule.eval, batch, losses)
         total = torch.tensor(_total(losses), dtype=torch.float64, device=self._mesh.device)
         dist.all_reduce(total)
@@ -128,7 +143,14 @@ class Engine:
         return torch.from_numpy(sequences).flatten(0, 1).to(self._mesh.device)
 
     def _gather(
-        self, losses: list[torch.Tensor], batch: Batch, *, grad_norm: float, idle_s: float, start: float
+        self,
+        losses: list[torch.Tensor],
+        batch: Batch,
+        *,
+        grad_norm: float,
+        loss_scale: float | None,
+        idle_s: float,
+        start: float,
     ) -> StepResult:
         """One small all-gather a step: every rank learns the loss, the idle time and the peak of all."""
         local = _total(losses)
@@ -148,6 +170,7 @@ class Engine:
             bubble_fraction=float(table[:, 1].mean()),
             memory_peak_bytes=int(table[:, 3].max()),
             router_aux_loss=float(table[:, 4].sum()) / batch.global_target_tokens if self._routers else None,
+            loss_scale=loss_scale,
         )
 
     def _elapsed(self, start: float) -> float:

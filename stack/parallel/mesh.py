@@ -29,7 +29,7 @@ class Mesh:
     @property
     def data_ranks(self) -> list[int]:
         """Global ranks of this rank's data group."""
-        return [self.pipe_rank * self.replicas + replica for replica in range(self.replicas)]
+        return dist.get_process_group_ranks(self.data_group)
 
     def __str__(self) -> str:
         place = f"pipe rank {self.pipe_rank}, replica {self.replica}"

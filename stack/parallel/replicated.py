@@ -1,29 +1,125 @@
-"""What DeepSpeed leaves to its caller at ZeRO stage 0: averages over replicas, fp32 masters, the norm, clipping."""
+"""ZeRO stage 0: every replica holds all of its stages' states. DeepSpeed has nothing to shard here and is not used."""
 
-import functools
-from collections.abc import Callable, Iterable
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+from stack.config.schema import Config
+from stack.models.build import Stage
+from stack.parallel.mesh import Mesh
+from stack.parallel.optimizer import make_optimizer
+from stack.parallel.rank_engine import RankEngine
 
 
-def global_norm(gradients: list[torch.Tensor], *groups: dist.ProcessGroup) -> torch.Tensor:
-    """L2 norm (0-dimensional fp32) of fp32 gradients here and on all ranks of the groups' product. Collective."""
-    squared = torch.nn.utils.get_total_norm(gradients).float().square()
+class ReplicatedEngine(RankEngine):
+    """Plain torch over whole gradients; what every sharded layout is compared with."""
+
+    def __init__(self, stages: list[Stage], *, cfg: Config, mesh: Mesh):
+        super().__init__(stages, cfg=cfg, mesh=mesh)
+        self.optimizer: Any = make_optimizer(self.parameters, cfg, tied=self.tied, wrap=on_masters)
+        self._scaler = LossScaler(dynamic=cfg.precision.dtype == "fp16")
+
+    @property
+    def loss_scale(self) -> float:
+        return self._scaler.scale
+
+    def backward(self, output: torch.Tensor, gradient: torch.Tensor | None, *, last: bool) -> None:
+        # Scaled once, on the last stage: what the others receive is scaled already.
+        super().backward(output if gradient is not None else output * self.loss_scale, gradient, last=last)
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        yield
+        average(self._gradients(), self.mesh.data_group)
+        if self.tied is not None:
+            self.sum_tied([self.tied.grad])
+
+    def step(self, lr: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.loss_scale != 1:
+            torch._foreach_div_(self._gradients(), self.loss_scale)
+        counted = [p.grad for p in self.parameters if p.grad is not None and p.model_parallel]
+        norm = global_norm(counted, self.mesh.pipe_group).item()
+        if math.isfinite(norm):
+            clip(self._gradients(), norm, self.clip)
+            self.optimizer.step()
+        self._scaler.update(overflow=not math.isfinite(norm))
+        for parameter in self.parameters:
+            parameter.grad = None
+        return norm
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        masters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return {
+            "parameters": self.parameters[0].dtype,
+            "masters": masters[0].dtype,
+            "gradient sums": self.parameters[0].grad_dtype,
+            "gradient reduction": self.parameters[0].grad_dtype,
+            **{name: value.dtype for name, value in self.optimizer.state[masters[0]].items() if name != "step"},
+        }
+
+    def reduced_gradient(self, parameter: nn.Parameter) -> torch.Tensor:
+        assert parameter.grad is not None
+        return parameter.grad / self.loss_scale
+
+    def master(self, parameter: nn.Parameter) -> torch.Tensor:
+        return self.optimizer.master_of[parameter].detach()
+
+    def own_part(self, parameter: Any) -> torch.Tensor:
+        return parameter.detach()
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+
+class LossScaler:
+    """Dynamic loss scaling (Micikevicius et al. 2018): halved at an overflow, doubled after `WINDOW` steps without."""
+
+    START, WINDOW = 2.0**16, 1000
+
+    def __init__(self, *, dynamic: bool):
+        self._dynamic = dynamic
+        self._since = 0
+        self.scale = self.START if dynamic else 1.0
+
+    def update(self, *, overflow: bool) -> None:
+        """Takes in one step; the overflow must be the same on all ranks."""
+        if not self._dynamic:
+            return
+        self._since = 0 if overflow else self._since + 1
+        if overflow:
+            self.scale = max(self.scale / 2, 1.0)
+        elif self._since % self.WINDOW == 0:
+            self.scale *= 2
+
+
+def global_norm(
+    gradients: list[torch.Tensor], *groups: dist.ProcessGroup, device: torch.device | None = None
+) -> torch.Tensor:
+    """L2 norm (0-dimensional fp32) of fp32 gradients here and on all ranks of the groups' product. Collective.
+
+    Args:
+        device: where the groups reduce, if not where the gradients are.
+    """
+    squared = torch.nn.utils.get_total_norm(gradients).to(device, torch.float32).square()
     for group in groups:
         dist.all_reduce(squared, group=group)
     return squared.sqrt()
 
 
-def clip(parameters: Iterable[torch.Tensor], norm: torch.Tensor, limit: float) -> None:
+def clip(gradients: list[torch.Tensor], norm: float, limit: float) -> None:
     """Scales gradients in place so that their global norm is at most `limit`; 0 does not clip.
 
     The coefficient is limit / (norm + 1e-6), at most 1, as in torch.nn.utils.clip_grad_norm_ and DeepSpeed.
     """
-    if limit > 0:
-        coefficient = torch.clamp(limit / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], coefficient)
+    if 0 < limit < norm + 1e-6:
+        torch._foreach_mul_(gradients, limit / (norm + 1e-6))
 
 
 def average(gradients: list[torch.Tensor], group: dist.ProcessGroup) -> None:
@@ -33,7 +129,6 @@ def average(gradients: list[torch.Tensor], group: dist.ProcessGroup) -> None:
     torch._foreach_div_(gradients, dist.get_world_size(group))
 
 
-@functools.cache
 def on_masters(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """The optimizer class `kind` on fp32 masters of parameters in any dtype, with their fp32 gradients.
 
@@ -41,22 +136,15 @@ def on_masters(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]
     """
 
     class OnMasters(kind):  # type: ignore[misc, valid-type]
-        def __init__(self, groups: list[dict[str, Any]], **options: Any):
-            self._live = [p for group in groups for p in group["params"]]
-            self._masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self._live]
-            master_of = dict(zip(map(id, self._live), self._masters, strict=True))
-            super().__init__([{**g, "params": [master_of[id(p)] for p in g["params"]]} for g in groups], **options)
-
-        @property
-        def live_and_masters(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-            """The model's parameters, and in the same order what they are cast from."""
-            return self._live, self._masters
+        def __init__(self, groups: Iterable[dict[str, Any]], **options: Any):
+            groups = list(groups)
+            live = [p for group in groups for p in group["params"]]
+            self.master_of = {p: p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in live}
+            super().__init__([{**g, "params": [self.master_of[p] for p in g["params"]]} for g in groups], **options)
 
         @torch.no_grad()
         def step(self, closure: Callable[[], float] | None = None) -> None:
-            pairs = [
-                (live, master) for live, master in zip(self._live, self._masters, strict=True) if live is not master
-            ]
+            pairs = [(live, master) for live, master in self.master_of.items() if live is not master]
             for live, master in pairs:
                 master.grad = live.grad
             super().step(closure)

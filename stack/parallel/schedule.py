@@ -18,7 +18,7 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining.schedules import _PipelineSchedule
 
 from stack.parallel.mesh import Mesh
-from stack.parallel.zero import ZeroEngine
+from stack.parallel.rank_engine import RankEngine
 from stack.plan.layout import Plan
 from stack.plan.policies import SCHEDULES
 
@@ -66,7 +66,7 @@ class BusyClock:
 
 
 def make_schedule(
-    engine: ZeroEngine, *, plan: Plan, mesh: Mesh, dtype: torch.dtype, loss_scale: Callable[[], float], clock: BusyClock
+    engine: RankEngine, *, plan: Plan, mesh: Mesh, dtype: torch.dtype, loss_scale: Callable[[], float], clock: BusyClock
 ) -> _PipelineSchedule:
     """The schedule of this rank's stages.
 
@@ -104,7 +104,7 @@ def make_schedule(
 class _Forward(nn.Module):
     """A stage of the engine as a module without parameters: torch must not move, count or scale what ZeRO owns."""
 
-    def __init__(self, engine: ZeroEngine, index: int):
+    def __init__(self, engine: RankEngine, index: int):
         super().__init__()
         self._forward, self._index = engine.forward, index
 
@@ -113,9 +113,9 @@ class _Forward(nn.Module):
 
 
 class _EngineStage(PipelineStage):
-    """A pipeline stage whose backward goes through DeepSpeed."""
+    """A pipeline stage whose forward and backward go through the rank's engine."""
 
-    def drive(self, engine: ZeroEngine, index: int, clock: BusyClock) -> None:
+    def drive(self, engine: RankEngine, index: int, clock: BusyClock) -> None:
         self._engine, self._index, self._clock = engine, index, clock
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:

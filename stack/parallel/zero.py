@@ -8,34 +8,39 @@ assumption; tests/dist/test_parity.py fails when one of them is left out.
 import contextlib
 import importlib
 import logging
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from stack.config.deepspeed import deepspeed_zero_stage
+from stack.config.deepspeed import deepspeed_zero_stage, ds_config
 from stack.config.schema import Config
+from stack.errors import ConfigError
 from stack.models.build import Stage
+from stack.parallel import selftest
 from stack.parallel.mesh import Mesh, Mpu, local_device
 from stack.parallel.optimizer import make_optimizer
-from stack.parallel.replicated import average, clip, global_norm
-from stack.plan.policies import SCHEDULES
+from stack.parallel.rank_engine import RankEngine
+from stack.parallel.replicated import global_norm
+from stack.plan.layout import Plan
+
+selftest.require(deepspeed.__version__, torch.__version__)
 
 
 def init_distributed(*, timeout: timedelta) -> None:
     """Starts torch.distributed through DeepSpeed: NCCL with GPUs, gloo without. Collective."""
     # On a CPU DeepSpeed compiles a shared-memory all-reduce at its first start. Nothing here calls it.
     # (By name: the attribute `deepspeed.comm.torch` is torch itself.)
-    comm: Any = importlib.import_module("deepspeed.comm.torch")
-    comm.build_shm_op = lambda: None
+    _replace(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
     deepspeed_logger.setLevel(logging.WARNING)
     device = local_device()
     if device.type == "cuda":
@@ -54,6 +59,12 @@ def close() -> None:
     dist.destroy_process_group()
 
 
+def config_of(cfg: Config, plan: Plan) -> dict[str, Any]:
+    """The DeepSpeed config of every rank of a run."""
+    largest = max(map(plan.rank_params, range(plan.pipeline)))
+    return ds_config(cfg, replicas=plan.replicas, rank_params=largest)
+
+
 def shard(unit: nn.Module, *, mesh: Mesh, config: dict[str, Any]) -> None:
     """Partitions the parameters of `unit` over the stage's data group, as ZeRO-3 keeps them. Collective there.
 
@@ -62,169 +73,114 @@ def shard(unit: nn.Module, *, mesh: Mesh, config: dict[str, Any]) -> None:
     deepspeed.zero.Init(
         module=unit,
         data_parallel_group=mesh.data_group,
+        # With hpZ the first unit makes it, over consecutive ranks of the world; a second making is refused.
+        zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
         config_dict_or_path=config,
         mpu=Mpu(mesh),
         dtype=next(unit.parameters()).dtype,
     )
 
 
-class _Stages(nn.ModuleList):
-    """The stages of a rank as the one module that its DeepSpeedEngine knows."""
-
-    def forward(self, index: int, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        return self[index](*args, **kwargs)
-
-
-class ZeroEngine:
-    """The DeepSpeedEngine of a rank's stages, driven microbatch by microbatch in any order.
-
-    One step: inside `accumulate()` any interleaving of `forward` and `backward`, then `step(lr)`.
-    """
+class ZeroEngine(RankEngine):
+    """ZeRO 1 to 3: one DeepSpeedEngine over the stages of a rank."""
 
     def __init__(self, stages: list[Stage], *, cfg: Config, mesh: Mesh, config: dict[str, Any]):
-        self._mesh, self._clip = mesh, cfg.optim.grad_clip
+        super().__init__(stages, cfg=cfg, mesh=mesh)
         self._zero, self._reduce_once = deepspeed_zero_stage(cfg), cfg.parallel.reduce == "step"
         self._holds = self._zero == 3 and cfg.parallel.gather == "step"
-        # Then DeepSpeed sees neither forwards nor backwards: autograd leaves whole gradients for the end of the step.
-        self._splits = SCHEDULES[cfg.parallel.schedule].splits_backward
-        self._stages = stages
         self._in_flight: dict[nn.Module, Any] = {}
-        module = _Stages(stages)
-        # Any: DeepSpeed hangs its state on the parameters.
-        self._parameters: list[Any] = list(module.parameters())
         self._gradient_dtype: torch.dtype | None = None
-        tied: Any = stages[0 if stages[0].first else -1].tied_weight() if mesh.tied_group else None
         _scope_trace_check(mesh)
-        for parameter in self._parameters:
-            # Without the mark DeepSpeed counts only the first stage's parameters in the global norm, silently. The
-            # second copy of a tied embedding must not count.
-            parameter.model_parallel = parameter is not tied or stages[0].first
-            # Sums of many microbatches lose bits in bf16: autograd adds them in fp32 whatever the parameter's dtype.
-            parameter.grad_dtype = torch.float32
+        if cfg.parallel.offload.optimizer == "nvme":
+            _require_async_io()
         if self._zero == 3:
             # One gather and one hook a decoder layer instead of one a projection.
             layers = {type(layer) for stage in stages for layer in stage.layers}
-            deepspeed.utils.set_z3_leaf_modules(module, sorted(layers, key=str))
-        optimizer = make_optimizer(self._parameters, cfg, tied=tied, masters=self._zero == 0)
-        self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, mpu=Mpu(mesh), config=config, dist_init_required=False
+            deepspeed.utils.set_z3_leaf_modules(self.module, sorted(layers, key=str))
+        optimizer = make_optimizer(self.parameters, cfg, tied=self.tied, shape_of=_whole_shape)
+        self._engine, *_ = deepspeed.initialize(
+            model=self.module, optimizer=optimizer, mpu=Mpu(mesh), config=config, dist_init_required=False
         )
-        self._tied = tied
-        if self._zero == 3:
-            self._reduce_norm_once()
-            if self._holds:
-                # Parameters are gathered by `_gathered` instead of by a hook around each module in each microbatch.
-                self.optimizer.parameter_offload._remove_module_hooks()
-                for _, unit in self._units():
-                    unit.register_forward_pre_hook(lambda module, _args: self._arrive(module))
-        elif self._zero > 0:
+        self._optimizer: Any = self._engine.optimizer
+        self._reduce_norm_once()
+        # DeepSpeed doubles the loss scale before it divides the gradients by it: see `step`.
+        _replace(self._optimizer, "_update_scale", lambda _overflow: None)
+        if self._zero < 3:
             # ZeRO-2 would copy the fp32 sums through a buffer of the parameters' dtype before it reduces them.
-            self.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
+            _replace(self._optimizer, "_gradient_reduction_buffer_dtype", lambda: torch.float32)
+            if self._optimizer.cpu_offload and not self._reduce_once:
+                self._sum_offloaded_in_fp32()
+        elif self._holds:
+            # Parameters are gathered by `_gathered` instead of by a hook around each module in each microbatch.
+            self._optimizer.parameter_offload._remove_module_hooks()
+            for unit in self._units():
+                unit.register_forward_pre_hook(lambda module, _args: self._arrive(module))
 
-    def _units(self) -> Iterator[tuple[str, nn.Module]]:
-        for stage in self._stages:
-            yield from stage.units()
-
-    @property
-    def optimizer(self) -> Any:
-        return self.engine.optimizer
+    def _units(self) -> list[nn.Module]:
+        return [unit for stage in self.stages for _, unit in stage.units()]
 
     @property
     def loss_scale(self) -> float:
-        """What DeepSpeed multiplies losses by before their backward: 1, but for fp16."""
-        return 1.0
-
-    def backward_input(
-        self, index: int, output: Sequence[torch.Tensor], gradients: list[torch.Tensor] | None, values: list[Any]
-    ) -> list[dict[str, Any]]:
-        """The part of a backward that the neighbours wait for: gradients of a stage's inputs, left in their `.grad`.
-
-        Returns:
-            What `backward_weight` needs.
-        """
-        _, groups = stage_backward_input(list(output), gradients, values, self._stages[index].parameters())
-        return groups
-
-    def backward_weight(self, index: int, groups: list[dict[str, Any]]) -> None:
-        """The rest of that backward: gradients of the stage's parameters, added to what is there in fp32."""
-        parameters: list[Any] = list(self._stages[index].parameters())
-        sums = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad, parameter.grad_dtype = None, parameter.dtype
-        stage_backward_weight(iter(parameters), groups)
-        for parameter, before in zip(parameters, sums, strict=True):
-            gradient, parameter.grad, parameter.grad_dtype = parameter.grad, None, torch.float32
-            if before is None:
-                parameter.grad = None if gradient is None else gradient.float()
-            else:
-                parameter.grad = before if gradient is None else before.add_(gradient)
+        return float(self._optimizer.loss_scaler.loss_scale)
 
     def forward(self, index: int, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        """Runs the forward of this rank's stage number `index` (0, 1, ... in the order of the forward)."""
-        return (self.engine.module if self._splits else self.engine)(index, *args, **kwargs)
+        if self.splits:
+            # DeepSpeed would expect a whole backward after it.
+            return super().forward(index, *args, **kwargs)
+        return self._engine(index, *args, **kwargs)
 
     def backward(self, output: torch.Tensor, gradient: torch.Tensor | None, *, last: bool) -> None:
-        """Runs the backward of one microbatch through one stage.
-
-        Args:
-            output: the loss (0-dimensional) on the last stage, else the hidden states that were sent on.
-            gradient: None on the last stage, else the gradient of `output`.
-            last: whether this is the step's last backward of that stage.
-        """
-        if self._splits:
-            torch.autograd.backward(output, gradient)
+        if self.splits:
+            super().backward(output, gradient, last=last)
             return
+        # The loss is scaled once, on the last stage: a surrogate ignores the scale that it is multiplied by.
         loss = output if gradient is None else _Surrogate.apply(output, gradient)
-        # ZeRO-0 would reduce at the boundary: once for each stage of this rank. It reduces in `accumulate`.
-        self.engine.set_gradient_accumulation_boundary(last and self._zero > 0)
-        self.engine.backward(loss, scale_wrt_gas=False)
-        if isinstance(self.optimizer, ZeROOptimizer):
-            # Cleared only in forward otherwise: the second of two backwards in a row would overwrite, not add.
-            self.optimizer.clear_backward_seen_flag()
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+        # Cleared only in forward otherwise: the second of two backwards in a row would overwrite, not add.
+        self._optimizer.clear_backward_seen_flag()
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Everything of a step but the update. Gradients are reduced on leaving, or in each backward."""
-        once = self._zero > 0 and self._reduce_once
-        with self._gathered(), self._reduced_once() if once else contextlib.nullcontext():
+        with self._gathered(), self._reduced_once() if self._reduce_once else contextlib.nullcontext():
             yield
             if self._gradient_dtype is None:
                 self._gradient_dtype = self._live_gradient_dtype()
-        if self._zero == 0:
-            average([p.grad for p in self._parameters if p.grad is not None], self._mesh.data_group)
-        for gradient in self._tied_gradients():
-            dist.all_reduce(gradient, group=self._mesh.tied_group)
+        if self.tied is not None:
+            # The two copies are alone in their parameter groups, so their holders have the same part of them.
+            self.sum_tied([gradient for parameter, gradient in self._reduced() if parameter is self.tied])
 
     @contextlib.contextmanager
     def _reduced_once(self) -> Iterator[None]:
         """DeepSpeed's `coalesce_grad_reduction`, but for an error inside: its own reduces then too, and a rank that
         failed would wait for the others in a collective instead of saying so."""
-        self.engine.inside_no_sync_ctxt = self.optimizer._coalesce_grad_reduction = True
+        self._coalesce(True)
         yield
-        self.engine.inside_no_sync_ctxt = self.optimizer._coalesce_grad_reduction = False
-        self.engine.set_gradient_accumulation_boundary(True)
+        self._coalesce(False)
+        self._engine.set_gradient_accumulation_boundary(True)
         if self._zero == 3:
-            self.engine._flush_coalesced_reduction_zero3(self.optimizer)
+            self._engine._flush_coalesced_reduction_zero3(self._optimizer)
         else:
-            self.engine._flush_coalesced_reduction_zero12(self.optimizer)
+            self._engine._flush_coalesced_reduction_zero12(self._optimizer)
+
+    def _coalesce(self, on: bool) -> None:
+        _replace(self._engine, "inside_no_sync_ctxt", on)
+        _replace(self._optimizer, "_coalesce_grad_reduction", on)
 
     @contextlib.contextmanager
     def evaluate(self) -> Iterator[None]:
-        """Forwards only, in evaluation mode."""
-        self.engine.eval()
-        with torch.no_grad(), self._gathered():
+        with super().evaluate(), self._gathered():
             yield
         if self._holds:
-            self.optimizer._partition_all_parameters()
-        self.engine.train()
+            self._optimizer._partition_all_parameters()
 
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[None]:
-        """With `parallel.gather=step`, has all units of the stage gathered in the order of their use: all are asked for
-        at once, and each is waited for when the first forward reaches it. The optimizer's step releases them."""
+        """With `parallel.gather=step`, has all units of the stages gathered in the order of their use: all are asked
+        for at once, and each is waited for when the first forward reaches it. The optimizer's step releases them."""
         if self._holds:
             asked: set[int] = set()
-            for _, unit in self._units():
+            for unit in self._units():
                 # A tied head asks for the tensor that the embedding has asked for.
                 parameters: list[Any] = [p for p in unit.parameters() if id(p) not in asked]
                 asked.update(map(id, parameters))
@@ -239,103 +195,130 @@ class ZeroEngine:
             handle.wait()
 
     def step(self, lr: float) -> float:
-        """Clips, updates, releases held parameters.
-
-        Returns:
-            The global gradient norm before clipping, over all stages; not finite where the step was skipped.
-        """
-        for group in self.optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self.engine.set_gradient_accumulation_boundary(True)
-        if self._zero == 0:
-            counted = [p.grad for p in self._parameters if p.grad is not None and p.model_parallel]
-            norm = global_norm(counted, self._mesh.pipe_group)
-            if torch.isfinite(norm):
-                clip(self._parameters, norm, self._clip)
-                self.engine.step()
-            self.engine.zero_grad()
-            return norm.item()
+        self._engine.set_gradient_accumulation_boundary(True)
         # The order of the modules never changes: one step has shown it, and comparing costs a broadcast a forward.
-        coordinator.assert_ints_same_as_other_ranks = lambda _ints: None
-        skipped = self.engine.skipped_steps
-        self.engine.step()
-        reported = float(self.engine.get_global_grad_norm() or 0.0)
+        _replace(coordinator, "assert_ints_same_as_other_ranks", lambda _ints: None)
+        skipped = self._engine.skipped_steps
+        self._engine.step()
+        # The same on all ranks: DeepSpeed reduces `overflow` over the data group and the pipe group.
+        self._optimizer.loss_scaler.update_scale(self._optimizer.overflow)
+        reported = float(self._engine.get_global_grad_norm() or 0.0)
         # DeepSpeed writes a norm that is not finite as -1.
-        return float("nan") if self.engine.skipped_steps > skipped or reported < 0 else reported
+        return float("nan") if self._engine.skipped_steps > skipped or reported < 0 else reported
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Where each dtype is, read back from live tensors after a step."""
-        optimizer = self.optimizer
-        if self._zero == 3:
-            masters = optimizer.fp32_partitioned_groups_flat
-        elif self._zero > 0:
-            masters = optimizer.single_partition_of_fp32_groups
-        else:
-            masters = [p for group in optimizer.param_groups for p in group["params"]]
-        state = optimizer.state[masters[0]]
-        reduced = getattr(optimizer, "communication_data_type", self._gradient_dtype)
+        optimizer = self._optimizer
+        masters = (
+            optimizer.fp32_partitioned_groups_flat if self._zero == 3 else optimizer.single_partition_of_fp32_groups
+        )
+        assert self._gradient_dtype is not None
         return {
-            "parameters": next(iter(self._parameters)).dtype,
+            "parameters": self.parameters[0].dtype,
             "masters": masters[0].dtype,
             "gradient sums": self._gradient_dtype,
-            "gradient reduction": reduced,
-            **{name: value.dtype for name, value in state.items() if name != "step"},
+            "gradient reduction": optimizer.communication_data_type,
+            **{name: value.dtype for name, value in optimizer.state[masters[0]].items() if name != "step"},
         }
 
-    def check_tied(self) -> None:
-        """Compares the two copies of a tied embedding, this rank's part of it. Collective over its two holders.
+    def reduced_gradient(self, parameter: nn.Parameter) -> torch.Tensor:
+        return deepspeed.utils.safe_get_full_grad(parameter)
 
-        Raises:
-            RuntimeError: on one holder at least, where they differ.
-        """
-        if self._tied is None:
-            return
-        mine = self._tied.ds_tensor if self._zero == 3 else self._tied.detach()
-        larger = mine.clone()
-        dist.all_reduce(larger, dist.ReduceOp.MAX, group=self._mesh.tied_group)
-        if not torch.equal(larger, mine):
-            raise RuntimeError("the first and the last stage no longer hold the same tied embedding")
+    def master(self, parameter: nn.Parameter) -> torch.Tensor:
+        return deepspeed.utils.safe_get_full_fp32_param(parameter)
 
-    def _tied_gradients(self) -> list[torch.Tensor]:
-        """Reduced gradients of the copy of a tied embedding that this rank holds, this rank's part of them. The two
-        copies are alone in their parameter groups, so the parts of the two holders are the same elements."""
-        if self._tied is None:
-            return []
-        if self._zero == 0:
-            return [self._tied.grad]
-        groups = self.optimizer.fp16_groups if self._zero == 3 else self.optimizer.bit16_groups
+    def own_part(self, parameter: Any) -> torch.Tensor:
+        return parameter.ds_tensor if self._zero == 3 else parameter.detach()
+
+    def _reduced(self) -> list[tuple[Any, torch.Tensor]]:
+        """Parameters with this rank's part of their reduced gradients, times the loss scale. An offloaded optimizer has
+        them in the masters' `grad`, on the CPU."""
+        optimizer = self._optimizer
+        if self._zero == 3:
+            return self._reduced_zero3()
+        if optimizer.cpu_offload:
+            optimizer._get_offload_gradient_dict()
+        parts = optimizer.offload_gradient_dict if optimizer.cpu_offload else optimizer.averaged_gradients
         return [
-            gradient
-            for index, group in enumerate(groups)
-            if any(parameter is self._tied for parameter in group)
-            for gradient in self.optimizer.averaged_gradients[index]
+            pair
+            for index, group in enumerate(optimizer.params_in_partition)
+            # The padding at the end of a part has no parameter.
+            for pair in zip(group, (g for g in parts[index] if not getattr(g, "_zero_padding", False)), strict=False)
         ]
 
-    def _reduce_norm_once(self) -> None:
-        """ZeRO-3 reduces the norm once per optimizer sub-group over the pipe group; stages with unequal numbers of
-        sub-groups would hang. Summed locally first, then reduced once. DeepSpeed takes a negative norm for not
-        finite."""
-        optimizer, mesh = self.optimizer, self._mesh
-
-        def norm_groups() -> list[torch.Tensor]:
-            counted = [
-                gradient
-                for index, group in enumerate(optimizer.fp16_groups)
-                for parameter, gradient in zip(group, optimizer.averaged_gradients[index], strict=True)
-                if parameter.model_parallel
+    def _reduced_zero3(self) -> list[tuple[Any, torch.Tensor]]:
+        optimizer = self._optimizer
+        parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
+        if not optimizer.offload_optimizer:
+            groups = range(len(optimizer.fp16_groups))
+            gradients = [gradient for index in groups for gradient in optimizer.averaged_gradients[index]]
+        elif optimizer.swap_optimizer:
+            # The masters' `grad` are on the disk; what was reduced is still here. To read, not to change.
+            kept = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+            gradients = [kept[parameter.ds_id] for parameter in parameters]
+        else:
+            places = [optimizer.grad_position[optimizer.get_param_id(parameter)] for parameter in parameters]
+            gradients = [
+                optimizer.fp32_partitioned_groups_flat[index].grad.narrow(0, offset, length)
+                for index, offset, length in places
             ]
-            norm = global_norm(counted, mesh.data_group, mesh.pipe_group)
-            return [torch.where(norm.isfinite(), norm, torch.full_like(norm, -1.0))]
+        return list(zip(parameters, gradients, strict=True))
 
-        optimizer._get_norm_groups = norm_groups
+    def _reduce_norm_once(self) -> None:
+        """DeepSpeed reduces the norm once for each optimizer group, over the pipe group too; ranks with unequal numbers
+        of groups would hang. Summed locally first, then reduced once. DeepSpeed takes a negative norm for not finite,
+        and divides it by the loss scale itself."""
+
+        def norm(*_: Any) -> torch.Tensor:
+            counted = [gradient for parameter, gradient in self._reduced() if parameter.model_parallel]
+            mesh = self.mesh
+            found = global_norm(counted, mesh.data_group, mesh.pipe_group, device=mesh.device)
+            return torch.where(found.isfinite(), found, torch.full_like(found, -1.0)).to(self._optimizer.device)
+
+        if self._zero == 3:
+            _replace(self._optimizer, "_get_norm_groups", lambda: [norm()])
+        else:
+            _replace(self._optimizer, "scaled_global_norm", norm)
+
+    def _sum_offloaded_in_fp32(self) -> None:
+        """ZeRO-2 would sum offloaded gradients of microbatches in the parameters' dtype."""
+        optimizer = self._optimizer
+        buffer = optimizer.temp_grad_buffer_for_gpu_offload
+        optimizer.temp_grad_buffer_for_gpu_offload = torch.zeros_like(buffer, dtype=torch.float32)
+        for parameter in (parameter for group in optimizer.params_in_partition for parameter in group):
+            optimizer.accumulated_grads_in_cpu[optimizer.get_param_id(parameter)] = torch.zeros(
+                parameter.numel(), dtype=torch.float32, device=optimizer.device
+            )
 
     def _live_gradient_dtype(self) -> torch.dtype:
-        live = next((p.grad for p in self._parameters if p.grad is not None), None)
+        live = next((p.grad for p in self.parameters if p.grad is not None), None)
         if live is not None:
             return live.dtype
         if self._zero == 3:
-            return self.optimizer.grad_partitions_flat_buffer.dtype
-        return self.optimizer.averaged_gradients[0][0].dtype
+            return self._optimizer.grad_partitions_flat_buffer.dtype
+        if self._optimizer.cpu_offload:
+            return next(iter(self._optimizer.accumulated_grads_in_cpu.values())).dtype
+        return self._optimizer.averaged_gradients[0][0].dtype
+
+
+def _require_async_io() -> None:
+    """DeepSpeed compiles its op for files at the first use, which takes minutes.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    if missing or not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ConfigError(
+            "parallel.offload.optimizer=nvme: DeepSpeed's async_io op cannot be compiled on this host, which needs "
+            f"{' and '.join(missing) or 'libaio (package libaio-dev)'}; install that, or use offload.optimizer=cpu"
+        )
+
+
+def _whole_shape(parameter: Any) -> torch.Size:
+    """A ZeRO-3 parameter is an empty placeholder that remembers its shape."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 class _Surrogate(torch.autograd.Function):
@@ -364,4 +347,16 @@ def _scope_trace_check(mesh: Mesh) -> None:
         if reference[0] != order:
             raise RuntimeError(f"ZeRO-3 module order of rank {mesh.rank} differs from the first replica of its stage")
 
-    coordinator.assert_ints_same_as_other_ranks = same_on_data_group
+    _replace(coordinator, "assert_ints_same_as_other_ranks", same_on_data_group)
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    """Sets a private name of DeepSpeed's; a name it no longer has would be set in vain.
+
+    Raises:
+        AttributeError: it has no such name.
+    """
+    if not hasattr(owner, name):
+        where = getattr(owner, "__name__", type(owner).__name__)
+        raise AttributeError(f"deepspeed {deepspeed.__version__} has no {where}.{name}")
+    setattr(owner, name, value)

@@ -4,13 +4,11 @@ Pure arithmetic made once, before any process starts. Everything downstream read
 """
 
 import dataclasses
-import glob
-import os
 from dataclasses import dataclass
 
 from stack.config.schema import Config, Parallel
 from stack.errors import LayoutError
-from stack.plan.policies import SCHEDULES, check_policies
+from stack.plan.policies import SCHEDULES, check_policies, local_devices
 from stack.plan.shape import ModelShape, model_shape
 
 #: Ranks on a host without a GPU: pp2 x dp2, the smallest layout in which nothing is trivial.
@@ -108,14 +106,6 @@ class Plan:
         return {**dataclasses.asdict(self), "total_params": self.shape.total_params, "stage_table": table}
 
 
-def local_devices() -> int:
-    """NVIDIA GPUs this process may use, without importing torch; 0 on a host without any."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
-    return len(glob.glob("/dev/nvidia[0-9]*"))
-
-
 def ranks_per_node(cfg: Config) -> tuple[int, str]:
     """Ranks on each host, and why."""
     if cfg.launch.ranks_per_node != "auto":
@@ -143,7 +133,7 @@ def make_plan(cfg: Config, world_size: int | None = None) -> Plan:
     reasons["replicas"] = f"{world_size} ranks / {cfg.parallel.pipeline} stages"
     shape = model_shape(cfg.model)
     _check_model(cfg, shape)
-    check_policies(cfg, replicas)
+    check_policies(cfg, replicas, tied=shape.tied)
     first_layers, reasons["split"] = _split(cfg.parallel, shape, cfg.data.seq_len)
     microbatches = _microbatches(cfg, replicas)
     reasons["microbatches"] = (

@@ -1,5 +1,7 @@
 """Which schedule, ZeRO stage and policies go together; each refusal says why and what works."""
 
+import glob
+import os
 from dataclasses import dataclass
 
 from stack.config.schema import Config, Parallel
@@ -27,7 +29,7 @@ SCHEDULES = {
 }
 
 
-def check_policies(cfg: Config, replicas: int) -> None:
+def check_policies(cfg: Config, replicas: int, *, tied: bool) -> None:
     """Refuses what cannot work together.
 
     Raises:
@@ -35,6 +37,8 @@ def check_policies(cfg: Config, replicas: int) -> None:
     """
     _check_schedule(cfg)
     _check_reduce(cfg.parallel)
+    _check_offload(cfg.parallel, tied=tied)
+    _check_zero_plus_plus(cfg.parallel, replicas)
 
 
 def _check_schedule(cfg: Config) -> None:
@@ -63,6 +67,11 @@ def _check_schedule(cfg: Config) -> None:
             "apart from the backward, where ZeRO-2 and 3 do not see them; use parallel.zero=1 or parallel.schedule="
             "interleaved_1f1b"
         )
+    if cfg.precision.dtype == "fp16":
+        raise LayoutError(
+            f"parallel.schedule={parallel.schedule} with precision.dtype=fp16: its weight gradients are not scaled; "
+            "use precision.dtype=bf16 or parallel.schedule=interleaved_1f1b"
+        )
     if cfg.activation.checkpoint != "none":
         raise LayoutError(
             f"parallel.schedule={parallel.schedule} with activation.checkpoint={cfg.activation.checkpoint}: a "
@@ -84,3 +93,64 @@ def _check_reduce(parallel: Parallel) -> None:
             f"parallel.reduce=microbatch with parallel.virtual_stages={parallel.virtual_stages}: DeepSpeed would add "
             "one stage's gradients to those of the step before; use parallel.reduce=step"
         )
+
+
+def _check_offload(parallel: Parallel, *, tied: bool) -> None:
+    offload = parallel.offload
+    if offload.optimizer != "none" and parallel.zero == 0:
+        raise LayoutError(
+            f"parallel.offload.optimizer={offload.optimizer} with parallel.zero=0, which updates where the parameters "
+            "are; use parallel.zero=1 or offload.optimizer=none"
+        )
+    if offload.params != "none" and parallel.zero < 3:
+        raise LayoutError(
+            f"parallel.offload.params={offload.params} with parallel.zero={parallel.zero}: only ZeRO-3 shards "
+            "parameters; use parallel.zero=3 or offload.params=none"
+        )
+    if offload.optimizer != "nvme":
+        return
+    if parallel.zero < 3:
+        raise LayoutError(
+            f"parallel.offload.optimizer=nvme with parallel.zero={parallel.zero}: DeepSpeed would keep it in host "
+            "memory without a word; use offload.optimizer=cpu or parallel.zero=3"
+        )
+    if offload.folder is None:
+        raise LayoutError("parallel.offload.optimizer=nvme needs parallel.offload.folder, for example /local/nvme")
+    if tied and parallel.pipeline > 1:
+        raise LayoutError(
+            "parallel.offload.optimizer=nvme with an embedding that is tied across stages: the sum of its two "
+            "gradients cannot reach an optimizer on disk; use offload.optimizer=cpu or tie_word_embeddings=false"
+        )
+
+
+def _check_zero_plus_plus(parallel: Parallel, replicas: int) -> None:
+    hpz = parallel.hpz
+    if hpz > 1 and replicas % hpz:
+        legal = max(size for size in range(1, min(hpz, replicas) + 1) if replicas % size == 0)
+        raise LayoutError(
+            f"parallel.hpz={hpz} does not divide the {replicas} replicas: DeepSpeed groups consecutive ranks of the "
+            f"world, and a group would cross stages; use parallel.hpz={legal}"
+        )
+    if hpz > 1 and (parallel.zero < 3 or parallel.gather == "step"):
+        raise LayoutError(
+            f"parallel.hpz={hpz} with parallel.zero={parallel.zero} gather={parallel.gather}: its second copy serves "
+            "gathers again within a step; use parallel.zero=3 gather=microbatch, or parallel.hpz=1"
+        )
+    if parallel.quantized_weights and parallel.zero < 3:
+        raise LayoutError(
+            f"parallel.quantized_weights=true with parallel.zero={parallel.zero}: only ZeRO-3 gathers parameters; "
+            "use parallel.zero=3 or quantized_weights=false"
+        )
+    if parallel.quantized_weights and not local_devices():
+        raise LayoutError(
+            "parallel.quantized_weights=true on a host without NVIDIA GPUs: DeepSpeed's quantizer has no CPU kernel; "
+            "use parallel.quantized_weights=false"
+        )
+
+
+def local_devices() -> int:
+    """NVIDIA GPUs this process may use, without importing torch; 0 on a host without any."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
+    return len(glob.glob("/dev/nvidia[0-9]*"))

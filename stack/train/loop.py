@@ -32,8 +32,8 @@ def train(
         lr = learning_rate(state.step, cfg.train.steps, optim=cfg.optim, schedule=cfg.schedule)
         batch = training.train(state.step, replica)
         result = engine.train_batch(batch, lr=lr)
-        check_finite(step=state.step + 1, loss=result.loss, grad_norm=result.grad_norm)
-        state = state.advance(tokens=result.tokens)
+        check_finite(step=state.step + 1, loss=result.loss, grad_norm=result.grad_norm, loss_scale=result.loss_scale)
+        state = state.advance(tokens=result.tokens, skipped=result.skipped)
         heldout_loss = evaluate(cfg, engine, heldout, replica) if _eval_due(cfg, state.step) else None
         record(_row(state, result, lr=lr, mfu=mfu(result), heldout_loss=heldout_loss))
     return state
@@ -75,4 +75,5 @@ def _row(
         time=time.time(),
         heldout_loss=heldout_loss,
         router_aux_loss=result.router_aux_loss,
+        loss_scale=result.loss_scale,
     )

@@ -16,6 +16,8 @@ class TrainState:
     attempt: int = 1
     """Number of this start of the run."""
 
-    def advance(self, *, tokens: int) -> "TrainState":
+    def advance(self, *, tokens: int, skipped: bool = False) -> "TrainState":
         """The state after one more step on `tokens` targets."""
-        return replace(self, step=self.step + 1, tokens=self.tokens + tokens)
+        return replace(
+            self, step=self.step + 1, tokens=self.tokens + tokens, skipped_steps=self.skipped_steps + int(skipped)
+        )

@@ -51,7 +51,7 @@ paralel.pipeline=2 | no such key; did you mean parallel.pipeline?
 pipeline=2 | no such key; did you mean parallel.pipeline?
 lr=0.1 | no such key; did you mean optim.lr?
 parallel.foo=2 | no such key; the keys of parallel are pipeline, data, zero, schedule, virtual_stages, \
-reduce, gather, split
+reduce, gather, hpz, quantized_weights, offload, split
 parallel.pipeline.stages=2 | no such key; parallel.pipeline is a single value
 +parallel.stages=2 | no such key; did you mean parallel.virtual_stages?
 log.wandb={mod: online} -> log.wandb.mod=online | no such key; did you mean log.wandb.mode?
@@ -74,13 +74,13 @@ moe_intermediate_size? drop a preset's with ~model.config.intermediate_size
 # groups
 experment=8b | no such key; did you mean experiment?
 experiment=8bb | no such choice; did you mean 8b? choices are 1b, 405b_plan, 70b, 8b, quickstart
-precision=float64 | no such choice; choices are bf16, fp32
+precision=float64 | no such choice; choices are bf16, fp16, fp32
 experiment=[1b,8b] | experiment takes one choice, its keys come one by one; choices are 1b, 405b_plan, \
 70b, 8b, quickstart
-precision=bf16,fp32 | precision takes one choice, its keys come one by one; choices are bf16, fp32
+precision=bf16,fp32 | precision takes one choice, its keys come one by one; choices are bf16, fp16, fp32
 +experiment=8b | experiment has a choice already; drop the +
 experiment@x=8b | packages are not used here; drop @x
-precision=null | write ~precision to compose without it; choices are bf16, fp32
+precision=null | write ~precision to compose without it; choices are bf16, fp16, fp32
 ~precision=bf16 | write ~precision to compose without it
 log.wandb=3 | it is a section, not a value; its keys are mode, project, entity, group, tags
 # types, and what Hydra or OmegaConf would convert in silence

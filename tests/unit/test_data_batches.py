@@ -181,3 +181,24 @@ def test_permutation_puts_every_item_everywhere():
     assert np.abs(counts - 400).max() < 100  # five standard deviations are 90
     near = Permutation(100_000, seed=0, epoch=0)(np.arange(100_000))
     assert abs(np.corrcoef(near[:-1], near[1:])[0, 1]) < 0.02
+
+
+def test_positions_start_again_in_every_document(split):
+    source = batches(split)
+    starts = set(split.starts.tolist())
+    seen = 0
+    for step in range(3):
+        positions = source.train(step, 0).positions.reshape(-1, SEQ_LEN)
+        for row, sequence in enumerate(source.order(step)):
+            expected = []
+            for token in range(sequence * SEQ_LEN, (sequence + 1) * SEQ_LEN):
+                begins = not expected or token in starts
+                expected.append(0 if begins else expected[-1] + 1)
+                seen += token in starts and len(expected) > 1
+            assert positions[row].tolist() == expected
+    assert seen > 10
+
+
+def test_positions_of_one_document_a_sequence_count_on(split):
+    positions = batches(split, pack=False).train(0, 0).positions
+    assert (positions == np.arange(SEQ_LEN)).all()

@@ -105,6 +105,28 @@ BAD_LAYOUTS = [
         "use activation.checkpoint=none",
     ),
     (
+        ["parallel.schedule=zbv", "parallel.virtual_stages=2", "parallel.zero=1", "precision=fp16"],
+        4,
+        "use precision.dtype=bf16 or parallel.schedule=interleaved_1f1b",
+    ),
+    (["parallel.zero=0", "parallel.offload.optimizer=cpu"], 4, "use parallel.zero=1 or offload.optimizer=none"),
+    (["parallel.zero=2", "parallel.offload.params=cpu"], 4, "use parallel.zero=3 or offload.params=none"),
+    (["parallel.zero=2", "parallel.offload.optimizer=nvme"], 4, "use offload.optimizer=cpu or parallel.zero=3"),
+    (["parallel.offload.optimizer=nvme"], 4, "needs parallel.offload.folder, for example /local/nvme"),
+    (
+        [
+            "parallel.offload.optimizer=nvme",
+            "parallel.offload.folder=/x",
+            "model.config.tie_word_embeddings=true",
+        ],
+        4,
+        "use offload.optimizer=cpu or tie_word_embeddings=false",
+    ),
+    (["parallel.hpz=4", "parallel.gather=microbatch"], 4, "a group would cross stages; use parallel.hpz=2"),
+    (["parallel.hpz=2"], 4, "use parallel.zero=3 gather=microbatch, or parallel.hpz=1"),
+    (["parallel.quantized_weights=true", "parallel.zero=2"], 4, "use parallel.zero=3 or quantized_weights=false"),
+    (["parallel.quantized_weights=true"], 4, "use parallel.quantized_weights=false"),
+    (
         ["parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2", "parallel.reduce=microbatch"],
         4,
         "use parallel.reduce=step",

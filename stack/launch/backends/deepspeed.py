@@ -5,7 +5,8 @@ import sys
 
 from stack.errors import LayoutError
 from stack.health.orphan import DRIVER_PID
-from stack.plan.layout import Plan, local_devices
+from stack.plan.layout import Plan
+from stack.plan.policies import local_devices
 from stack.train.rundir import RunDir
 from stack.train.worker import VISIBLE_DEVICES
 

@@ -147,6 +147,17 @@ def _model_rules(config: Config) -> None:
         refuse("data.seq_len", config.data.seq_len, why)
 
 
+def _compile_rules(config: Config) -> None:
+    if not config.precision.compile:
+        return
+    if config.activation.checkpoint == "selective":
+        why = "a compiled layer hides the products that activation.checkpoint=selective keeps; use full, or compile=false"
+        refuse("precision.compile", True, why)
+    name = base_fields(config.model.name)["model_type"]
+    if FAMILIES[name].experts:
+        refuse("precision.compile", True, f"{name} sends tokens where its router says, which cannot be compiled")
+
+
 def _data_rules(config: Config) -> None:
     data = config.data
     if data.source == "files" and not data.paths:
@@ -181,4 +192,4 @@ def _schedule_rules(config: Config) -> None:
         refuse("schedule.decay_steps", schedule.decay_steps, f"{why}{schedule.warmup_steps}; at most {left}")
 
 
-_RULES: tuple[Callable[[Config], None], ...] = (_run_rules, _model_rules, _data_rules, _split_rules, _schedule_rules)
+_RULES: tuple[Callable[[Config], None], ...] = (_run_rules, _model_rules, _compile_rules, _data_rules, _split_rules, _schedule_rules)

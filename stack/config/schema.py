@@ -136,6 +136,8 @@ class Precision:
     dtype: str = _one_of("fp32", "fp32", "bf16", "fp16")
     """Compute dtype. Masters, optimizer state, gradient accumulation and reduction are always fp32; fp16 has a dynamic
     loss scale, the same on all stages."""
+    compile: bool = False
+    """Compile the decoder layers with torch.compile: faster steps after a first one that takes a minute."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ from stack.data.batches import Batch
 from stack.models.build import build_stages, compute_dtype
 from stack.parallel import zero
 from stack.parallel.activation import apply_checkpointing
+from stack.parallel.compiled import compile_layers
 from stack.parallel.mesh import Mesh
 from stack.parallel.rank_engine import RankEngine
 from stack.parallel.replicated import ReplicatedEngine
@@ -66,6 +67,8 @@ class Engine:
         self.stages = build_stages(cfg, plan, mesh.pipe_rank, device=mesh.device, place=place)
         for stage in self.stages:
             apply_checkpointing(stage, cfg.activation)
+            if cfg.precision.compile:
+                compile_layers(stage)
         # Dropout differs between ranks, whatever they drew before.
         torch.manual_seed(cfg.run.seed + mesh.rank)
         self.rank_engine: RankEngine = (

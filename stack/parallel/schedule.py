@@ -89,7 +89,7 @@ def make_schedule(
             output_args=(torch.empty((), device="meta") if last else hidden.detach().requires_grad_(),),
             group=mesh.pipe_group,
         )
-        made.drive(engine, index, clock)
+        made.drive(engine, index, clock, window=plan.pipeline if plan.schedule == "1f1b" else plan.microbatches)
         return made
 
     stages = [stage(index, number) for index, number in enumerate(plan.stages_of(mesh.pipe_rank))]
@@ -115,8 +115,25 @@ class _Forward(nn.Module):
 class _EngineStage(PipelineStage):
     """A pipeline stage whose forward and backward go through the rank's engine."""
 
-    def drive(self, engine: RankEngine, index: int, clock: BusyClock) -> None:
-        self._engine, self._index, self._clock = engine, index, clock
+    def drive(self, engine: RankEngine, index: int, clock: BusyClock, *, window: int) -> None:
+        """Says what the stage runs, and how many microbatches it may hold between their forward and their backward."""
+        self._engine, self._index, self._clock, self._window = engine, index, clock, window
+
+    # Torch makes receive buffers for every microbatch of a step; those of one that is done serve a later one.
+
+    def _prepare_forward_infra(self, num_microbatches: int, *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_forward_infra(num_microbatches, *args, **kwargs)
+        self._share(self.args_recv_info)
+        return result
+
+    def _prepare_backward_infra(self, num_microbatches: int, *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_backward_infra(num_microbatches, *args, **kwargs)
+        self._share(self.grad_recv_info)
+        return result
+
+    def _share(self, buffers: dict[int, Any]) -> None:
+        for microbatch in buffers:
+            buffers[microbatch] = buffers[microbatch % self._window]
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         with self._clock.busy():

@@ -303,6 +303,11 @@ def test_a_family_by_its_name_alone(family: str) -> None:
     assert make_plan(compose([f"model.name={family}", f"model.attention={kernel}"]), world_size=4).shape.layers == 6
 
 
+def test_what_cannot_be_compiled() -> None:
+    assert "use full, or compile=false" in refusal("precision.compile=true", "activation=selective")
+    assert "cannot be compiled" in refusal("precision.compile=true", "model=mixtral_4m")
+
+
 def test_a_family_without_sdpa_says_so() -> None:
     assert refusal("model.name=gemma2").endswith("which sdpa cannot; use model.attention=eager")
 

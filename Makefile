@@ -1,6 +1,6 @@
 # `make train` and `make test` work on a fresh machine: the environment is made when it is missing or out of date.
 .DEFAULT_GOAL := help
-.PHONY: help setup check test plan data train bench clean
+.PHONY: help setup check test test-all plan data train bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 TORCH_INDEX ?=
 # Hydra overrides, e.g. make train ARGS="train.steps=50 parallel.zero=1".
 ARGS ?=
-# What `make test` runs, e.g. make test TESTS=tests/unit.
+# What `make test` and `make test-all` run, e.g. make test TESTS=tests/unit.
 TESTS ?= tests
 
 help: ## list the targets
@@ -33,7 +33,10 @@ check: $(READY) ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: $(READY) ## run the test suite (TESTS=tests/unit for a part)
+test: $(READY) ## run the fast tests (TESTS=tests/unit for a part)
+	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+
+test-all: $(READY) ## run all tests, with the whole parity matrix
 	$(BIN)/python -m pytest $(TESTS)
 
 plan: $(READY) ## print the layout of a run (ARGS="experiment=8b")

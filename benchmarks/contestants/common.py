@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import resource
 import statistics
 import time
 import warnings
@@ -134,11 +135,15 @@ def measure(
     sums = torch.tensor([float(loss), cpu_s], dtype=torch.float64)
     dist.all_reduce(sums)
     median = statistics.median(seconds[args.warmup :])
+    peaks = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+    peaks[dist.get_rank()] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    dist.all_reduce(peaks)
     result = {
         "tokens_per_s": batch.global_target_tokens / median,
         "step_s": median,
         # Of all ranks together; other processes on the machine change it little.
         "cpu_s_per_step": sums[1].item(),
+        "peak_rss_mib": [round(peak) for peak in peaks.tolist()],
         "loss": sums[0].item() / dist.get_world_size(),
         "split": split,
     }

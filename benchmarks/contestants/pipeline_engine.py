@@ -11,8 +11,6 @@ from transformers import LlamaForCausalLM
 from benchmarks.contestants import common
 from stack.data.batches import Batch
 
-STAGES = 2
-
 
 class Embedding(nn.Module):
     """Token ids to hidden states."""
@@ -60,9 +58,16 @@ class Head(nn.Module):
 
 def main() -> None:
     """Entry of a rank."""
-    args = common.parser().parse_args()
+    arguments = common.parser()
+    arguments.add_argument("--stages", type=int, default=2)
+    arguments.add_argument("--compile", action="store_true", help="decoder layers through torch.compile")
+    args = arguments.parse_args()
     common.start()
-    module = _pipeline_module(common.whole_model(), checkpoint=args.checkpoint == "full")
+    model = common.whole_model()
+    if args.compile:
+        for layer in model.model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+    module = _pipeline_module(model, stages=args.stages, checkpoint=args.checkpoint == "full")
     # The bucket holds a whole stage, as ours does.
     zero_optimization = {"stage": 1, "reduce_bucket_size": 1e7, "allgather_bucket_size": 1e7}
     engine, *_ = deepspeed.initialize(
@@ -79,13 +84,13 @@ def main() -> None:
         train_step,
         args,
         replica=engine.grid.get_data_parallel_rank(),
-        replicas=dist.get_world_size() // STAGES,
+        replicas=dist.get_world_size() // args.stages,
         # Layer 0 is the embedding.
         split=[max(0, int(first) - 1) for first in module.parts[:-1]],
     )
 
 
-def _pipeline_module(model: LlamaForCausalLM, *, checkpoint: bool) -> PipelineModule:
+def _pipeline_module(model: LlamaForCausalLM, *, stages: int, checkpoint: bool) -> PipelineModule:
     layers = [
         LayerSpec(Embedding, model.model.embed_tokens),
         *(LayerSpec(Decoder, layer, model.model.rotary_emb) for layer in model.model.layers),
@@ -93,7 +98,7 @@ def _pipeline_module(model: LlamaForCausalLM, *, checkpoint: bool) -> PipelineMo
     ]
     return PipelineModule(
         layers=layers,
-        num_stages=STAGES,
+        num_stages=stages,
         loss_fn=lambda logits, labels: F.cross_entropy(logits.float().flatten(0, -2), labels.flatten()),
         # The head costs about a layer: with it counted as one, the stages are those of our planner.
         partition_method="type:Decoder|Head",

@@ -151,7 +151,9 @@ def _compile_rules(config: Config) -> None:
     if not config.precision.compile:
         return
     if config.activation.checkpoint == "selective":
-        why = "a compiled layer hides the products that activation.checkpoint=selective keeps; use full, or compile=false"
+        why = (
+            "a compiled layer hides the products that activation.checkpoint=selective keeps; use full, or compile=false"
+        )
         refuse("precision.compile", True, why)
     name = base_fields(config.model.name)["model_type"]
     if FAMILIES[name].experts:
@@ -192,4 +194,11 @@ def _schedule_rules(config: Config) -> None:
         refuse("schedule.decay_steps", schedule.decay_steps, f"{why}{schedule.warmup_steps}; at most {left}")
 
 
-_RULES: tuple[Callable[[Config], None], ...] = (_run_rules, _model_rules, _compile_rules, _data_rules, _split_rules, _schedule_rules)
+_RULES: tuple[Callable[[Config], None], ...] = (
+    _run_rules,
+    _model_rules,
+    _compile_rules,
+    _data_rules,
+    _split_rules,
+    _schedule_rules,
+)

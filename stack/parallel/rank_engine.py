@@ -83,7 +83,9 @@ class RankEngine(ABC):
 
     def forward(self, index: int, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """Runs the forward of this rank's stage number `index` (0, 1, ... in the order of the forward)."""
-        return self.module(index, *args, **kwargs)
+        output = self.module(index, *args, **kwargs)
+        # A backward in two parts detaches the output in place, which torch cannot do to a view.
+        return output.clone() if self.splits and output._is_view() else output
 
     def backward(self, output: torch.Tensor, gradient: torch.Tensor | None, *, last: bool) -> None:  # noqa: ARG002
         """Runs the backward of one microbatch through one stage.

@@ -2,7 +2,7 @@
 
 DeepSpeed's own PipelineEngine refuses ZeRO-2 and 3. A plain DeepSpeedEngine over the stage's data group does not,
 but it was written for one forward followed by one backward over the world. Each function here undoes one such
-assumption; tests/dist/test_parity.py fails when one of them is left out.
+assumption; tests/numerics fails when one of them is left out.
 """
 
 import contextlib

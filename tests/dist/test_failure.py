@@ -27,11 +27,11 @@ def fail_on_rank_0_after_a_backward(zero_stage: int) -> float:
     batch = replica_batch(cfg, 0, replica=mesh.replica, replicas=mesh.replicas, kind="full")
     steps = contextlib.ExitStack()
     _LEFT_OPEN.append(steps)
-    steps.enter_context(engine.zero.accumulate())
+    steps.enter_context(engine.rank_engine.accumulate())
     ids, labels = torch.from_numpy(batch.input_ids[0]), torch.from_numpy(batch.labels[0])
     positions = torch.from_numpy(batch.positions[0])
-    loss = engine.zero.forward(0, ids, positions=positions, labels=labels)
-    engine.zero.backward(loss, None, last=False)
+    loss = engine.rank_engine.forward(0, ids, positions=positions, labels=labels)
+    engine.rank_engine.backward(loss, None, last=False)
     began = time.monotonic()
     if mesh.rank == 0:
         with contextlib.suppress(KeyError), steps:

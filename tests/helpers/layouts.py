@@ -27,14 +27,14 @@ def run_layout(settings: dict[str, Any], kind: str) -> dict[str, Any]:
     mesh = make_mesh(plan, timeout=timedelta(seconds=60))
     engine = Engine(cfg, plan, mesh)
     gradients: dict[str, np.ndarray] = {}
-    update = engine.zero.step
+    update = engine.rank_engine.step
 
     def capture_then_step(lr: float) -> float:
         if not gradients:
             gradients.update(_full(engine, "gradient"))
         return update(lr)
 
-    engine.zero.step = capture_then_step  # type: ignore[method-assign]
+    engine.rank_engine.step = capture_then_step  # type: ignore[method-assign]
     results = []
     for step in range(STEPS):
         batch = replica_batch(cfg, step, replica=mesh.replica, replicas=mesh.replicas, kind=kind)
@@ -42,6 +42,7 @@ def run_layout(settings: dict[str, Any], kind: str) -> dict[str, Any]:
     held = replica_batch(cfg, 99, replica=mesh.replica, replicas=mesh.replicas, kind=kind)
     return {
         "steps": [(result.loss, result.grad_norm) for result in results],
+        "skipped": [result.skipped for result in results],
         "bubble": [result.bubble_fraction for result in results],
         "gradients": gradients,
         "parameters": _full(engine, "parameter"),
@@ -51,14 +52,7 @@ def run_layout(settings: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _full(engine: Any, what: str) -> dict[str, np.ndarray]:
-    import deepspeed
-
-    if engine.zero.engine.zero_optimization_stage() == 0:
-        masters = {id(live): master for live, master in zip(*engine.zero.optimizer.live_and_masters, strict=True)}
-        read = (lambda p: p.grad) if what == "gradient" else (lambda p: masters[id(p)])
-    else:
-        utils = deepspeed.utils
-        read = utils.safe_get_full_grad if what == "gradient" else utils.safe_get_full_fp32_param
+    read = engine.rank_engine.reduced_gradient if what == "gradient" else engine.rank_engine.master
     return {
         name: read(p).detach().float().numpy().copy()
         for stage in engine.stages

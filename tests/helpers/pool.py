@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 #: Seconds a case may take before the pool is given up.
-CASE_TIMEOUT_S = 120
+CASE_TIMEOUT_S = 40
 _AFTER_FAILURE_S = 2
 
 
@@ -37,7 +37,7 @@ class RankPool:
             self._pipes.append(here)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = CASE_TIMEOUT_S) -> list[Any]:
         """Calls `function(*args)` on every rank and returns the results by rank.
 
         Raises:
@@ -46,7 +46,7 @@ class RankPool:
         for pipe in self._pipes:
             pipe.send((function, args))
         answers: dict[int, tuple[bool, Any]] = {}
-        deadline = time.monotonic() + CASE_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while len(answers) < len(self._pipes) and (left := deadline - time.monotonic()) > 0:
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
             for pipe in wait(waiting, timeout=left):

@@ -16,12 +16,14 @@ from tests.helpers.tiny import STEPS, global_batch
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run gave: per step (loss, grad_norm), the gradients of the first step, parameters at the end."""
+    """What a run gave: per step loss and norm before clipping, the gradients of the first step, parameters at the end,
+    and the two names of a tied embedding's one tensor: the one that the others go by, and the head's."""
 
     losses: list[float]
     norms: list[float]
     gradients: dict[str, torch.Tensor]
     parameters: dict[str, torch.Tensor]
+    tied: tuple[str, str] | None
 
 
 def initial_weights(cfg: Config) -> dict[str, torch.Tensor]:
@@ -40,7 +42,7 @@ def dense_model(cfg: Config) -> transformers.PreTrainedModel:
     config._attn_implementation = cfg.model.attention
     model = transformers.AutoModelForCausalLM.from_config(config)
     missing = model.load_state_dict(initial_weights(cfg), strict=not config.tie_word_embeddings)
-    assert set(missing.missing_keys) <= {"lm_head.weight"}
+    assert len(missing.missing_keys) <= int(config.tie_word_embeddings)
     return model.train()
 
 
@@ -67,7 +69,16 @@ def dense_run(cfg: Config, kind: str) -> Curve:
         losses.append(total)
         optimizer.step()
         optimizer.zero_grad()
-    return Curve(losses, norms, gradients, {name: p.detach().clone() for name, p in model.named_parameters()})
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return Curve(losses, norms, gradients, parameters, _tied_names(model))
+
+
+def _tied_names(model: transformers.PreTrainedModel) -> tuple[str, str] | None:
+    if not model.config.tie_word_embeddings:
+        return None
+    shared = model.get_input_embeddings().weight
+    embedding, head = [name for name, p in model.named_parameters(remove_duplicate=False) if p is shared]
+    return embedding, head
 
 
 def _losses(

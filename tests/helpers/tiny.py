@@ -1,5 +1,6 @@
 """A model of some thousand parameters, its batches, and the dense process that every layout must equal."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,41 @@ SHAPE = {
 }
 STEPS = 3
 
+_MIXTURE = {"shape__num_experts_per_tok": 2, "shape__router_aux_loss_coef": 0.1}
+#: What each family's tiny model has beside `SHAPE`, so that every part which it does not share with Llama is at work.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"shape__sliding_window": 6},
+    "qwen2": {},
+    "qwen3": {"shape__head_dim": 8},
+    "gemma2": {
+        "model__attention": "eager", "shape__head_dim": 8, "shape__sliding_window": 6,
+        "shape__query_pre_attn_scalar": 8,
+    },
+    "gemma3_text": {"shape__head_dim": 8, "shape__sliding_window": 6},
+    "phi3": {},
+    "olmo2": {},
+    "gpt_neox": {"shape__num_key_value_heads": None},
+    "gpt2": {
+        "shape__intermediate_size": None, "shape__num_key_value_heads": None,
+        "shape__resid_pdrop": 0.0, "shape__embd_pdrop": 0.0, "shape__attn_pdrop": 0.0,
+    },
+    "granite": {
+        "shape__embedding_multiplier": 3.0, "shape__logits_scaling": 0.5,
+        "shape__residual_multiplier": 0.5, "shape__attention_multiplier": 0.3,
+    },
+    "smollm3": {},
+    "cohere": {"shape__logit_scale": 1.5},
+    "mixtral": {**_MIXTURE, "shape__num_local_experts": 4},
+    "qwen3_moe": {**_MIXTURE, "shape__num_experts": 4, "shape__moe_intermediate_size": 24, "shape__head_dim": 8},
+    "olmoe": {**_MIXTURE, "shape__num_experts": 4},
+}  # fmt: skip
+
+
+def family_settings(family: str, *, tied: bool) -> dict[str, Any]:
+    """Settings of `tiny_config` for the tiny model of a family. Tying is always said: the classes differ in it."""
+    return {"model__name": family, "shape__tie_word_embeddings": tied, **FAMILIES[family]}
+
 
 def tiny_config(**settings: Any) -> Config:
     """The tiny run; settings are dotted paths with `__` for the dot, e.g. parallel__zero=1."""
@@ -25,19 +61,21 @@ def tiny_config(**settings: Any) -> Config:
     cfg.model.config = dict(SHAPE)
     cfg.data.seq_len, cfg.data.vocab_size = 16, SHAPE["vocab_size"]
     cfg.batch.global_size, cfg.batch.micro_size = 8, 1
-    cfg.optim.lr, cfg.optim.grad_clip = 1e-2, 0.5
+    cfg.optim.lr, cfg.optim.grad_clip = 3e-3, 0.5
     # Near the size of the gradients: AdamW then shows a wrong scale, and does not blow rounding up where they are ~0.
     cfg.optim.eps = 1e-3
     cfg.log.wandb.mode = "disabled"
     for path, value in settings.items():
-        section, key = path.split("__")
+        section, key = path.split("__", 1)
         if section == "shape":
-            cfg.model.config[key] = value
-            # A key that the family does not have.
             if value is None:
+                # A key that the family does not have.
                 del cfg.model.config[key]
+            else:
+                cfg.model.config[key] = value
         else:
-            setattr(getattr(cfg, section), key, value)
+            *inner, key = key.split("__")
+            setattr(functools.reduce(getattr, inner, getattr(cfg, section)), key, value)
     return cfg
 
 

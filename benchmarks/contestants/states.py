@@ -1,0 +1,66 @@
+"""Bytes of model states on each rank, counted when there are most of them: gradients reduced, nothing updated yet."""
+
+import gc
+import json
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.contestants import common
+from stack.config import deepspeed as ds
+from stack.parallel import zero
+from stack.parallel.engine import Engine
+from stack.parallel.mesh import make_mesh
+from stack.plan.layout import make_plan
+
+PIPELINE = 2
+#: Elements that are reduced together. The buffer for them is as large for a model of any size: kept out of the count.
+BUCKET = 1000
+
+
+def main() -> None:
+    """Entry of a rank: ZeRO 0 to 3 under their least-memory policies, in bf16 with fp32 masters and sums."""
+    common.start()
+    ds._BUCKET_ELEMENTS = BUCKET
+    found = {zero_stage: _count(zero_stage) for zero_stage in range(4)}
+    if dist.get_rank() == 0:
+        print(common.RESULT, json.dumps({"state_bytes": found}), flush=True)
+    zero.close()
+
+
+def _count(zero_stage: int) -> list[int]:
+    """Bytes on each rank."""
+    before = _storages()
+    policy = {"reduce": "microbatch"} if zero_stage > 1 else {}
+    if zero_stage == 3:
+        policy["gather"] = "microbatch"
+    replicas = dist.get_world_size() // PIPELINE
+    cfg = common.config(replicas, pipeline=PIPELINE, zero=zero_stage, **policy)
+    cfg.precision.dtype = "bf16"
+    plan = make_plan(cfg, dist.get_world_size())
+    mesh = make_mesh(plan, timeout=common.TIMEOUT)
+    engine = Engine(cfg, plan, mesh)
+    counted: list[int] = []
+    update = engine.rank_engine.step
+
+    def count_then_step(lr: float) -> float:
+        counted.append(sum(size for address, size in _storages().items() if address not in before))
+        return update(lr)
+
+    engine.rank_engine.step = count_then_step
+    for step in range(2):
+        engine.train_batch(common.replica_batch(step, replica=mesh.replica, replicas=mesh.replicas), lr=1e-3)
+    everyone = [0] * dist.get_world_size()
+    dist.all_gather_object(everyone, counted[-1])
+    return everyone
+
+
+def _storages() -> dict[int, int]:
+    """Address and bytes of each storage of a live tensor; the hidden states in flight are a hundredth of them."""
+    gc.collect()
+    storages = [t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.device.type == "cpu"]
+    return {s.data_ptr(): s.nbytes() for s in storages}
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 from importlib import metadata
@@ -11,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 _VERSIONS = ("torch", "deepspeed", "transformers", "numpy")
-_HEADER = ("comparison", "ours tokens/s", "peer tokens/s", "ratio of each turn", "median (min-max)", "goal", "reached")
+_HEADER = (
+    "comparison",
+    "tokens/s",
+    "peer's",
+    "ratio: median (min-max)",
+    "peak MiB a rank",
+    "peer's",
+    "goal",
+    "reached",
+)
 
 
 def versions() -> dict[str, str]:
@@ -54,7 +64,8 @@ def write(results: list[dict[str, Any]], folder: Path) -> Path:
     (folder / "results").mkdir(parents=True, exist_ok=True)
     for result in results:
         text = json.dumps(result, indent=2) + "\n"
-        (folder / "results" / f"{result['name']}.json").write_text(text, encoding="utf-8")
+        name = re.sub(r"\W+", "_", result["name"])
+        (folder / "results" / f"{name}.json").write_text(text, encoding="utf-8")
     today = datetime.date.today().isoformat()
     stored = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "results").glob("*.json"))]
     page = folder / f"{today}_engine_cpu.md"
@@ -64,15 +75,21 @@ def write(results: list[dict[str, Any]], folder: Path) -> Path:
 
 def _row(result: dict[str, Any]) -> tuple[str, ...]:
     low, high = result["spread"]
+    verdict = ("", "") if not result["goal"] else (f">= {result['goal']:.2f}", "yes" if result["reached"] else "NO")
     return (
         result["name"],
         f"{result['ours']:,.0f}",
         f"{result['peer']:,.0f}",
-        " ".join(f"{ratio:.3f}" for ratio in result["ratios"]),
         f"{result['ratio']:.3f} ({low:.3f}-{high:.3f})",
-        f">= {result['goal']:.2f}",
-        "yes" if result["ratio"] >= result["goal"] else "NO",
+        _peak(result, "ours"),
+        _peak(result, "peer"),
+        *verdict,
     )
+
+
+def _peak(result: dict[str, Any], side: str) -> str:
+    """Largest resident memory of each rank in the last turn."""
+    return " ".join(map(str, result["turns"][-1][side]["peak_rss_mib"]))
 
 
 def _page(results: list[dict[str, Any]], today: str) -> str:

@@ -35,43 +35,82 @@ class BenchmarkError(Exception):
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One setting of ours, and the ratio to the peer that it should reach; 0 is a lever that is only shown."""
+
+    arguments: tuple[str, ...]
+    goal: float = 0.0
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Two contestants on equally many ranks; a contestant is its module and its own arguments."""
+    """Settings of ours against one peer on equally many ranks; a contestant is its module and its own arguments."""
 
     name: str
     about: str
     ranks: int
-    ours: tuple[str, ...]
+    ours: dict[str, Entry]
     peer: tuple[str, ...]
-    goal: float
 
+
+_MICROBATCH = ("--reduce", "microbatch", "--gather", "microbatch")
 
 COMPARISONS = {
     comparison.name: comparison
     for comparison in (
         Comparison(
-            name="zero3_vs_plain",
+            name="plain_zero3",
             about="pp1 x dp2: our ZeRO-3 against the plain DeepSpeed ZeRO-3 loop.",
             ranks=2,
-            ours=("ours", "--pipeline", "1", "--zero", "3"),
+            ours={"zero3": Entry(("--pipeline", "1", "--zero", "3"), goal=1.2)},
             peer=("plain_zero3",),
-            goal=1.2,
         ),
         Comparison(
-            name="zero1_pipeline_vs_pipeline_engine",
-            about="pp2 x dp2: our ZeRO-1 pipeline against DeepSpeed's PipelineEngine with ZeRO-1.",
+            name="pipeline_engine_pp2",
+            about="pp2 x dp2: ours against DeepSpeed's PipelineEngine with ZeRO-1, the most it can.",
             ranks=4,
-            ours=("ours", "--pipeline", "2", "--zero", "1"),
+            ours={
+                "zero1": Entry(("--pipeline", "2", "--zero", "1")),
+                "zero1, compiled": Entry(("--pipeline", "2", "--zero", "1", "--compile"), goal=1.1),
+                "zero2": Entry(("--pipeline", "2", "--zero", "2")),
+                "zero2, reduce=microbatch": Entry(("--pipeline", "2", "--zero", "2", "--reduce", "microbatch")),
+                "zero3": Entry(("--pipeline", "2", "--zero", "3")),
+                "zero3, compiled": Entry(("--pipeline", "2", "--zero", "3", "--compile"), goal=1.05),
+                "zero3, reduce=microbatch": Entry(("--pipeline", "2", "--zero", "3", "--reduce", "microbatch")),
+                "zero3, gather=microbatch": Entry(("--pipeline", "2", "--zero", "3", "--gather", "microbatch")),
+                "zero3, least memory": Entry(("--pipeline", "2", "--zero", "3", *_MICROBATCH), goal=0.75),
+                "zero3, least memory, no leaf layers": Entry(
+                    ("--pipeline", "2", "--zero", "3", *_MICROBATCH, "--no-leaf")
+                ),
+                "zero3, least memory, prefetch": Entry(
+                    ("--pipeline", "2", "--zero", "3", *_MICROBATCH, "--prefetch", "1000000")
+                ),
+                "zero3, small buckets": Entry(("--pipeline", "2", "--zero", "3", "--bucket", "100000")),
+            },
             peer=("pipeline_engine",),
-            goal=1.0,
         ),
         Comparison(
-            name="zero3_pipeline_vs_pipeline_engine",
-            about="pp2 x dp2: our ZeRO-3 pipeline against DeepSpeed's PipelineEngine with ZeRO-1, the most it can.",
+            name="pipeline_engine_pp4",
+            about="pp4: ours against DeepSpeed's PipelineEngine with ZeRO-1.",
             ranks=4,
-            ours=("ours", "--pipeline", "2", "--zero", "3"),
-            peer=("pipeline_engine",),
-            goal=0.95,
+            ours={
+                "zero1": Entry(("--pipeline", "4", "--zero", "1")),
+                "zero1, compiled": Entry(("--pipeline", "4", "--zero", "1", "--compile"), goal=1.1),
+                "zero3": Entry(("--pipeline", "4", "--zero", "3")),
+                "zero3, compiled": Entry(("--pipeline", "4", "--zero", "3", "--compile"), goal=1.05),
+                "zero3, least memory": Entry(("--pipeline", "4", "--zero", "3", *_MICROBATCH), goal=0.75),
+            },
+            peer=("pipeline_engine", "--stages", "4"),
+        ),
+        Comparison(
+            name="pipeline_engine_compiled",
+            about="pp2 x dp2, both with compiled decoder layers.",
+            ranks=4,
+            ours={
+                "zero1, compiled": Entry(("--pipeline", "2", "--zero", "1", "--compile")),
+                "zero3, compiled": Entry(("--pipeline", "2", "--zero", "3", "--compile")),
+            },
+            peer=("pipeline_engine", "--compile"),
         ),
     )
 }
@@ -83,11 +122,12 @@ def main() -> int:
     results = []
     for name in args.names or COMPARISONS:
         try:
-            results.append(_compare(COMPARISONS[name], args))
+            found = _compare(COMPARISONS[name], args)
         except BenchmarkError as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 1
-        page = report.write(results[-1:], args.out)
+        results += found
+        page = report.write(found, args.out)
     print(f"\n{report.table(results)}\n\n{page}")
     return 0
 
@@ -108,49 +148,62 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _compare(comparison: Comparison, args: argparse.Namespace) -> dict[str, Any]:
-    contestants = {"ours": comparison.ours, "peer": comparison.peer}
-    commands = {side: _command(comparison, contestant, args) for side, contestant in contestants.items()}
+def _compare(comparison: Comparison, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A result for each setting of ours."""
+    contestants = {"peer": comparison.peer, **{name: ("ours", *e.arguments) for name, e in comparison.ours.items()}}
+    commands = {name: _command(comparison, contestant, args) for name, contestant in contestants.items()}
     turns = [_turn(commands, title=f"{comparison.name} {turn}/{args.repeats}") for turn in range(1, args.repeats + 1)]
-    ratios = [turn["ours"]["tokens_per_s"] / turn["peer"]["tokens_per_s"] for turn in turns]
-    return {
-        "name": comparison.name,
+    shared = {
         "about": comparison.about,
-        **{side: statistics.median(turn[side]["tokens_per_s"] for turn in turns) for side in commands},
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "spread": [min(ratios), max(ratios)],
-        "goal": comparison.goal,
-        "reached": statistics.median(ratios) >= comparison.goal,
         "work": f"{WORK}; activation checkpointing {args.checkpoint}",
         "steps": f"{args.warmup} to warm up, then {args.steps} measured",
         "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
-        "commands": {side: shlex.join(["python", *command[1:]]) for side, command in commands.items()},
-        "turns": turns,
         "versions": report.versions(),
         "hardware": report.hardware(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+    return [
+        _result(f"{comparison.name}: {name}", entry, commands, turns, key=name) | shared
+        for name, entry in comparison.ours.items()
+    ]
+
+
+def _result(
+    title: str, entry: Entry, commands: dict[str, list[str]], turns: list[dict[str, dict[str, Any]]], *, key: str
+) -> dict[str, Any]:
+    pair = {"ours": key, "peer": "peer"}
+    ratios = [turn[key]["tokens_per_s"] / turn["peer"]["tokens_per_s"] for turn in turns]
+    return {
+        "name": title,
+        **{side: statistics.median(turn[name]["tokens_per_s"] for turn in turns) for side, name in pair.items()},
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "spread": [min(ratios), max(ratios)],
+        "goal": entry.goal,
+        "reached": statistics.median(ratios) >= entry.goal,
+        "commands": {side: shlex.join(["python", *commands[name][1:]]) for side, name in pair.items()},
+        "turns": [{side: turn[name] for side, name in pair.items()} for turn in turns],
+    }
 
 
 def _turn(commands: dict[str, list[str]], *, title: str) -> dict[str, dict[str, Any]]:
-    """Runs ours, then the peer.
+    """Runs every contestant once, the peer first.
 
     Raises:
         BenchmarkError: they did not do the same work.
     """
-    turn = {}
-    for side, command in commands.items():
+    turn: dict[str, dict[str, Any]] = {}
+    for name, command in commands.items():
         # Tells a reader whether the machine was busy with something else.
         load = round(os.getloadavg()[0], 2)
-        turn[side] = {**_run(command), "load_before": load}
-        speed, loss = turn[side]["tokens_per_s"], turn[side]["loss"]
-        print(f"{title} {side}: {speed:,.0f} tokens/s, loss {loss:.6f}, load before {load}", flush=True)
-    ours, peer = turn["ours"], turn["peer"]
-    if not math.isclose(ours["loss"], peer["loss"], rel_tol=LOSS_TOLERANCE):
-        raise BenchmarkError(f"the losses differ: ours {ours['loss']}, peer {peer['loss']}: not the same work")
-    if ours["split"] != peer["split"]:
-        raise BenchmarkError(f"the stages differ: ours start at layers {ours['split']}, peer at {peer['split']}")
+        turn[name] = {**_run(command), "load_before": load}
+        speed, loss, peer = turn[name]["tokens_per_s"], turn[name]["loss"], turn["peer"]
+        ratio = speed / peer["tokens_per_s"]
+        print(f"{title} {name}: {speed:,.0f} tokens/s, {ratio:.3f}, loss {loss:.6f}, load {load}", flush=True)
+        if not math.isclose(loss, peer["loss"], rel_tol=LOSS_TOLERANCE):
+            raise BenchmarkError(f"the losses differ: {name} {loss}, peer {peer['loss']}: not the same work")
+        if turn[name]["split"] != peer["split"]:
+            raise BenchmarkError(f"the stages differ: {name} {turn[name]['split']}, peer {peer['split']}")
     return turn
 
 

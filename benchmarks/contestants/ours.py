@@ -22,6 +22,7 @@ def main() -> None:
     cfg = common.config(
         world_size // args.pipeline, pipeline=args.pipeline, zero=args.zero, reduce=args.reduce, gather=args.gather
     )
+    cfg.parallel.split = args.split or "auto"
     cfg.activation.checkpoint, cfg.precision.compile = args.checkpoint, args.compile
     plan = make_plan(cfg, world_size)
     mesh = make_mesh(plan, timeout=common.TIMEOUT)
@@ -41,6 +42,7 @@ def _arguments() -> argparse.Namespace:
     arguments.add_argument("--zero", type=int, required=True)
     arguments.add_argument("--reduce", choices=("step", "microbatch"), default="step")
     arguments.add_argument("--gather", choices=("step", "microbatch"), default="step")
+    arguments.add_argument("--split", type=int, nargs="+", help="first layer of each stage")
     arguments.add_argument("--compile", action="store_true", help="decoder layers through torch.compile")
     arguments.add_argument("--no-leaf", action="store_true", help="a hook around each projection, not each layer")
     arguments.add_argument("--bucket", type=int, help="elements that are reduced together")

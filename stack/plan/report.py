@@ -9,7 +9,7 @@ def render(plan: Plan, cfg: Config) -> str:
     """The table that `stack plan` prints and that is saved as plan.txt."""
     tokens = plan.global_size * plan.seq_len
     rows = [
-        ("model", f"{_count(plan.shape.total_params)} parameters", f"{cfg.model.name}, {plan.shape.layers} layers"),
+        ("model", f"{_count(plan.shape.total_params)} parameters", _model(plan, cfg)),
         ("ranks", plan.world_size, plan.reasons["ranks"]),
         ("stages", plan.stages, _stages(plan)),
         ("replicas", plan.replicas, plan.reasons["replicas"]),
@@ -30,6 +30,12 @@ def render(plan: Plan, cfg: Config) -> str:
     width = max(len(str(value)) for _, value, _ in rows)
     lines = [f"{name:<14} {value!s:<{width}}  {reason}" for name, value, reason in rows]
     return "\n".join([*lines, "", *_stage_table(plan)])
+
+
+def _model(plan: Plan, cfg: Config) -> str:
+    shape = plan.shape
+    active = f", {_count(shape.active_params)} at work for a token" if shape.active_params < shape.total_params else ""
+    return f"{cfg.model.name}, {shape.layers} layers{active}"
 
 
 def bubble(plan: Plan) -> float:

@@ -5,6 +5,8 @@ What one document's tokens are must not change the logits of another one in the 
 
 import pytest
 import torch
+from transformers import modeling_flash_attention_utils as flash
+from transformers.integrations import flash_attention
 
 from stack.config.families import FAMILIES as CONFIGURED
 from stack.models.build import build_stages
@@ -30,7 +32,7 @@ class _Row:
         self._cfg = tiny_config(**settings, parallel__pipeline=3, parallel__zero=0)
         plan = make_plan(self._cfg, 3)
         cpu = torch.device("cpu")
-        self._stages = [stage.eval() for rank in range(3) for stage in build_stages(self._cfg, plan, rank, device=cpu)]
+        self.stages = [stage.eval() for rank in range(3) for stage in build_stages(self._cfg, plan, rank, device=cpu)]
 
     def tokens(self) -> torch.Tensor:
         shape = (len(_STARTS), self._cfg.data.seq_len)
@@ -47,9 +49,9 @@ class _Row:
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[sequences, seq_len, vocabulary] as the model's own forward gives them to the loss."""
         found: list[torch.Tensor] = []
-        watch = self._stages[-1].model.register_forward_hook(lambda *call: found.append(call[-1].logits))
+        watch = self.stages[-1].model.register_forward_hook(lambda *call: found.append(call[-1].logits))
         hidden = tokens
-        for stage in self._stages:
+        for stage in self.stages:
             hidden = stage(hidden, positions, tokens)
         watch.remove()
         return found[0]
@@ -78,3 +80,54 @@ def test_a_document_does_not_change_the_next_one(family, attention):
         assert _largest_change(row, changed, packed=True) < _TOLERANCE
         # Where the positions say that it is one document, the same tokens are seen.
         assert _largest_change(row, changed, packed=False) > 100 * _TOLERANCE
+
+
+def _variable_length(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """flash_attn_varlen_func by its definition: causal attention of [tokens, heads, head_dim] inside each document."""
+    assert causal
+    assert dropout_p == 0
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+    assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
+    k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
+    found = torch.empty_like(q)
+    for start, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True):
+        queries, keys, values = (states[start:end].transpose(0, 1) for states in (q, k, v))
+        scores = queries @ keys.mT * (softmax_scale or q.shape[-1] ** -0.5)
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
+        found[start:end] = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(0, 1)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flash_attention_is_told_where_documents_begin(family, monkeypatch):
+    """The real path through transformers, down to the kernel, in the place of which is its definition."""
+
+    def missing(*_args, **_options):
+        raise AssertionError("documents would see each other")
+
+    # The kernel has no fp32; transformers would look for a half-precision weight to cast to.
+    monkeypatch.setattr(flash_attention, "get_target_dtype", lambda *_: None)
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
+    monkeypatch.setattr(flash, "_lazy_imports", lambda *_, **__: (missing, _variable_length, None, missing, missing))
+    row = _Row(family, "eager")
+    tokens, positions = row.tokens(), row.positions(packed=True)
+    expected = row.logits(tokens, positions)
+    for stage in row.stages:
+        stage.model.config._attn_implementation = "flash_attention_2"
+    found = row.logits(tokens, positions)
+    assert (found - expected).abs().max() / expected.abs().max() < 1e-5

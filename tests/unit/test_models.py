@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from stack.config import families as config_families
+from stack.models import families
 from stack.models.build import build_stages
 from stack.plan.layout import make_plan
 from tests.helpers.tiny import global_batch, tiny_config
@@ -104,3 +106,7 @@ def test_each_unit_is_placed_once_and_in_full():
             cfg, plan, rank, device=CPU, place=lambda unit: seen.append(sum(p.numel() for p in unit.parameters()))
         )
     assert sum(seen) == plan.shape.total_params
+
+
+def test_both_lists_of_families_have_the_same_names():
+    assert set(families.FAMILIES) == set(config_families.FAMILIES)

@@ -33,6 +33,29 @@ def test_pipe_is_the_outermost_axis():
     assert all(plan.rank_of(plan.pipe_rank_of(rank), plan.replica_of(rank)) == rank for rank in range(8))
 
 
+def test_stages_are_dealt_round_or_folded():
+    dealt = plan_of("parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=3", "parallel.reduce=step")
+    assert [dealt.stages_of(pipe_rank) for pipe_rank in range(2)] == [(0, 2, 4), (1, 3, 5)]
+    folded = plan_of("parallel=zero1_zero_bubble", "activation=none")
+    assert [folded.stages_of(pipe_rank) for pipe_rank in range(2)] == [(0, 3), (1, 2)]
+    assert [folded.holder_of(stage) for stage in range(4)] == [0, 1, 1, 0]
+
+
+def test_a_tied_embedding_counts_twice_only_where_it_is_twice():
+    tied = "model.config.tie_word_embeddings=true"
+    apart, folded = plan_of(tied), plan_of(tied, "parallel=zero1_zero_bubble", "activation=none")
+    assert (apart.tied_apart, folded.tied_apart) == (True, False)
+    copy = apart.shape.head_params
+    assert sum(map(apart.stage_params, range(apart.stages))) == apart.shape.total_params + copy
+    assert sum(map(folded.stage_params, range(folded.stages))) == folded.shape.total_params
+
+
+def test_fewer_microbatches_than_stages_where_the_schedule_can():
+    few = ["batch.global_size=8", "batch.micro_size=4"]
+    assert plan_of("parallel.schedule=gpipe", *few).microbatches == 1
+    assert plan_of("parallel=zero3_interleaved", *few).microbatches == 1
+
+
 def test_every_layer_is_on_exactly_one_stage():
     for stages in range(1, 7):
         plan = plan_of(f"parallel.pipeline={stages}", "batch.global_size=96", world_size=stages)

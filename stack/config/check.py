@@ -157,7 +157,7 @@ def _compile_rules(config: Config) -> None:
         refuse("precision.compile", True, why)
     name = base_fields(config.model.name)["model_type"]
     if FAMILIES[name].experts:
-        refuse("precision.compile", True, f"{name} sends tokens where its router says, which cannot be compiled")
+        refuse("precision.compile", True, f"{name} sends tokens where its router says, which cannot be; use false")
 
 
 def _data_rules(config: Config) -> None:

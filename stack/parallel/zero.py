@@ -8,9 +8,11 @@ assumption; tests/numerics fails when one of them is left out.
 import contextlib
 import importlib
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -92,7 +94,7 @@ class ZeroEngine(RankEngine):
         self._gradient_dtype: torch.dtype | None = None
         _scope_trace_check(mesh)
         if cfg.parallel.offload.optimizer == "nvme":
-            _require_async_io()
+            _require_files(Path(str(cfg.parallel.offload.folder)))
         if self._zero == 3:
             # One gather and one hook a decoder layer instead of one a projection.
             layers = {type(layer) for stage in stages for layer in stage.layers}
@@ -302,12 +304,20 @@ class ZeroEngine(RankEngine):
         return self._optimizer.averaged_gradients[0][0].dtype
 
 
-def _require_async_io() -> None:
+def _require_files(folder: Path) -> None:
     """DeepSpeed compiles its op for files at the first use, which takes minutes.
 
     Raises:
-        ConfigError: it could not.
+        ConfigError: it could not, or the folder cannot be written.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"parallel.offload.folder={folder} cannot be made on this host ({error.strerror}); use a folder on its disk"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"parallel.offload.folder={folder} cannot be written on this host; use another folder")
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     if missing or not AsyncIOBuilder().is_compatible(verbose=False):
         raise ConfigError(

@@ -181,12 +181,13 @@ def _check_model(cfg: Config, shape: ModelShape) -> None:
 def _split(parallel: Parallel, shape: ModelShape, seq_len: int) -> tuple[tuple[int, ...], str]:
     stages = parallel.pipeline * parallel.virtual_stages
     if stages > shape.layers:
-        what = f"parallel.pipeline={parallel.pipeline}"
-        if parallel.virtual_stages > 1:
+        what, most = f"parallel.pipeline={parallel.pipeline}", f"{shape.layers}"
+        if parallel.virtual_stages > 1 and parallel.pipeline <= shape.layers:
             what += f" x parallel.virtual_stages={parallel.virtual_stages}"
+            most = f"virtual_stages={shape.layers // parallel.pipeline}"
         raise LayoutError(
-            f"{what} is more than the model's {shape.layers} decoder layers and every stage "
-            f"needs one; use at most {shape.layers}"
+            f"{what} is more than the model's {shape.layers} decoder layers and every stage needs one; "
+            f"use at most {most}"
         )
     if parallel.split == "auto":
         return balanced_split(shape, stages, seq_len), "smallest largest stage by FLOPs, the head counted"

@@ -162,7 +162,7 @@ BAD_LAYOUTS = [
     (
         ["parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=4"],
         4,
-        "parallel.pipeline=2 x parallel.virtual_stages=4 is more than the model's 6 decoder layers",
+        "every stage needs one; use at most virtual_stages=3",
     ),
     (["model.config.vocab_size=1000"], 4, "use model.config.vocab_size=4096"),
     (["model.config.num_attention_heads=7"], 4, "does not divide hidden_size=192; use 6"),

@@ -72,6 +72,11 @@ def _check_schedule(cfg: Config) -> None:
             f"parallel.schedule={parallel.schedule} with precision.dtype=fp16: its weight gradients are not scaled; "
             "use precision.dtype=bf16 or parallel.schedule=interleaved_1f1b"
         )
+    if cfg.precision.compile:
+        raise LayoutError(
+            f"parallel.schedule={parallel.schedule} with precision.compile=true: a compiled layer has one "
+            "backward and no two parts; use precision.compile=false or parallel.schedule=interleaved_1f1b"
+        )
     if cfg.activation.checkpoint != "none":
         raise LayoutError(
             f"parallel.schedule={parallel.schedule} with activation.checkpoint={cfg.activation.checkpoint}: a "

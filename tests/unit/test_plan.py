@@ -132,6 +132,11 @@ BAD_LAYOUTS = [
         4,
         "use precision.dtype=bf16 or parallel.schedule=interleaved_1f1b",
     ),
+    (
+        ["parallel.schedule=zbv", "parallel.virtual_stages=2", "parallel.zero=1", "precision.compile=true"],
+        4,
+        "use precision.compile=false or parallel.schedule=interleaved_1f1b",
+    ),
     (["parallel.zero=0", "parallel.offload.optimizer=cpu"], 4, "use parallel.zero=1 or offload.optimizer=none"),
     (["parallel.zero=2", "parallel.offload.params=cpu"], 4, "use parallel.zero=3 or offload.params=none"),
     (["parallel.zero=2", "parallel.offload.optimizer=nvme"], 4, "use offload.optimizer=cpu or parallel.zero=3"),

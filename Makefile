@@ -1,6 +1,6 @@
 # `make train` and `make test` work on a fresh machine: the environment is made when it is missing or out of date.
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-all plan data train bench clean
+.PHONY: help setup check test test-all plan data train bench bench-scaling bench-gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -48,8 +48,16 @@ data: $(READY) ## tokenize the corpus
 train: $(READY) ## train (ARGS="train.steps=50 parallel.zero=1")
 	$(BIN)/stack train $(ARGS)
 
-bench: $(READY) ## measure against plain DeepSpeed and its PipelineEngine
-	$(BIN)/python -m benchmarks.run
+# accelerate is what the Trainer asks for; constraints.txt has everything else that it needs.
+bench: $(READY) ## measure against DeepSpeed, Trainer, FSDP2 and torch's pipelining
+	$(BIN)/pip install --quiet --progress-bar off -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-scaling: $(READY) ## measure how a step grows with sequence, microbatches, stages, layers, ranks
+	$(BIN)/python -m benchmarks.scaling $(ARGS)
+
+bench-gpu: $(READY) ## measure everything that needs one NVIDIA GPU (ARGS="--part a,b,c")
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean: ## remove the environment and caches; runs/ and data/ stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,28 +17,17 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaForCausalLM
 
+from benchmarks.work import Work, make_work
 from stack.config.schema import Config
 from stack.data.batches import Batch
 from stack.models.build import build_stages
 from stack.parallel import zero
+from stack.parallel.mesh import local_device
 from stack.plan.layout import make_plan
 
-SHAPE = {
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-}
-SEQ_LEN = 256
-MICRO_SIZE = 2
-MICROBATCHES = 8
 GRAD_CLIP = 1.0
 #: One group of parameters, as in DeepSpeed's examples; a weight decay of 0 makes that equal to our two groups.
-ADAMW = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0}
+ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0}
 TIMEOUT = timedelta(seconds=300)
 #: First word of the line in which rank 0 hands the harness its result.
 RESULT = "RESULT"
@@ -46,27 +36,38 @@ RESULT = "RESULT"
 def parser() -> argparse.ArgumentParser:
     """The arguments every contestant takes."""
     arguments = argparse.ArgumentParser()
+    arguments.add_argument("--work", default="small", help="name of the work, see benchmarks/work.py")
+    arguments.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="overrides of the work")
     arguments.add_argument("--steps", type=int, default=12, help="measured optimizer steps")
     arguments.add_argument("--warmup", type=int, default=3, help="steps before them, discarded")
-    arguments.add_argument("--checkpoint", choices=("none", "full"), default="none", help="of activations")
     return arguments
 
 
-def start() -> None:
-    """Joins the process group with one thread. Peers too do without the shared-memory op that DeepSpeed compiles:
-    only its all-reduce for inference would use it."""
+def start(arguments: argparse.ArgumentParser) -> argparse.Namespace:
+    """Joins the process group, on a CPU with one thread. Peers too do without the shared-memory op that DeepSpeed
+    compiles: only its all-reduce for inference would use it.
+
+    Returns:
+        The command line; `work` is the Work, and `rss_before_mib` the resident memory before there is a model.
+    """
+    args = arguments.parse_args()
+    args.work = make_work(args.work, args.set)
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     zero.init_distributed(timeout=TIMEOUT)
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    args.rss_before_mib = resident_pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return args
 
 
-def config(replicas: int, **parallel: Any) -> Config:
+def config(work: Work, replicas: int, **parallel: Any) -> Config:
     """The run in our own terms; `parallel` are fields of that section."""
     cfg = Config()
-    cfg.model.config = dict(SHAPE)
-    cfg.data.seq_len, cfg.data.vocab_size = SEQ_LEN, SHAPE["vocab_size"]
-    cfg.batch.micro_size, cfg.batch.global_size = MICRO_SIZE, MICRO_SIZE * MICROBATCHES * replicas
-    cfg.precision.dtype = "fp32"
+    cfg.model.config = work.llama
+    # There is no text: the planner would hold the vocabulary to a BPE's.
+    cfg.data.seq_len, cfg.data.tokenizer = work.seq_len, "synthetic"
+    cfg.batch.micro_size, cfg.batch.global_size = work.micro_size, work.micro_size * work.microbatches * replicas
+    cfg.precision.dtype, cfg.activation.checkpoint = work.dtype, work.checkpoint
     cfg.optim.lr, cfg.optim.betas, cfg.optim.eps = ADAMW["lr"], ADAMW["betas"], ADAMW["eps"]
     cfg.optim.weight_decay, cfg.optim.grad_clip = ADAMW["weight_decay"], GRAD_CLIP
     for name, value in parallel.items():
@@ -74,38 +75,100 @@ def config(replicas: int, **parallel: Any) -> Config:
     return cfg
 
 
-def whole_model() -> LlamaForCausalLM:
-    """The Hugging Face model with the weights that every layout of ours starts from."""
-    cfg = config(replicas=1, pipeline=1, zero=0)
-    [stage] = build_stages(cfg, make_plan(cfg, 1), 0, device=torch.device("cpu"))
+def whole_model(work: Work) -> LlamaForCausalLM:
+    """The Hugging Face model on this rank's device, in the dtype of the work, with the weights that every layout of
+    ours starts from."""
+    cfg = config(work, replicas=1, pipeline=1, zero=0)
+    # Ours may put a loss of its own in the place of the head's forward: peers have the class's.
+    cfg.kernels.loss = "logits"
+    [stage] = build_stages(cfg, make_plan(cfg, 1), 0, device=local_device())
     return stage.model
 
 
-def peer_config(zero_optimization: dict[str, Any]) -> dict[str, Any]:
+def peer_config(work: Work, zero_optimization: dict[str, Any]) -> dict[str, Any]:
     """A DeepSpeed config as its documentation writes it, with torch's fused AdamW as ours has it."""
     return {
-        "train_micro_batch_size_per_gpu": MICRO_SIZE,
-        "gradient_accumulation_steps": MICROBATCHES,
+        "train_micro_batch_size_per_gpu": work.micro_size,
+        "gradient_accumulation_steps": work.microbatches,
         "gradient_clipping": GRAD_CLIP,
+        "bf16": {"enabled": work.dtype == "bf16"},
         "optimizer": {"type": "AdamW", "params": {**ADAMW, "torch_adam": True, "fused": True}},
         "zero_optimization": zero_optimization,
     }
 
 
-def replica_batch(step: int, *, replica: int, replicas: int) -> Batch:
+def bucket(work: Work) -> int:
+    """Elements of a DeepSpeed bucket: the whole model where that is smaller than DeepSpeed's own default."""
+    return int(min(5e8, max(1e7, work.arithmetic.total_params)))
+
+
+def replica_batch(work: Work, step: int, *, replica: int, replicas: int) -> Batch:
     """A replica's part of the global batch of a step: a pure function of the step.
 
     Small ids are far more frequent, so that the loss falls from the first step on and wrong updates show in it.
     """
-    uniform = np.random.default_rng([11, step]).random((replicas * MICROBATCHES * MICRO_SIZE, SEQ_LEN + 1))
-    tokens = (uniform**3 * SHAPE["vocab_size"]).astype(np.int64)
-    mine = tokens.reshape(replicas, MICROBATCHES, MICRO_SIZE, SEQ_LEN + 1)[replica]
+    shape = (replicas, work.microbatches, work.micro_size, work.seq_len + 1)
+    uniform = np.random.default_rng([11, step]).random((int(np.prod(shape[:3])), shape[3]))
+    tokens = (uniform**3 * work.vocab_size).astype(np.int64)
+    mine = tokens.reshape(shape)[replica]
     return Batch(
         input_ids=np.ascontiguousarray(mine[..., :-1]),
         labels=np.ascontiguousarray(mine[..., 1:]),
-        positions=np.broadcast_to(np.arange(SEQ_LEN), mine[..., 1:].shape).copy(),
-        global_target_tokens=replicas * MICROBATCHES * MICRO_SIZE * SEQ_LEN,
+        positions=np.broadcast_to(np.arange(work.seq_len), mine[..., 1:].shape).copy(),
+        global_target_tokens=work.tokens(replicas),
     )
+
+
+def on_device(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels, int64 [microbatches, micro_size, seq_len]."""
+    device = local_device()
+    return torch.from_numpy(batch.input_ids).to(device), torch.from_numpy(batch.labels).to(device)
+
+
+class Clock:
+    """Wall and CPU seconds of each step of this rank."""
+
+    def __init__(self, args: argparse.Namespace):
+        self._args = args
+        self._seconds: list[float] = []
+        self._cpu_seconds: list[float] = []
+
+    def begin(self) -> None:
+        """The batch is there and the step begins."""
+        _synchronize()
+        self._began = time.perf_counter(), time.process_time()
+
+    def end(self) -> None:
+        """The step has ended."""
+        _synchronize()
+        self._seconds.append(time.perf_counter() - self._began[0])
+        self._cpu_seconds.append(time.process_time() - self._began[1])
+
+    def report(self, loss: float, *, replicas: int, split: list[int]) -> None:
+        """Prints the result on rank 0. Collective.
+
+        Args:
+            loss: of the last step; its mean over the ranks is the mean token loss of the global batch.
+            split: first decoder layer of each stage.
+        """
+        args, ranks = self._args, dist.get_world_size()
+        cpu_s = statistics.mean(self._cpu_seconds[args.warmup :])
+        gathered: list[Any] = [None] * ranks
+        dist.all_gather_object(gathered, (loss, cpu_s, _peak_mib(), args.rss_before_mib))
+        losses, cpu_seconds, peaks, before = zip(*gathered, strict=True)
+        median = statistics.median(self._seconds[args.warmup :])
+        result = {
+            "tokens_per_s": args.work.tokens(replicas) / median,
+            "step_s": median,
+            # Of all ranks together; other processes on the machine change it little.
+            "cpu_s_per_step": sum(cpu_seconds),
+            "peak_mib": [round(peak) for peak in peaks],
+            "rss_before_mib": [round(mib) for mib in before],
+            "loss": sum(losses) / ranks,
+            "split": split,
+        }
+        if dist.get_rank() == 0:
+            print(RESULT, json.dumps(result), flush=True)
 
 
 def measure(
@@ -116,37 +179,30 @@ def measure(
     replicas: int,
     split: list[int],
 ) -> None:
-    """Runs the steps, and prints the result on rank 0. Collective.
+    """Runs the steps, prints the result on rank 0 and ends the groups. Collective.
 
     Args:
-        train_step: one optimizer step; returns the mean loss of the global batch, or of the replica's part of it.
+        train_step: one optimizer step; the mean over the ranks of what it returns is the loss of the global batch.
         split: first decoder layer of each stage.
     """
-    seconds: list[float] = []
+    clock = Clock(args)
     loss: float | torch.Tensor = 0.0
     for step in range(args.warmup + args.steps):
-        if step == args.warmup:
-            cpu_began = time.process_time()
-        batch = replica_batch(step, replica=replica, replicas=replicas)
-        began = time.perf_counter()
+        batch = replica_batch(args.work, step, replica=replica, replicas=replicas)
+        clock.begin()
         loss = train_step(batch)
-        seconds.append(time.perf_counter() - began)
-    cpu_s = (time.process_time() - cpu_began) / args.steps
-    sums = torch.tensor([float(loss), cpu_s], dtype=torch.float64)
-    dist.all_reduce(sums)
-    median = statistics.median(seconds[args.warmup :])
-    peaks = torch.zeros(dist.get_world_size(), dtype=torch.float64)
-    peaks[dist.get_rank()] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    dist.all_reduce(peaks)
-    result = {
-        "tokens_per_s": batch.global_target_tokens / median,
-        "step_s": median,
-        # Of all ranks together; other processes on the machine change it little.
-        "cpu_s_per_step": sums[1].item(),
-        "peak_rss_mib": [round(peak) for peak in peaks.tolist()],
-        "loss": sums[0].item() / dist.get_world_size(),
-        "split": split,
-    }
-    if dist.get_rank() == 0:
-        print(RESULT, json.dumps(result), flush=True)
+        clock.end()
+    clock.report(float(loss), replicas=replicas, split=split)
     zero.close()
+
+
+def _peak_mib() -> float:
+    """Peak of this rank: memory of tensors on the GPU, or resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from benchmarks.contestants import common
+from benchmarks.work import Work
 from stack.data.batches import Batch
 
 
@@ -26,11 +27,13 @@ class Embedding(nn.Module):
 class Decoder(nn.Module):
     """A decoder layer; it keeps its positions, since only hidden states are passed between layers."""
 
-    def __init__(self, layer: nn.Module, rotary: nn.Module):
+    def __init__(self, layer: nn.Module, rotary: nn.Module, seq_len: int):
         super().__init__()
         self.layer = layer
-        positions = torch.arange(common.SEQ_LEN)[None]
-        cos, sin = rotary(torch.empty(0), positions)
+        weight = next(layer.parameters())
+        positions = torch.arange(seq_len, device=weight.device)[None]
+        # In the dtype of the weights, as the model's own forward has it.
+        cos, sin = rotary(weight, positions)
         for name, value in (("positions", positions), ("cos", cos), ("sin", sin)):
             self.register_buffer(name, value, persistent=False)
 
@@ -61,24 +64,25 @@ def main() -> None:
     arguments = common.parser()
     arguments.add_argument("--stages", type=int, default=2)
     arguments.add_argument("--compile", action="store_true", help="decoder layers through torch.compile")
-    args = arguments.parse_args()
-    common.start()
-    model = common.whole_model()
+    args = common.start(arguments)
+    if args.work.tied:
+        arguments.error("tied embeddings are not written for this peer; use --set tied=false")
+    model = common.whole_model(args.work)
     if args.compile:
         for layer in model.model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
-    module = _pipeline_module(model, stages=args.stages, checkpoint=args.checkpoint == "full")
+    module = _pipeline_module(model, args.work, stages=args.stages)
     # The bucket holds a whole stage, as ours does.
-    zero_optimization = {"stage": 1, "reduce_bucket_size": 1e7, "allgather_bucket_size": 1e7}
+    bucket = common.bucket(args.work)
+    zero_optimization = {"stage": 1, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     engine, *_ = deepspeed.initialize(
         model=module,
         model_parameters=[p for p in module.parameters() if p.requires_grad],
-        config=common.peer_config(zero_optimization),
+        config=common.peer_config(args.work, zero_optimization),
     )
 
     def train_step(batch: Batch) -> torch.Tensor:
-        microbatches = zip(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels), strict=True)
-        return engine.train_batch(data_iter=microbatches)
+        return engine.train_batch(data_iter=zip(*common.on_device(batch), strict=True))
 
     common.measure(
         train_step,
@@ -90,10 +94,10 @@ def main() -> None:
     )
 
 
-def _pipeline_module(model: LlamaForCausalLM, *, stages: int, checkpoint: bool) -> PipelineModule:
+def _pipeline_module(model: LlamaForCausalLM, work: Work, *, stages: int) -> PipelineModule:
     layers = [
         LayerSpec(Embedding, model.model.embed_tokens),
-        *(LayerSpec(Decoder, layer, model.model.rotary_emb) for layer in model.model.layers),
+        *(LayerSpec(Decoder, layer, model.model.rotary_emb, work.seq_len) for layer in model.model.layers),
         LayerSpec(Head, model.model.norm, model.lm_head),
     ]
     return PipelineModule(
@@ -102,7 +106,7 @@ def _pipeline_module(model: LlamaForCausalLM, *, stages: int, checkpoint: bool) 
         loss_fn=lambda logits, labels: F.cross_entropy(logits.float().flatten(0, -2), labels.flatten()),
         # The head costs about a layer: with it counted as one, the stages are those of our planner.
         partition_method="type:Decoder|Head",
-        activation_checkpoint_interval=1 if checkpoint else 0,
+        activation_checkpoint_interval=1 if work.checkpoint == "full" else 0,
         checkpointable_layers=["Decoder"],
     )
 

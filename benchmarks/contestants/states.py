@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.contestants import common
+from benchmarks.work import Work
 from stack.config import deepspeed as ds
 from stack.parallel import zero
 from stack.parallel.engine import Engine
@@ -20,22 +21,22 @@ BUCKET = 1000
 
 def main() -> None:
     """Entry of a rank: ZeRO 0 to 3 under their least-memory policies, in bf16 with fp32 masters and sums."""
-    common.start()
+    args = common.start(common.parser())
     ds._BUCKET_ELEMENTS = BUCKET
-    found = {zero_stage: _count(zero_stage) for zero_stage in range(4)}
+    found = {zero_stage: _count(args.work, zero_stage) for zero_stage in range(4)}
     if dist.get_rank() == 0:
         print(common.RESULT, json.dumps({"state_bytes": found}), flush=True)
     zero.close()
 
 
-def _count(zero_stage: int) -> list[int]:
+def _count(work: Work, zero_stage: int) -> list[int]:
     """Bytes on each rank."""
     before = _storages()
     policy = {"reduce": "microbatch"} if zero_stage > 1 else {}
     if zero_stage == 3:
         policy["gather"] = "microbatch"
     replicas = dist.get_world_size() // PIPELINE
-    cfg = common.config(replicas, pipeline=PIPELINE, zero=zero_stage, **policy)
+    cfg = common.config(work, replicas, pipeline=PIPELINE, zero=zero_stage, **policy)
     cfg.precision.dtype = "bf16"
     plan = make_plan(cfg, dist.get_world_size())
     mesh = make_mesh(plan, timeout=common.TIMEOUT)
@@ -43,13 +44,14 @@ def _count(zero_stage: int) -> list[int]:
     counted: list[int] = []
     update = engine.rank_engine.step
 
-    def count_then_step(lr: float) -> float:
+    def count_then_step(lr: float) -> torch.Tensor:
         counted.append(sum(size for address, size in _storages().items() if address not in before))
         return update(lr)
 
     engine.rank_engine.step = count_then_step
     for step in range(2):
-        engine.train_batch(common.replica_batch(step, replica=mesh.replica, replicas=mesh.replicas), lr=1e-3)
+        batch = common.replica_batch(work, step, replica=mesh.replica, replicas=mesh.replicas)
+        engine.train_batch(batch, lr=1e-3)
     everyone = [0] * dist.get_world_size()
     dist.all_gather_object(everyone, counted[-1])
     return everyone

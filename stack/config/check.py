@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from stack.config.families import FAMILIES, base_fields
+from stack.config.kernels import check_kernels
 from stack.config.model_fields import Tree, check_fields, check_rope, union
 from stack.config.schema import Config
 from stack.config.values import Spec, check_value, closest_path, refuse, show, spec_of
@@ -198,6 +199,7 @@ _RULES: tuple[Callable[[Config], None], ...] = (
     _run_rules,
     _model_rules,
     _compile_rules,
+    check_kernels,
     _data_rules,
     _split_rules,
     _schedule_rules,

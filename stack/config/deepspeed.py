@@ -11,20 +11,21 @@ from stack.config.schema import Config
 _BUCKET_ELEMENTS = 50_000_000
 
 
-def ds_config(cfg: Config, *, replicas: int, rank_params: int) -> dict[str, Any]:
+def ds_config(cfg: Config, *, replicas: int, rank_params: int, streams: bool) -> dict[str, Any]:
     """DeepSpeed's config for the stages of one rank.
 
     Args:
         cfg: the run.
         replicas: ranks of a data group.
         rank_params: parameters of the stages of the rank that has most; no bucket is larger.
+        streams: whether the device has streams to communicate on; on a CPU `overlap_comm` hangs.
     """
     return {
         "train_micro_batch_size_per_gpu": cfg.batch.micro_size,
         # DeepSpeed would divide the loss by it at every stage; the last stage scales once, by the global tokens.
         "gradient_accumulation_steps": 1,
         "train_batch_size": cfg.batch.micro_size * replicas,
-        "bf16": {"enabled": cfg.precision.dtype == "bf16", "check_grad_overflow": False},
+        "bf16": {"enabled": cfg.precision.dtype == "bf16", "check_grad_overflow": not cfg.optim.fused},
         # One scale for all stages, since all see the same overflow; the numbers of `LossScaler` in ZeRO-0.
         "fp16": {
             "enabled": cfg.precision.dtype == "fp16",
@@ -43,7 +44,7 @@ def ds_config(cfg: Config, *, replicas: int, rank_params: int) -> dict[str, Any]
         "zero_allow_untested_optimizer": cfg.optim.kind == "sgd",
         # Else DeepSpeed refuses to offload an optimizer that is not its own compiled one.
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": _zero(cfg, rank_params=rank_params),
+        "zero_optimization": _zero(cfg, rank_params=rank_params, streams=streams),
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "dump_state": False,
@@ -59,13 +60,12 @@ def deepspeed_zero_stage(cfg: Config) -> int:
     return 2 if cfg.parallel.zero == 1 and cfg.precision.dtype != "fp32" else cfg.parallel.zero
 
 
-def _zero(cfg: Config, *, rank_params: int) -> dict[str, Any]:
+def _zero(cfg: Config, *, rank_params: int, streams: bool) -> dict[str, Any]:
     bucket = max(1, min(_BUCKET_ELEMENTS, rank_params))
     zero: dict[str, Any] = {
         "stage": deepspeed_zero_stage(cfg),
         "contiguous_gradients": True,
-        # Overlap and prefetch exist on a GPU only: off until they are proved equal there.
-        "overlap_comm": False,
+        "overlap_comm": cfg.parallel.overlap and streams,
         "reduce_scatter": True,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,

@@ -37,6 +37,8 @@ class Family:
     """Whether a layer has a sliding window where no layer_types say so, from the fields and its index."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Names that a config.json may use -> the names here."""
+    liger: tuple[str, ...] = ()
+    """Parts of the layer, by their keys in `kernels`, that Liger's function for the class replaces."""
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -105,6 +107,8 @@ _GEMMA: dict[str, Any] = {
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
 }
+#: Liger's parts for a Llama-like layer.
+_LIGER = ("rms_norm", "rope", "swiglu")
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 8, "router_aux_loss_coef": 0.001}
 
 
@@ -124,7 +128,7 @@ def _without_rope(fields: Mapping[str, Any], layer: int) -> bool:
 
 #: By `model_type` of the Hugging Face config.
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_fields(head_dim=None, attention_bias=False, mlp_bias=False), whole_heads=True),
+    "llama": Family(_fields(head_dim=None, attention_bias=False, mlp_bias=False), whole_heads=True, liger=_LIGER),
     "mistral": Family(
         _fields(
             intermediate_size=14336,
@@ -134,11 +138,17 @@ FAMILIES: dict[str, Family] = {
             sliding_window=replace(SPECS["sliding_window"], example=4096, nullable=True),
         ),
         slides=_every,
+        liger=_LIGER,
     ),
-    "qwen2": Family(_fields(**_QWEN), qkv_bias=True, slides=_late),
-    "qwen3": Family(_fields(**_QWEN, head_dim=128, attention_bias=False), qk_norm="head", slides=_late),
+    "qwen2": Family(_fields(**_QWEN), qkv_bias=True, slides=_late, liger=_LIGER),
+    "qwen3": Family(_fields(**_QWEN, head_dim=128, attention_bias=False), qk_norm="head", slides=_late, liger=_LIGER),
     "gemma2": Family(
-        _fields("hidden_act", **_GEMMA), norms=4, whole_heads=True, slides=lambda _, layer: layer % 2 == 0, sdpa=False
+        _fields("hidden_act", **_GEMMA),
+        norms=4,
+        whole_heads=True,
+        slides=lambda _, layer: layer % 2 == 0,
+        sdpa=False,
+        liger=("rms_norm", "rope"),
     ),
     "gemma3_text": Family(
         _fields(
@@ -157,6 +167,7 @@ FAMILIES: dict[str, Family] = {
         whole_heads=True,
         # Config files of transformers 4 have the period instead of layer_types.
         slides=lambda fields, layer: (layer + 1) % fields.get("sliding_window_pattern", 6) != 0,
+        liger=("rms_norm", "rope"),
     ),
     "phi3": Family(
         _fields(
@@ -170,8 +181,9 @@ FAMILIES: dict[str, Family] = {
             sliding_window=None,
         ),
         slides=_every,
+        liger=_LIGER,
     ),
-    "olmo2": Family(_fields(vocab_size=50304, rms_norm_eps=1e-5, attention_bias=False), qk_norm="width"),
+    "olmo2": Family(_fields(vocab_size=50304, rms_norm_eps=1e-5, attention_bias=False), qk_norm="width", liger=_LIGER),
     "gpt_neox": Family(
         _fields(
             "num_key_value_heads",
@@ -225,7 +237,8 @@ FAMILIES: dict[str, Family] = {
             attention_multiplier=1.0,
             residual_multiplier=1.0,
             logits_scaling=1.0,
-        )
+        ),
+        liger=_LIGER,
     ),
     "smollm3": Family(
         _fields(
@@ -245,6 +258,7 @@ FAMILIES: dict[str, Family] = {
             no_rope_layer_interval=4,
         ),
         slides=_without_rope,
+        liger=_LIGER,
     ),
     "cohere": Family(
         _fields(
@@ -279,6 +293,7 @@ FAMILIES: dict[str, Family] = {
         experts="num_local_experts",
         slides=_every,
         aliases={"num_experts": "num_local_experts"},
+        liger=_LIGER,
     ),
     "qwen3_moe": Family(
         _fields(
@@ -303,6 +318,7 @@ FAMILIES: dict[str, Family] = {
         experts="num_experts",
         slides=_every,
         aliases={"num_local_experts": "num_experts"},
+        liger=_LIGER,
     ),
     "olmoe": Family(
         _fields(

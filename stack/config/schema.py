@@ -72,6 +72,8 @@ class Data:
     """True: documents are joined and cut into full sequences. False: one document a sequence, cut or padded."""
     heldout_fraction: float = _between(0.02, 0.0001, 0.5)
     """Share of the documents kept out of training."""
+    prefetch: bool = True
+    """Make the next step's batch on a thread, and copy it to the device beside the step that runs."""
     split_seed: int = _at_least(0, 0)
     """Chooses the held-out documents. Apart from `run.seed`, so that runs of a sweep are held to the same text."""
     root: str = "data"
@@ -109,6 +111,9 @@ class Parallel:
     gather inside a host; 1 keeps none."""
     quantized_weights: bool = False
     """ZeRO-3: gather parameters as 8-bit integers. Needs NVIDIA GPUs, and is not exact."""
+    overlap: bool = True
+    """Communicate beside the computation where the policies allow it: gradients are reduced while the last backward
+    goes on, and with ZeRO-3 and gather=microbatch parameters are gathered ahead of their use."""
     offload: Offload = field(default_factory=Offload)
     split: Any = field(default="auto", metadata={"auto": list[int], "low": 0, "example": [0, 5, 9]})
     """`auto` balances FLOPs, or the first layer of each stage, e.g. [0, 5, 9]."""
@@ -141,6 +146,20 @@ class Precision:
 
 
 @dataclass
+class Kernels:
+    loss: str = _one_of("auto", "auto", "logits", "chunked", "liger")
+    """The last stage's loss. `logits`: from the logits of a whole microbatch. `chunked`: from a few tokens' logits at a
+    time, with their gradients. `liger`: the same by Liger's kernels. `auto` is chunked, or logits where the model
+    changes its logits after the head."""
+    rms_norm: str = _one_of("torch", "torch", "liger")
+    """RMS norms by transformers, or by Liger's kernels (NVIDIA GPUs; `pip install stack[gpu]`)."""
+    rope: str = _one_of("torch", "torch", "liger")
+    """Rotary embeddings of queries and keys, likewise."""
+    swiglu: str = _one_of("torch", "torch", "liger")
+    """Activation and product inside a gated MLP or expert, likewise."""
+
+
+@dataclass
 class Optim:
     kind: str = _one_of("adamw", "adamw", "sgd")
     """`sgd` is SGD with `momentum`."""
@@ -156,6 +175,8 @@ class Optim:
     """Applied to matrices only (decoupled in AdamW, part of the gradient in SGD); norms and biases are not decayed."""
     grad_clip: float = _at_least(1.0, 0)
     """Largest global gradient norm; 0 does not clip."""
+    fused: bool = True
+    """Update all parameters in one kernel, which leaves a step out by itself where the gradient is not finite."""
 
 
 @dataclass
@@ -223,6 +244,7 @@ class Config:
     activation: Activation = field(default_factory=Activation)
     batch: Batch = field(default_factory=Batch)
     precision: Precision = field(default_factory=Precision)
+    kernels: Kernels = field(default_factory=Kernels)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     train: Train = field(default_factory=Train)

@@ -13,9 +13,12 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+from stack.config.kernels import loss_kernel
 from stack.config.schema import Config
 from stack.data.batches import IGNORE
+from stack.models.documents import Documents, known
 from stack.models.families import FAMILIES, Parts, parts_of
+from stack.models.kernels import LossHead, put_in_liger, require
 from stack.models.router import Router
 from stack.plan.layout import Plan
 from stack.plan.shape import model_fields
@@ -27,16 +30,21 @@ Place = Callable[[nn.Module], None]
 class Stage(nn.Module):
     """Decoder layers `plan.layers_of(stage)`, with what is ahead of them on the first stage, norm and head on the last.
 
-    forward(x, positions, labels):
+    forward(x, positions, labels, bounds=None):
         x: int64 token ids [micro_size, seq_len] on the first stage, else hidden states
             [micro_size, seq_len, hidden] in the compute dtype.
         positions: int64 [micro_size, seq_len]; they start at 0 in every document, and attention does not cross that.
         labels: int64 [micro_size, seq_len], already shifted, `IGNORE` where there is no target.
+        bounds: int32 [1, bounds] of the microbatch, for kernels that use them (`stack.models.documents`).
         Returns hidden states [micro_size, seq_len, hidden], or on the last stage the sum of the token losses
         (0-dimensional fp32).
     """
 
-    def __init__(self, model: Any, plan: Plan, stage: int):
+    def __init__(self, model: Any, plan: Plan, stage: int, *, loss: str):
+        """
+        Args:
+            loss: `stack.config.kernels.loss_kernel`.
+        """
         super().__init__()
         self.first, self.last = stage == 0, stage == plan.stages - 1
         self.parts = parts_of(model)
@@ -44,6 +52,10 @@ class Stage(nn.Module):
         self.router = Router(model.config) if hasattr(model.config, "router_aux_loss_coef") else None
         self._own = [f"{self.parts.layers}.{index}" for index in plan.layers_of(stage)]
         self._leave_out(plan)
+        head = model.get_submodule(self.parts.head)
+        self._loss_head = LossHead(head, loss) if self.last and loss != "logits" else None
+        self.documents: Documents | None = None
+        """Those of the batch that comes through; None lets the model look for itself."""
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -73,14 +85,25 @@ class Stage(nn.Module):
             if next(unit.parameters(), None) is not None:
                 yield path, unit
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, bounds: torch.Tensor | None = None
+    ) -> torch.Tensor:
         inputs: dict[str, Any] = {"input_ids": x} if self.first else {"inputs_embeds": x}
-        inputs |= {"position_ids": positions, **_packing(self.model.config, positions)}
+        inputs["position_ids"] = positions
+        if bounds is not None and self.documents is not None:
+            longest = self.documents.longest
+            inputs |= {"cu_seq_lens_q": bounds[0], "cu_seq_lens_k": bounds[0]}
+            inputs |= {"max_length_q": longest, "max_length_k": longest}
         if self.router is not None:
             inputs["output_router_logits"] = True
+        if self._loss_head is not None:
+            self._loss_head.labels = labels
         # The head belongs to the outer class, with what some families do to its logits.
-        outputs = (self.model if self.last else self.model.base_model)(**inputs)
-        if self.last:
+        with known(self.documents.packed if self.documents else None):
+            outputs = (self.model if self.last else self.model.base_model)(**inputs)
+        if self._loss_head is not None:
+            output = outputs.logits
+        elif self.last:
             logits = outputs.logits.float().flatten(0, -2)
             output = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
         else:
@@ -128,8 +151,13 @@ def build_stages(
     Args:
         place: ZeRO-3 shards each unit (embedding, a decoder layer, norm, head) there, so no rank ever holds more than
             one unit in full.
+
+    Raises:
+        ConfigError, LayoutError: this host cannot run the chosen kernels.
     """
-    stages = [Stage(_skeleton(cfg), plan, stage) for stage in plan.stages_of(pipe_rank)]
+    require(cfg, device)
+    loss = loss_kernel(cfg)
+    stages = [Stage(_skeleton(cfg), plan, stage, loss=loss) for stage in plan.stages_of(pipe_rank)]
     for stage in stages:
         for path, unit in stage.units():
             if plan.shape.tied and path == stage.parts.head:
@@ -167,7 +195,9 @@ def hugging_face_config(cfg: Config) -> transformers.PretrainedConfig:
 
 def _skeleton(cfg: Config) -> Any:
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(hugging_face_config(cfg))
+        model = transformers.AutoModelForCausalLM.from_config(hugging_face_config(cfg))
+    put_in_liger(model, cfg)
+    return model
 
 
 def _tied_weight(cfg: Config, parts: Parts) -> torch.Tensor:
@@ -201,14 +231,3 @@ def _initialise(model: Any, path: str, module: nn.Module, *, seed: int) -> None:
 
 def _unset(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.full(like.shape, torch.nan if dtype.is_floating_point else 0, dtype=dtype, device="cpu")
-
-
-def _packing(config: transformers.PretrainedConfig, positions: torch.Tensor) -> dict[str, Any]:
-    """Where documents begin, for the variable-length kernel of flash attention; other kernels take a mask, which the
-    model makes from the positions. Left to itself flash attention finds documents in batches of one alone."""
-    if config._attn_implementation != "flash_attention_2":
-        return {}
-    starts = (positions.flatten() == 0).nonzero().flatten()
-    ends = torch.cat([starts, starts.new_tensor([positions.numel()])]).to(torch.int32)
-    longest = int(ends.diff().max())
-    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

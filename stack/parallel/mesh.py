@@ -24,6 +24,8 @@ class Mesh:
     pipe_group: dist.ProcessGroup
     tied_group: dist.ProcessGroup | None
     """Holders of the two copies of a tied embedding in this replica's pipe, if this rank is one of them."""
+    host_group: dist.ProcessGroup
+    """All ranks, for numbers that are on the host."""
     device: torch.device
 
     @property
@@ -55,6 +57,9 @@ def make_mesh(plan: Plan, *, timeout: timedelta) -> Mesh:
         holders = [plan.holder_of(0), plan.holder_of(plan.stages - 1)]
         pairs = groups([plan.rank_of(p, r) for p in holders] for r in range(plan.replicas))
         tied = pairs[replica] if pipe_rank in holders else None
+    device = local_device()
+    world = dist.group.WORLD
+    assert world is not None
     return Mesh(
         rank=rank,
         pipe_rank=pipe_rank,
@@ -64,7 +69,8 @@ def make_mesh(plan: Plan, *, timeout: timedelta) -> Mesh:
         data_group=data[pipe_rank],
         pipe_group=pipes[replica],
         tied_group=tied,
-        device=local_device(),
+        host_group=world if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout),
+        device=device,
     )
 
 

@@ -18,7 +18,7 @@ def make_optimizer(
     shape_of: Callable[[torch.Tensor], torch.Size] = lambda parameter: parameter.shape,
     wrap: Callable[[Kind], Kind] = lambda kind: kind,
 ) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum, without a compiled op; matrices are decayed, norms and biases are not.
+    """AdamW, or SGD with momentum, of torch; matrices are decayed, norms and biases are not.
 
     Args:
         tied: one of the copies of a tied embedding; alone in its group, so that both are sharded alike.
@@ -35,7 +35,7 @@ def make_optimizer(
         {"params": others, "weight_decay": 0.0},
         {"params": [] if tied is None else [tied], "weight_decay": cfg.optim.weight_decay},
     ]
-    options: dict[str, Any] = {"lr": cfg.optim.lr, "fused": True}
+    options: dict[str, Any] = {"lr": cfg.optim.lr, "fused": cfg.optim.fused, "foreach": not cfg.optim.fused}
     kind: Kind
     if cfg.optim.kind == "sgd":
         kind, options["momentum"] = torch.optim.SGD, cfg.optim.momentum
@@ -43,3 +43,9 @@ def make_optimizer(
         kind, options["betas"], options["eps"] = torch.optim.AdamW, tuple(cfg.optim.betas), cfg.optim.eps
     # An empty group has no place in DeepSpeed's bookkeeping.
     return wrap(kind)([group for group in groups if group["params"]], **options)
+
+
+def skip_unless_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+    """Has the next update of a fused optimizer left out if `norm` is not finite; its kernel reads that on the device,
+    so the host need not wait to know."""
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]

@@ -58,11 +58,12 @@ class RankEngine(ABC):
         """Everything of a step but the update. On leaving, gradients are reduced."""
 
     @abstractmethod
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> torch.Tensor:
         """Clips, updates, releases.
 
         Returns:
-            The global gradient norm before clipping, over all stages; not finite where the step was skipped.
+            The global gradient norm before clipping, over all stages (0-dimensional fp32); not finite where the update
+            was skipped.
         """
 
     @abstractmethod

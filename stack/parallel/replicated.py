@@ -1,7 +1,6 @@
 """ZeRO stage 0: every replica holds all of its stages' states. DeepSpeed has nothing to shard here and is not used."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from stack.config.schema import Config
 from stack.models.build import Stage
 from stack.parallel.mesh import Mesh
-from stack.parallel.optimizer import make_optimizer
+from stack.parallel.optimizer import make_optimizer, skip_unless_finite
 from stack.parallel.rank_engine import RankEngine
 
 
@@ -22,6 +21,7 @@ class ReplicatedEngine(RankEngine):
     def __init__(self, stages: list[Stage], *, cfg: Config, mesh: Mesh):
         super().__init__(stages, cfg=cfg, mesh=mesh)
         self.optimizer: Any = make_optimizer(self.parameters, cfg, tied=self.tied, wrap=on_masters)
+        self._fused = cfg.optim.fused
         self._scaler = LossScaler(dynamic=cfg.precision.dtype == "fp16")
 
     @property
@@ -39,17 +39,20 @@ class ReplicatedEngine(RankEngine):
         if self.tied is not None:
             self.sum_tied([self.tied.grad])
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> torch.Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.loss_scale != 1:
             torch._foreach_div_(self._gradients(), self.loss_scale)
         counted = [p.grad for p in self.parameters if p.grad is not None and p.model_parallel]
-        norm = global_norm(counted, self.mesh.pipe_group).item()
-        if math.isfinite(norm):
-            clip(self._gradients(), norm, self.clip)
+        norm = global_norm(counted, self.mesh.pipe_group)
+        clip(self._gradients(), norm, self.clip)
+        if self._fused:
+            skip_unless_finite(self.optimizer, norm)
+        if self._fused or norm.isfinite():
             self.optimizer.step()
-        self._scaler.update(overflow=not math.isfinite(norm))
+        if self._scaler.dynamic:
+            self._scaler.update(overflow=not norm.isfinite())
         for parameter in self.parameters:
             parameter.grad = None
         return norm
@@ -84,14 +87,12 @@ class LossScaler:
     START, WINDOW = 2.0**16, 1000
 
     def __init__(self, *, dynamic: bool):
-        self._dynamic = dynamic
+        self.dynamic = dynamic
         self._since = 0
         self.scale = self.START if dynamic else 1.0
 
     def update(self, *, overflow: bool) -> None:
         """Takes in one step; the overflow must be the same on all ranks."""
-        if not self._dynamic:
-            return
         self._since = 0 if overflow else self._since + 1
         if overflow:
             self.scale = max(self.scale / 2, 1.0)
@@ -113,13 +114,13 @@ def global_norm(
     return squared.sqrt()
 
 
-def clip(gradients: list[torch.Tensor], norm: float, limit: float) -> None:
+def clip(gradients: list[torch.Tensor], norm: torch.Tensor, limit: float) -> None:
     """Scales gradients in place so that their global norm is at most `limit`; 0 does not clip.
 
     The coefficient is limit / (norm + 1e-6), at most 1, as in torch.nn.utils.clip_grad_norm_ and DeepSpeed.
     """
-    if 0 < limit < norm + 1e-6:
-        torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+    if limit > 0:
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
 def average(gradients: list[torch.Tensor], group: dist.ProcessGroup) -> None:

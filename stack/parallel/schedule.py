@@ -1,26 +1,60 @@
 """Drives a rank's engine with a schedule of torch.distributed.pipelining, and measures when it computes."""
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import (
     PipelineStage,
-    Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.pipelining.schedules import _PipelineSchedule
+from torch.distributed.pipelining.schedules import (
+    FORWARD,
+    FULL_BACKWARD,
+    _Action,
+    _batch_p2p,
+    _PipelineSchedule,
+    _PipelineScheduleRuntime,
+    _wait_batch_p2p,
+)
 
+from stack.parallel.clock import StepClock
 from stack.parallel.mesh import Mesh
 from stack.parallel.rank_engine import RankEngine
 from stack.plan.layout import Plan
-from stack.plan.policies import SCHEDULES
+
+
+class Schedule1F1B(_PipelineScheduleRuntime):
+    """1F1B (Narayanan et al. 2019) with communication beside the computation: a receive is posted when its sender is
+    about to send, and waited for when it is used; a send is waited for by nobody. Torch's own class stops at both.
+
+    Both ends of a pair post their transfers in one order, so neither waits for one that the other has yet to post.
+    """
+
+    def __init__(self, stages: list[PipelineStage], microbatches: int, **options: Any):
+        super().__init__(stages, microbatches, **options)
+        pipeline = stages[0].group_size
+        self._prepare_schedule_with_comms(
+            {rank: [*order_1f1b(rank, pipeline, microbatches)] for rank in range(pipeline)}
+        )
+
+
+def order_1f1b(rank: int, pipeline: int, microbatches: int) -> list[_Action]:
+    """What a rank of the pipe computes: forwards until the first gradient can be back, then one backward, one forward
+    in turn, then the backwards that are left."""
+    ahead = min(pipeline - 1 - rank, microbatches)
+    order = [_Action(rank, FORWARD, microbatch) for microbatch in range(ahead)]
+    for microbatch in range(microbatches):
+        if microbatch + ahead < microbatches:
+            order.append(_Action(rank, FORWARD, microbatch + ahead))
+        order.append(_Action(rank, FULL_BACKWARD, microbatch))
+    return order
+
 
 #: The classes behind the names in `stack.plan.policies`.
 _CLASSES: dict[str, Any] = {
@@ -32,47 +66,21 @@ _CLASSES: dict[str, Any] = {
 }
 
 
-class BusyClock:
-    """Seconds spent inside `busy()` since `reset()`: on the GPU by events, so that measuring waits for nothing."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self.reset()
-
-    def reset(self) -> None:
-        self._spans: list[tuple[Any, Any]] = []
-
-    @contextlib.contextmanager
-    def busy(self) -> Iterator[None]:
-        start = self._now()
-        yield
-        self._spans.append((start, self._now()))
-
-    def seconds(self) -> float:
-        """Total of the spans. On the GPU it waits for the last of them."""
-        if not self._spans:
-            return 0.0
-        if not self._cuda:
-            return sum(end - start for start, end in self._spans)
-        self._spans[-1][1].synchronize()
-        return sum(start.elapsed_time(end) for start, end in self._spans) / 1e3
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
 def make_schedule(
-    engine: RankEngine, *, plan: Plan, mesh: Mesh, dtype: torch.dtype, loss_scale: Callable[[], float], clock: BusyClock
-) -> _PipelineSchedule:
-    """The schedule of this rank's stages.
+    engine: RankEngine,
+    *,
+    plan: Plan,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    loss_scale: Callable[[], float],
+    clock: Callable[[], StepClock],
+) -> "Pipeline":
+    """This rank's stages under their schedule.
 
     Args:
         dtype: of the hidden states that cross a cut.
         loss_scale: what the summed token loss of a microbatch is multiplied by for the backward; asked each time.
+        clock: the clock of the step that runs.
     """
     hidden = torch.empty(plan.micro_size, plan.seq_len, plan.shape.hidden, device="meta", dtype=dtype)
     tokens = torch.empty(plan.micro_size, plan.seq_len, device="meta", dtype=torch.long)
@@ -93,12 +101,34 @@ def make_schedule(
         return made
 
     stages = [stage(index, number) for index, number in enumerate(plan.stages_of(mesh.pipe_rank))]
-    return _CLASSES[plan.schedule](
-        stages if SCHEDULES[plan.schedule].virtual else stages[0],
+    schedule = _CLASSES[plan.schedule](
+        stages[0] if plan.schedule == "gpipe" else stages,
         plan.microbatches,
         loss_fn=lambda total, _labels: total * loss_scale(),
         scale_grads=False,
     )
+    return Pipeline(schedule, stages)
+
+
+class Pipeline:
+    """All microbatches of a step, or of an evaluation, through this rank's stages."""
+
+    def __init__(self, schedule: _PipelineSchedule, stages: "list[_EngineStage]"):
+        self._schedule, self.stages = schedule, stages
+
+    def train(self, *args: torch.Tensor, **inputs: Any) -> None:
+        """Forwards and backwards."""
+        self._schedule.step(*args, return_outputs=False, **inputs)
+        self._finish()
+
+    def evaluate(self, *args: torch.Tensor, **inputs: Any) -> None:
+        """Forwards."""
+        self._schedule.eval(*args, return_outputs=False, **inputs)
+        self._finish()
+
+    def _finish(self) -> None:
+        for stage in self.stages:
+            stage.finish_sending()
 
 
 class _Forward(nn.Module):
@@ -115,9 +145,10 @@ class _Forward(nn.Module):
 class _EngineStage(PipelineStage):
     """A pipeline stage whose forward and backward go through the rank's engine."""
 
-    def drive(self, engine: RankEngine, index: int, clock: BusyClock, *, window: int) -> None:
+    def drive(self, engine: RankEngine, index: int, clock: Callable[[], StepClock], *, window: int) -> None:
         """Says what the stage runs, and how many microbatches it may hold between their forward and their backward."""
         self._engine, self._index, self._clock, self._window = engine, index, clock, window
+        self._sending: dict[tuple[str, int], list[dist.Work]] = {}
 
     # Torch makes receive buffers for every microbatch of a step; those of one that is done serve a later one.
 
@@ -135,16 +166,37 @@ class _EngineStage(PipelineStage):
         for microbatch in buffers:
             buffers[microbatch] = buffers[microbatch % self._window]
 
+    # A schedule would keep all that it sends until the step ends. Sent from here, and let go as soon as it has arrived.
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._sending["forward", fwd_chunk_id] = _batch_p2p(super().get_fwd_send_ops(fwd_chunk_id))
+        return []
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        self._sending["backward", bwd_chunk_id] = _batch_p2p(super().get_bwd_send_ops(bwd_chunk_id))
+        return []
+
+    def _sent(self, direction: str, microbatch: int) -> None:
+        _wait_batch_p2p(self._sending.pop((direction, microbatch), []))
+
+    def finish_sending(self) -> None:
+        """Waits for what is still on its way."""
+        for transfer in list(self._sending):
+            self._sent(*transfer)
+
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
-        with self._clock.busy():
+        with self._clock().busy():
             return super().forward_one_chunk(*args, **kwargs)
 
-    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> None:
-        with self._clock.busy():
-            super().backward_one_chunk(*args, **kwargs)
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        # Its gradient is here, so the next stage has what was sent; and the stage before has used an older gradient.
+        self._sent("forward", bwd_chunk_id)
+        self._sent("backward", bwd_chunk_id - self._window)
+        with self._clock().busy():
+            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> None:
-        with self._clock.busy():
+        with self._clock().busy():
             super().backward_weight_one_chunk(*args, **kwargs)
 
     # Between two stages of one rank torch hands gradients over in an evaluation too, where there are none.

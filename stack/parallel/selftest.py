@@ -194,6 +194,7 @@ def _mesh(pipe_rank: int) -> Any:
         data_group=alone,
         pipe_group=alone,
         tied_group=None,
+        host_group=alone,
         device=torch.device("cpu"),
     )
 

@@ -19,7 +19,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+from deepspeed.runtime.utils import is_invalid_grad_norm
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
@@ -29,8 +30,9 @@ from stack.config.schema import Config
 from stack.errors import ConfigError
 from stack.models.build import Stage
 from stack.parallel import selftest
+from stack.parallel.gathering import Gathers, arrive_with_forward, follow_microbatches
 from stack.parallel.mesh import Mesh, Mpu, local_device
-from stack.parallel.optimizer import make_optimizer
+from stack.parallel.optimizer import make_optimizer, skip_unless_finite
 from stack.parallel.rank_engine import RankEngine
 from stack.parallel.replicated import global_norm
 from stack.plan.layout import Plan
@@ -64,7 +66,8 @@ def close() -> None:
 def config_of(cfg: Config, plan: Plan) -> dict[str, Any]:
     """The DeepSpeed config of every rank of a run."""
     largest = max(map(plan.rank_params, range(plan.pipeline)))
-    return ds_config(cfg, replicas=plan.replicas, rank_params=largest)
+    streams = local_device().type == "cuda"
+    return ds_config(cfg, replicas=plan.replicas, rank_params=largest, streams=streams)
 
 
 def shard(unit: nn.Module, *, mesh: Mesh, config: dict[str, Any]) -> None:
@@ -90,15 +93,13 @@ class ZeroEngine(RankEngine):
         super().__init__(stages, cfg=cfg, mesh=mesh)
         self._zero, self._reduce_once = deepspeed_zero_stage(cfg), cfg.parallel.reduce == "step"
         self._holds = self._zero == 3 and cfg.parallel.gather == "step"
-        self._in_flight: dict[nn.Module, Any] = {}
+        self._gathers: Gathers | None = None
+        self._fused = cfg.optim.fused
+        # Else one stage's last backward is not the last that adds to a weight the rank's stages share.
+        self._reduces_early = self._zero == 3 and cfg.parallel.overlap and self._reduce_once and len(stages) == 1
         self._gradient_dtype: torch.dtype | None = None
-        _scope_trace_check(mesh)
         if cfg.parallel.offload.optimizer == "nvme":
             _require_files(Path(str(cfg.parallel.offload.folder)))
-        if self._zero == 3:
-            # One gather and one hook a decoder layer instead of one a projection.
-            layers = {type(layer) for stage in stages for layer in stage.layers}
-            deepspeed.utils.set_z3_leaf_modules(self.module, sorted(layers, key=str))
         optimizer = make_optimizer(self.parameters, cfg, tied=self.tied, shape_of=_whole_shape)
         self._engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, mpu=Mpu(mesh), config=config, dist_init_required=False
@@ -107,19 +108,34 @@ class ZeroEngine(RankEngine):
         self._reduce_norm_once()
         # DeepSpeed doubles the loss scale before it divides the gradients by it: see `step`.
         _replace(self._optimizer, "_update_scale", lambda _overflow: None)
+        # It would wait for the device to know whether to update; a fused kernel knows it there.
+        waits = cfg.precision.dtype == "fp16" or not self._fused
+        reads_norm = is_invalid_grad_norm if waits else lambda _norm: False
+        for module in (stage3, stage_1_and_2):
+            _replace(module, "is_invalid_grad_norm", reads_norm)
         if self._zero < 3:
             # ZeRO-2 would copy the fp32 sums through a buffer of the parameters' dtype before it reduces them.
             _replace(self._optimizer, "_gradient_reduction_buffer_dtype", lambda: torch.float32)
             if self._optimizer.cpu_offload and not self._reduce_once:
                 self._sum_offloaded_in_fp32()
-        elif self._holds:
-            # Parameters are gathered by `_gathered` instead of by a hook around each module in each microbatch.
-            self._optimizer.parameter_offload._remove_module_hooks()
-            for unit in self._units():
-                unit.register_forward_pre_hook(lambda module, _args: self._arrive(module))
+        else:
+            self._gathers = self._gather_units(cfg)
 
-    def _units(self) -> list[nn.Module]:
-        return [unit for stage in self.stages for _, unit in stage.units()]
+    def _gather_units(self, cfg: Config) -> Gathers:
+        # One gather a unit, and no hook around each module.
+        self._optimizer.parameter_offload._remove_module_hooks()
+        quantize = cfg.parallel.quantized_weights
+        units = [[unit for _, unit in stage.units()] for stage in self.stages]
+        gathers = Gathers(
+            units,
+            ask=lambda parameters: parameters[0].all_gather_coalesced(parameters, quantize=quantize),
+            release=lambda parameters: parameters[0].partition(parameters),
+        )
+        if self._holds:
+            arrive_with_forward(gathers, units)
+        else:
+            follow_microbatches(gathers, units, ahead=cfg.parallel.overlap)
+        return gathers
 
     @property
     def loss_scale(self) -> float:
@@ -138,6 +154,9 @@ class ZeroEngine(RankEngine):
         # The loss is scaled once, on the last stage: a surrogate ignores the scale that it is multiplied by.
         loss = output if gradient is None else _Surrogate.apply(output, gradient)
         self._engine.set_gradient_accumulation_boundary(last)
+        if last and self._reduces_early:
+            # Each sum is whole as soon as this backward has added to it: reduced there and then, beside the rest.
+            self._coalesce(False)
         self._engine.backward(loss, scale_wrt_gas=False)
         # Cleared only in forward otherwise: the second of two backwards in a row would overwrite, not add.
         self._optimizer.clear_backward_seen_flag()
@@ -173,42 +192,29 @@ class ZeroEngine(RankEngine):
     def evaluate(self) -> Iterator[None]:
         with super().evaluate(), self._gathered():
             yield
-        if self._holds:
-            self._optimizer._partition_all_parameters()
+        if self._gathers is not None:
+            self._gathers.let_all_go()
 
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[None]:
         """With `parallel.gather=step`, has all units of the stages gathered in the order of their use: all are asked
-        for at once, and each is waited for when the first forward reaches it. The optimizer's step releases them."""
-        if self._holds:
-            asked: set[int] = set()
-            for unit in self._units():
-                # A tied head asks for the tensor that the embedding has asked for.
-                parameters: list[Any] = [p for p in unit.parameters() if id(p) not in asked]
-                asked.update(map(id, parameters))
-                if parameters:
-                    self._in_flight[unit] = parameters[0].all_gather_coalesced(parameters)
+        for at once, and each is waited for when the first forward reaches it."""
+        if self._gathers is not None and self._holds:
+            self._gathers.ask_all()
         yield
-        for unit in list(self._in_flight):
-            self._arrive(unit)
+        if self._gathers is not None:
+            self._gathers.arrive_all()
 
-    def _arrive(self, unit: nn.Module) -> None:
-        if (handle := self._in_flight.pop(unit, None)) is not None:
-            handle.wait()
-
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> torch.Tensor:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.set_gradient_accumulation_boundary(True)
-        # The order of the modules never changes: one step has shown it, and comparing costs a broadcast a forward.
-        _replace(coordinator, "assert_ints_same_as_other_ranks", lambda _ints: None)
-        skipped = self._engine.skipped_steps
+        if self._gathers is not None:
+            self._gathers.let_all_go()
         self._engine.step()
         # The same on all ranks: DeepSpeed reduces `overflow` over the data group and the pipe group.
         self._optimizer.loss_scaler.update_scale(self._optimizer.overflow)
-        reported = float(self._engine.get_global_grad_norm() or 0.0)
-        # DeepSpeed writes a norm that is not finite as -1.
-        return float("nan") if self._engine.skipped_steps > skipped or reported < 0 else reported
+        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.mesh.device)
 
     def dtypes(self) -> dict[str, torch.dtype]:
         optimizer = self._optimizer
@@ -269,14 +275,16 @@ class ZeroEngine(RankEngine):
 
     def _reduce_norm_once(self) -> None:
         """DeepSpeed reduces the norm once for each optimizer group, over the pipe group too; ranks with unequal numbers
-        of groups would hang. Summed locally first, then reduced once. DeepSpeed takes a negative norm for not finite,
-        and divides it by the loss scale itself."""
+        of groups would hang. Summed locally first, then reduced once. DeepSpeed divides it by the loss scale itself."""
 
         def norm(*_: Any) -> torch.Tensor:
             counted = [gradient for parameter, gradient in self._reduced() if parameter.model_parallel]
             mesh = self.mesh
             found = global_norm(counted, mesh.data_group, mesh.pipe_group, device=mesh.device)
-            return torch.where(found.isfinite(), found, torch.full_like(found, -1.0)).to(self._optimizer.device)
+            found = found.to(self._optimizer.device)
+            if self._fused:
+                skip_unless_finite(self._optimizer.optimizer, found)
+            return found
 
         if self._zero == 3:
             _replace(self._optimizer, "_get_norm_groups", lambda: [norm()])
@@ -342,22 +350,6 @@ class _Surrogate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.saved_tensors[0], None
-
-
-def _scope_trace_check(mesh: Mesh) -> None:
-    """ZeRO-3 compares its module order with a broadcast over the WORLD in the middle of a forward; stages hold
-    different modules and run at different times, so that deadlocks. Compared over the data group instead, where the
-    order must agree."""
-
-    def same_on_data_group(ints: list[int]) -> None:
-        # The ids count up over the life of a process: only their differences agree between processes.
-        order = [i - ints[0] for i in ints]
-        reference = [order if mesh.replica == 0 else None]
-        dist.broadcast_object_list(reference, src=mesh.data_ranks[0], group=mesh.data_group)
-        if reference[0] != order:
-            raise RuntimeError(f"ZeRO-3 module order of rank {mesh.rank} differs from the first replica of its stage")
-
-    _replace(coordinator, "assert_ints_same_as_other_ranks", same_on_data_group)
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:

@@ -4,6 +4,7 @@ import glob
 import os
 from dataclasses import dataclass
 
+from stack.config.kernels import liger_parts
 from stack.config.schema import Config, Parallel
 from stack.errors import LayoutError
 
@@ -76,6 +77,12 @@ def _check_schedule(cfg: Config) -> None:
         raise LayoutError(
             f"parallel.schedule={parallel.schedule} with precision.compile=true: a compiled layer has one "
             "backward and no two parts; use precision.compile=false or parallel.schedule=interleaved_1f1b"
+        )
+    if liger := liger_parts(cfg):
+        raise LayoutError(
+            f"parallel.schedule={parallel.schedule} with kernels.{liger[0]}=liger: its kernels write over "
+            "gradients that the second part of a backward reads again; use "
+            f"kernels.{liger[0]}={'chunked' if liger[0] == 'loss' else 'torch'} or parallel.schedule=interleaved_1f1b"
         )
     if cfg.activation.checkpoint != "none":
         raise LayoutError(

@@ -1,7 +1,10 @@
 """The plan as text: every derived number with its reason."""
 
+from collections.abc import Callable
+
 from stack.config.schema import Config
 from stack.plan.layout import Plan
+from stack.plan.memory import RankMemory, plan_memory
 from stack.plan.policies import SCHEDULES
 
 
@@ -29,7 +32,7 @@ def render(plan: Plan, cfg: Config) -> str:
     ]
     width = max(len(str(value)) for _, value, _ in rows)
     lines = [f"{name:<14} {value!s:<{width}}  {reason}" for name, value, reason in rows]
-    return "\n".join([*lines, "", *_stage_table(plan)])
+    return "\n".join([*lines, "", *_stage_table(plan), "", *_memory_table(plan, cfg)])
 
 
 def _model(plan: Plan, cfg: Config) -> str:
@@ -85,6 +88,34 @@ def _stage_table(plan: Plan) -> list[str]:
             f"{stage:>5}  {f'{layers.start}-{layers.stop - 1}':<9} {', '.join(also):<16} "
             f"{_count(plan.stage_params(stage)):>10}  {plan.stage_flops(stage) / total:>6.1%}  {ranks}"
         )
+    return lines
+
+
+def _memory_table(plan: Plan, cfg: Config) -> list[str]:
+    """A row for each rank of the pipe; its peak is less than the sum, since not all of it is there at once."""
+    ranks = plan_memory(cfg, plan)
+    unit, size = ("GiB", 2**30) if max(rank.peak for rank in ranks) >= 2**29 else ("MiB", 2**20)
+    columns: dict[str, Callable[[RankMemory], int]] = {
+        "states": lambda rank: rank.parameters + rank.masters + rank.moments,
+        "gradients": lambda rank: rank.gradients + rank.bucket + rank.reducing,
+        "gathered": lambda rank: rank.gathered,
+        "activations": lambda rank: rank.kept + rank.layer,
+        "loss": lambda rank: rank.loss,
+        "host": lambda rank: rank.host,
+        "files": lambda rank: rank.files,
+        "peak": lambda rank: rank.peak,
+    }
+    used = {name: of for name, of in columns.items() if any(map(of, ranks))}
+    largest = max(range(len(ranks)), key=lambda pipe_rank: ranks[pipe_rank].peak)
+    lines = [
+        f"memory: {unit} on the device, without CUDA's own; largest in rank {plan.rank_of(largest, 0)}",
+        "  ".join(["ranks  ", *(f"{name:>9}" for name in used), "in"]),
+    ]
+    for pipe_rank, rank in enumerate(ranks):
+        first, last = plan.rank_of(pipe_rank, 0), plan.rank_of(pipe_rank, plan.replicas - 1)
+        ids = f"{first}-{last}" if last > first else str(first)
+        cells = (f"{of(rank) / size:>{max(9, len(name))}.2f}" for name, of in used.items())
+        lines.append("  ".join([f"{ids:<7}", *cells, rank.peak_phase]))
     return lines
 
 

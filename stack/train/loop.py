@@ -7,7 +7,9 @@ from stack.config.schema import Config
 from stack.data.batches import Batches
 from stack.health.guard import check_finite
 from stack.observe.metrics import StepRecord
-from stack.parallel.engine import Engine, StepResult
+from stack.parallel.engine import Engine
+from stack.parallel.step import RunningStep, StepResult
+from stack.train.ahead import Prefetch, results
 from stack.train.lr import learning_rate
 from stack.train.state import TrainState
 
@@ -28,14 +30,22 @@ def train(
     Raises:
         NumericsError: the loss or the gradient norm stopped being finite.
     """
-    while state.step < cfg.train.steps:
-        lr = learning_rate(state.step, cfg.train.steps, optim=cfg.optim, schedule=cfg.schedule)
-        batch = training.train(state.step, replica)
-        result = engine.train_batch(batch, lr=lr)
-        check_finite(step=state.step + 1, loss=result.loss, grad_norm=result.grad_norm, loss_scale=result.loss_scale)
-        state = state.advance(tokens=result.tokens, skipped=result.skipped)
-        heldout_loss = evaluate(cfg, engine, heldout, replica) if _eval_due(cfg, state.step) else None
-        record(_row(state, result, lr=lr, mfu=mfu(result), heldout_loss=heldout_loss))
+    steps = range(state.step, cfg.train.steps)
+    with Prefetch(
+        lambda step: engine.load(training.train(step, replica)), stop=steps.stop, ahead=cfg.data.prefetch
+    ) as batches:
+
+        def start(step: int) -> RunningStep:
+            lr = learning_rate(step, cfg.train.steps, optim=cfg.optim, schedule=cfg.schedule)
+            return engine.start_batch(batches.take(step), lr=lr)
+
+        for result in results(
+            start, steps, ahead=engine.runs_ahead, settle_after=lambda step: _eval_due(cfg, step + 1)
+        ):
+            state = state.advance(tokens=result.tokens, skipped=result.skipped)
+            check_finite(step=state.step, loss=result.loss, grad_norm=result.grad_norm, loss_scale=result.loss_scale)
+            heldout_loss = evaluate(cfg, engine, heldout, replica) if _eval_due(cfg, state.step) else None
+            record(_row(state, result, mfu=mfu(result), heldout_loss=heldout_loss))
     return state
 
 
@@ -55,14 +65,12 @@ def _eval_due(cfg: Config, step: int) -> bool:
     return every > 0 and (step % every == 0 or step == cfg.train.steps)
 
 
-def _row(
-    state: TrainState, result: StepResult, *, lr: float, mfu: float | None, heldout_loss: float | None
-) -> StepRecord:
+def _row(state: TrainState, result: StepResult, *, mfu: float | None, heldout_loss: float | None) -> StepRecord:
     return StepRecord(
         step=state.step,
         loss=result.loss,
         grad_norm=result.grad_norm,
-        lr=lr,
+        lr=result.lr,
         tokens=result.tokens,
         tokens_total=state.tokens,
         tokens_per_s=result.tokens / result.step_time_s,

@@ -12,7 +12,8 @@ from stack.observe.curve import draw
 from stack.observe.jsonl import MetricsWriter, latest, read
 from stack.observe.metrics import StepRecord, mfu, peak_flops
 from stack.observe.wandb import WandbSink
-from stack.parallel.engine import Engine, StepResult
+from stack.parallel.engine import Engine
+from stack.parallel.step import StepResult
 from stack.plan.layout import Plan
 from stack.train import rundir
 from stack.train.rundir import RunDir

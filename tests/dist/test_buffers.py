@@ -18,7 +18,7 @@ def count_buffers() -> tuple[int, int, int]:
     mesh = make_mesh(plan, timeout=timedelta(seconds=60))
     engine = Engine(cfg, plan, mesh)
     engine.train_batch(replica_batch(cfg, 0, replica=0, replicas=1, kind="full"), lr=1e-3)
-    stage = engine._schedule._stage
+    stage = engine._pipeline.stages[0]
 
     def distinct(received: dict) -> int:
         buffers = [getattr(info, "buffer", None) for infos in received.values() for info in infos]

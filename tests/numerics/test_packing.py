@@ -5,11 +5,13 @@ What one document's tokens are must not change the logits of another one in the 
 
 import pytest
 import torch
+from transformers import masking_utils
 from transformers import modeling_flash_attention_utils as flash
 from transformers.integrations import flash_attention
 
 from stack.config.families import FAMILIES as CONFIGURED
 from stack.models.build import build_stages
+from stack.models.documents import Documents, uses_bounds
 from stack.plan.layout import make_plan
 from tests.helpers.tiny import FAMILIES, family_settings, tiny_config
 
@@ -28,7 +30,7 @@ class _Row:
     """The stages of a model in a row, in one process."""
 
     def __init__(self, family: str, attention: str):
-        settings = {**family_settings(family, tied=False), "model__attention": attention}
+        settings = {**family_settings(family, tied=False), "model__attention": attention, "kernels__loss": "logits"}
         self._cfg = tiny_config(**settings, parallel__pipeline=3, parallel__zero=0)
         plan = make_plan(self._cfg, 3)
         cpu = torch.device("cpu")
@@ -46,13 +48,21 @@ class _Row:
         return positions
 
     @torch.no_grad()
-    def logits(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """[sequences, seq_len, vocabulary] as the model's own forward gives them to the loss."""
+    def logits(self, tokens: torch.Tensor, positions: torch.Tensor, *, told: bool = False) -> torch.Tensor:
+        """[sequences, seq_len, vocabulary] as the model's own forward gives them to the loss.
+
+        Args:
+            told: the stages know the documents from the host, as in a run.
+        """
+        documents = Documents.of(positions.numpy()[None]) if told else None
+        bounds = torch.from_numpy(documents.bounds) if documents else None
         found: list[torch.Tensor] = []
         watch = self.stages[-1].model.register_forward_hook(lambda *call: found.append(call[-1].logits))
         hidden = tokens
         for stage in self.stages:
-            hidden = stage(hidden, positions, tokens)
+            stage.documents = documents
+            uses = uses_bounds(stage.model.config)
+            hidden = stage(hidden, positions, tokens, bounds if uses else None)
         watch.remove()
         return found[0]
 
@@ -80,6 +90,20 @@ def test_a_document_does_not_change_the_next_one(family, attention):
         assert _largest_change(row, changed, packed=True) < _TOLERANCE
         # Where the positions say that it is one document, the same tokens are seen.
         assert _largest_change(row, changed, packed=False) > 100 * _TOLERANCE
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("family", "attention"), _CASES)
+def test_a_stage_that_is_told_asks_nothing(family, attention, packed, monkeypatch):
+    row = _Row(family, attention)
+    tokens, positions = row.tokens(), row.positions(packed=packed)
+    expected = row.logits(tokens, positions)
+
+    def looked(_positions):
+        raise AssertionError("the device was asked")
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", looked)
+    assert torch.equal(row.logits(tokens, positions, told=True), expected)
 
 
 def _variable_length(
@@ -129,5 +153,5 @@ def test_flash_attention_is_told_where_documents_begin(family, monkeypatch):
     expected = row.logits(tokens, positions)
     for stage in row.stages:
         stage.model.config._attn_implementation = "flash_attention_2"
-    found = row.logits(tokens, positions)
+    found = row.logits(tokens, positions, told=True)
     assert (found - expected).abs().max() / expected.abs().max() < 1e-5

@@ -51,7 +51,7 @@ paralel.pipeline=2 | no such key; did you mean parallel.pipeline?
 pipeline=2 | no such key; did you mean parallel.pipeline?
 lr=0.1 | no such key; did you mean optim.lr?
 parallel.foo=2 | no such key; the keys of parallel are pipeline, data, zero, schedule, virtual_stages, \
-reduce, gather, hpz, quantized_weights, offload, split
+reduce, gather, hpz, quantized_weights, overlap, offload, split
 parallel.pipeline.stages=2 | no such key; parallel.pipeline is a single value
 +parallel.stages=2 | no such key; did you mean parallel.virtual_stages?
 log.wandb={mod: online} -> log.wandb.mod=online | no such key; did you mean log.wandb.mode?

@@ -1,0 +1,45 @@
+"""What a run costs beside its steps: `python -m benchmarks.overhead RUN_DIR`.
+
+A row of metrics.jsonl says when it was written and how long its step took. What else lies between two rows, where no
+evaluation does, is metrics, logging, health checks and waiting for data.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+from pathlib import Path
+
+from stack.observe.jsonl import latest, read
+
+#: The first steps compile, allocate and fill caches.
+_WARMUP = 3
+
+
+def shares(rows: list[tuple[float, float, bool]]) -> list[float]:
+    """For each step without an evaluation: the share of the time since the row before that was not the step.
+
+    Args:
+        rows: when it was written in Unix seconds, seconds of its step, and whether an evaluation came between.
+    """
+    return [
+        1 - took / (end - before) for (before, *_), (end, took, evaluated) in itertools.pairwise(rows) if not evaluated
+    ]
+
+
+def main() -> int:
+    """Prints median and spread."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    parser.add_argument("run", type=Path, help="a finished run's folder")
+    records = latest(read(parser.parse_args().run / "metrics.jsonl"))[_WARMUP:]
+    found = sorted(shares([(r.time, r.step_time_s, r.heldout_loss is not None) for r in records]))
+    if not found:
+        print("no two steps without an evaluation between them", file=sys.stderr)
+        return 1
+    median = statistics.median(found)
+    print(f"{len(found)} steps: median {median:.2%} of a step, from {found[0]:.2%} to {found[-1]:.2%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""What an optimizer step gave, on a device that may still be working on it."""
+
+import math
+import resource
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from stack.parallel.clock import StepClock
+from stack.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave; the same on every rank.
+
+    loss: mean token loss over the targets of the global batch, in nats, before the update.
+    grad_norm: global L2 norm before clipping; not finite where the update was skipped.
+    tokens: targets in the global batch.
+    lr: learning rate of the update.
+    step_time_s: time of the slowest rank, on a GPU without what the host did beside it.
+    bubble_fraction: share of the step in which a stage waited for its neighbours, mean over the ranks.
+    memory_peak_bytes: largest peak of any rank since it started (device memory, or resident memory on the CPU).
+    router_aux_loss: what a mixture of experts adds to the loss to balance its experts, coefficient included; None for
+        other models.
+    loss_scale: what fp16 multiplied the loss by in this step; None for other dtypes.
+    """
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    lr: float
+    step_time_s: float
+    bubble_fraction: float
+    memory_peak_bytes: int
+    router_aux_loss: float | None = None
+    loss_scale: float | None = None
+
+    @property
+    def skipped(self) -> bool:
+        """Whether an overflow in fp16 left the update out: not an error, the scale is halved."""
+        return self.loss_scale is not None and not math.isfinite(self.grad_norm)
+
+
+class RunningStep:
+    """A step that the host has handed to the device. `result` waits for it; until then nothing does."""
+
+    def __init__(
+        self,
+        clock: StepClock,
+        *,
+        mesh: Mesh,
+        losses: list[torch.Tensor],
+        auxiliary: list[torch.Tensor] | None,
+        grad_norm: torch.Tensor,
+        tokens: int,
+        lr: float,
+        loss_scale: float | None,
+    ):
+        """
+        Args:
+            losses: scaled token losses (0-dimensional) of this rank's microbatches; empty but on the last stage.
+            auxiliary: summed auxiliary losses of this rank's routers, None for a model without any.
+        """
+        self._clock, self._mesh, self._routed = clock, mesh, auxiliary is not None
+        self._tokens, self._lr, self._loss_scale = tokens, lr, loss_scale
+        numbers = torch.stack([_total(losses, mesh.device), _total(auxiliary or [], mesh.device), grad_norm.double()])
+        # Into pinned memory the copy is queued like the rest of the step.
+        self._numbers = torch.empty(3, dtype=torch.float64, pin_memory=mesh.device.type == "cuda")
+        self._numbers.copy_(numbers, non_blocking=True)
+        clock.end()
+
+    def result(self) -> StepResult:
+        """One small all-gather: every rank learns the loss, the idle time and the peak of all. Collective.
+
+        It runs on the host: on the device it would wait behind the step that follows.
+        """
+        self._clock.wait()
+        loss, auxiliary, grad_norm = self._numbers.tolist()
+        took = self._clock.step_s()
+        peak, idle = self._memory_peak(), self._clock.idle_s() / took
+        mine = torch.tensor([loss, idle, took, peak, auxiliary], dtype=torch.float64)
+        flat = torch.empty(dist.get_world_size() * mine.numel(), dtype=mine.dtype)
+        dist.all_gather_into_tensor(flat, mine, group=self._mesh.host_group)
+        table = flat.view(-1, mine.numel())
+        return StepResult(
+            # The scale of the backward carries the number of replicas, which ZeRO's average takes out again.
+            loss=float(table[:, 0].sum()) / self._mesh.replicas,
+            grad_norm=grad_norm,
+            tokens=self._tokens,
+            lr=self._lr,
+            step_time_s=float(table[:, 2].max()),
+            bubble_fraction=float(table[:, 1].mean()),
+            memory_peak_bytes=int(table[:, 3].max()),
+            router_aux_loss=float(table[:, 4].sum()) / self._tokens if self._routed else None,
+            loss_scale=self._loss_scale,
+        )
+
+    def _memory_peak(self) -> float:
+        if self._mesh.device.type == "cuda":
+            return float(torch.cuda.max_memory_allocated(self._mesh.device))
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _total(losses: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Sum over the microbatches (0-dimensional fp64); 0 where there are none."""
+    if not losses:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack([loss.detach() for loss in losses]).double().sum()

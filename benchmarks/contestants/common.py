@@ -5,12 +5,13 @@ import json
 import os
 import resource
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -193,7 +194,14 @@ def measure(
         loss = train_step(batch)
         clock.end()
     clock.report(float(loss), replicas=replicas, split=split)
+    leave()
+
+
+def leave() -> NoReturn:
+    """Ends the groups and the process, without the interpreter's farewell as in `stack.train`. Collective."""
     zero.close()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _peak_mib() -> float:

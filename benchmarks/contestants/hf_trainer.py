@@ -13,7 +13,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from benchmarks.contestants import common
 from benchmarks.contestants.plain_zero3 import zero3
 from benchmarks.work import Work
-from stack.parallel import zero
 
 _ZERO3 = {
     "stage": 3,
@@ -114,7 +113,7 @@ def main() -> None:
         print(json.dumps(trainer.accelerator.state.deepspeed_plugin.deepspeed_config, indent=2, default=str))
     # Each is its part of the replica's mean over all its targets.
     clock.report(float(torch.stack(trainer.losses).sum()), replicas=world_size, split=[0])
-    zero.close()
+    common.leave()
 
 
 def _training_arguments(args: argparse.Namespace, folder: str) -> TrainingArguments:

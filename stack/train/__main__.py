@@ -1,5 +1,6 @@
 """`python -m stack.train`: what every launcher starts on every rank."""
 
+import atexit
 import os
 import sys
 
@@ -7,8 +8,10 @@ from stack.train.worker import main
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
+    if not code:
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code:
-        # Without the interpreter's farewell: taking down process groups may wait for ranks that are gone.
-        os._exit(code)
+    # Without the interpreter's farewell. After a failure, taking down process groups may wait for ranks that are gone;
+    # after a success, a thread of gloo's that still lets go of a tensor would be ended without unwinding, and abort.
+    os._exit(code)

@@ -23,7 +23,6 @@ from typing import Any
 
 from benchmarks.gpu_page import page
 from benchmarks.work import Work, make_work
-from stack.config.schema import Config
 from stack.observe.metrics import mfu, peak_flops
 from stack.plan.policies import local_devices
 
@@ -40,7 +39,7 @@ PARTS = {
 #: Seconds that a job needs at least; with less left it is not started.
 _LEAST_S = 20
 
-#: The setting that each line of the ablation turns one key of. Only keys that this version has are given.
+#: The setting that each line of the ablation turns one key of.
 BEST = {
     "parallel.zero": 3, "precision.compile": True, "kernels.loss": "chunked", "parallel.overlap": True,
     "optim.fused": True, "data.pack": False,
@@ -118,21 +117,12 @@ def _contestant(args: argparse.Namespace, module: str, *arguments: str, sets: tu
 
 
 def _ours(args: argparse.Namespace, settings: dict[str, Any], sets: tuple[str, ...] = ()) -> tuple[str, ...]:
-    return _contestant(args, "ours", "--cfg", *_known(settings), sets=sets)
+    return _contestant(args, "ours", "--cfg", *_as_yaml(settings), sets=sets)
 
 
-def _known(settings: dict[str, Any]) -> list[str]:
-    """`section.key=value` of the keys that this version has, as YAML."""
-    return [f"{key}={json.dumps(value)}" for key, value in settings.items() if _has(key)]
-
-
-def _has(key: str) -> bool:
-    owner: Any = Config()
-    for name in key.split("."):
-        if not hasattr(owner, name):
-            return False
-        owner = getattr(owner, name)
-    return True
+def _as_yaml(settings: dict[str, Any]) -> list[str]:
+    """`section.key=value` of each key."""
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 def _environment(args: argparse.Namespace) -> Iterator[Job]:
@@ -154,7 +144,7 @@ def _ablation(args: argparse.Namespace) -> Iterator[Job]:
     yield Job("c", "best", _ours(args, BEST), tokens=True)
     for key, value in TURNED:
         package = _NEEDS.get(str(value))
-        if _has(key) and (package is None or importlib.util.find_spec(package)):
+        if package is None or importlib.util.find_spec(package):
             # Compiled layers have kernels of their own: Liger's are to be compared with layers that are not compiled.
             eager = {"precision.compile": False} if value == "liger" and key != "kernels.loss" else {}
             name = f"{key}={value}{', not compiled' if eager else ''}"
@@ -187,7 +177,7 @@ def _memory(args: argparse.Namespace) -> Iterator[Job]:
          | _LEAST_MEMORY),
         ("ZeRO-1, compiled, checkpoint none", {"parallel.zero": 1, "precision.compile": True}),
     ):  # fmt: skip
-        command = _child("memory", *_model(args), "--cfg", "data.pack=false", *_known(settings))
+        command = _child("memory", *_model(args), "--cfg", "data.pack=false", *_as_yaml(settings))
         yield Job("f", name, command, 90)
 
 

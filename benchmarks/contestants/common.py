@@ -145,6 +145,13 @@ class Clock:
         self._seconds.append(time.perf_counter() - self._began[0])
         self._cpu_seconds.append(time.process_time() - self._began[1])
 
+    def lap(self) -> None:
+        """A step's result was read while the next step may be running: it took the time since the one before."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self._seconds.append(wall - self._began[0])
+        self._cpu_seconds.append(cpu - self._began[1])
+        self._began = wall, cpu
+
     def report(self, loss: float, *, replicas: int, split: list[int]) -> None:
         """Prints the result on rank 0. Collective.
 

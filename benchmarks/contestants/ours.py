@@ -1,4 +1,4 @@
-"""Our engine: `stack.parallel.engine.Engine` on synthetic batches, as the training loop drives it."""
+"""Ours: `stack.parallel.engine.Engine` on synthetic batches, as the training loop drives it."""
 
 import argparse
 from dataclasses import asdict
@@ -10,8 +10,10 @@ from benchmarks.work import apply_settings
 from stack.config.check import to_config
 from stack.config.schema import Config
 from stack.parallel.engine import Engine
-from stack.parallel.mesh import make_mesh
+from stack.parallel.loading import DeviceBatch
+from stack.parallel.mesh import Mesh, make_mesh
 from stack.plan.layout import make_plan
+from stack.train.ahead import Prefetch, results
 
 
 def main() -> None:
@@ -24,13 +26,31 @@ def main() -> None:
     plan = make_plan(cfg, world_size)
     mesh = make_mesh(plan, timeout=common.TIMEOUT)
     engine = Engine(cfg, plan, mesh)
-    common.measure(
-        lambda batch: engine.train_batch(batch, lr=cfg.optim.lr).loss,
-        args,
-        replica=mesh.replica,
-        replicas=mesh.replicas,
-        split=list(plan.first_layers),
-    )
+    clock = common.Clock(args)
+    loss = _train(engine, args, cfg, mesh, clock)
+    # Already of the global batch.
+    clock.report(loss, replicas=mesh.replicas, split=list(plan.first_layers))
+    common.leave()
+
+
+def _train(engine: Engine, args: argparse.Namespace, cfg: Config, mesh: Mesh, clock: common.Clock) -> float:
+    """All steps as the training loop starts and reads them; returns the loss of the last one."""
+    steps = range(args.warmup + args.steps)
+
+    def load(step: int) -> DeviceBatch:
+        return engine.load(common.replica_batch(args.work, step, replica=mesh.replica, replicas=mesh.replicas))
+
+    with Prefetch(load, stop=len(steps), ahead=cfg.data.prefetch) as batches:
+        clock.begin()
+        for result in results(
+            lambda step: engine.start_batch(batches.take(step), lr=cfg.optim.lr),
+            steps,
+            ahead=engine.runs_ahead,
+            settle_after=lambda _: False,
+        ):
+            clock.lap()
+            loss = result.loss
+    return loss
 
 
 def _config(args: argparse.Namespace, world_size: int) -> Config:

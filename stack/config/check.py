@@ -161,6 +161,21 @@ def _compile_rules(config: Config) -> None:
         refuse("precision.compile", True, f"{name} sends tokens where its router says, which cannot be; use false")
 
 
+def _expert_rules(config: Config) -> None:
+    """torch's grouped product of half-precision matrices reads rows in units of 16 bytes."""
+    fields = base_fields(config.model.name)
+    family = FAMILIES[fields["model_type"]]
+    if not family.experts or config.precision.dtype == "fp32":
+        return
+    given = {**family.defaults, **fields, **config.model.config}
+    inner = "moe_intermediate_size" if "moe_intermediate_size" in given else "intermediate_size"
+    for name in ("hidden_size", inner):
+        if given[name] % 8:
+            nearest = max(8, round(given[name] / 8) * 8)
+            why = f"a mixture of experts in {config.precision.dtype} needs a multiple of 8; use {nearest}"
+            refuse(f"model.config.{name}", given[name], why)
+
+
 def _data_rules(config: Config) -> None:
     data = config.data
     if data.source == "files" and not data.paths:
@@ -199,6 +214,7 @@ _RULES: tuple[Callable[[Config], None], ...] = (
     _run_rules,
     _model_rules,
     _compile_rules,
+    _expert_rules,
     check_kernels,
     _data_rules,
     _split_rules,

@@ -225,6 +225,8 @@ class Launch:
     """Hosts that `stack plan` plans for; a bare launcher's ranks are counted as they come up."""
     ranks_per_node: Any = field(default="auto", metadata={"auto": int, "low": 1, "example": 8})
     """Ranks on each host; `auto` is its NVIDIA GPUs, or 4 on a host without any."""
+    bind_cores: bool = False
+    """Keep each rank on its share of its host's cores, where there is one for each."""
     grace_s: float = _above(10.0, 0)
     """Seconds between SIGTERM and SIGKILL when a run is stopped."""
 

@@ -18,7 +18,7 @@ from stack.data.manifest import locate
 from stack.errors import HangError, NumericsError, RankFailure, StackError, UsageError
 from stack.health.orphan import DRIVER_PID, exit_with_parent
 from stack.plan.layout import Plan, make_plan
-from stack.train import rundir
+from stack.train import cores, rundir
 from stack.train.inputs import open_batches
 from stack.train.rundir import RunDir
 
@@ -42,6 +42,9 @@ def main(argv: Sequence[str]) -> int:
         run = RunDir(config_path.parent) if config_path else None
         cfg = from_yaml(config_path) if config_path else compose(overrides)
         plan = make_plan(cfg, world_size)
+        if cfg.launch.bind_cores:
+            # Ahead of the imports that start threads.
+            cores.bind()
         run = run or _agree_on_run(cfg, plan, rank)
         screen = _own_output(run, rank, shown=config_path is None and rank == 0)
         _train(cfg, plan, run, rank=rank, screen=screen)

@@ -308,6 +308,12 @@ def test_what_cannot_be_compiled() -> None:
     assert "which cannot be; use false" in refusal("precision.compile=true", "model=mixtral_4m")
 
 
+def test_experts_of_a_width_that_half_precision_cannot_multiply() -> None:
+    overrides = ("model=mixtral_4m", "model.config.intermediate_size=100")
+    assert "multiple of 8; use 96" in refusal("precision=bf16", *overrides)
+    assert compose(["precision=fp32", *overrides]).model.config["intermediate_size"] == 100
+
+
 def test_a_family_without_sdpa_says_so() -> None:
     assert refusal("model.name=gemma2").endswith("which sdpa cannot; use model.attention=eager")
 

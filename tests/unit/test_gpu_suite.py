@@ -45,8 +45,8 @@ def test_the_ablation_turns_one_key_at_a_time():
         changed = set(job.command) - set(best.command)
         assert len(changed) <= (2 if job.name.startswith("reduce and") else 1), job
     assert "precision.compile=true" in best.command
-    # A key that this version does not have is left out, and so is a package that is not installed.
-    assert gpu._known({"parallel.zero": 3, "no.such": 1}) == ["parallel.zero=3"]
+    # A kernel whose package is not installed is left out.
+    assert not any("flash" in job.name for job in others)
 
 
 def test_without_a_gpu_it_says_what_it_needs():

@@ -31,7 +31,10 @@ def main() -> int:
     """Prints median and spread."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
     parser.add_argument("run", type=Path, help="a finished run's folder")
-    records = latest(read(parser.parse_args().run / "metrics.jsonl"))[_WARMUP:]
+    metrics = parser.parse_args().run / "metrics.jsonl"
+    if not metrics.exists():
+        parser.error(f"{metrics} does not exist; give the folder of a run")
+    records = latest(read(metrics))[_WARMUP:]
     found = sorted(shares([(r.time, r.step_time_s, r.heldout_loss is not None) for r in records]))
     if not found:
         print("no two steps without an evaluation between them", file=sys.stderr)

@@ -1,7 +1,7 @@
 """What a run costs beside its steps: `python -m benchmarks.overhead RUN_DIR`.
 
 A row of metrics.jsonl says when it was written and how long its step took. What else lies between two rows, where no
-evaluation does, is metrics, logging, health checks and waiting for data.
+evaluation or checkpoint does, is metrics, logging, health checks and waiting for data.
 """
 
 import argparse
@@ -17,10 +17,10 @@ _WARMUP = 3
 
 
 def shares(rows: list[tuple[float, float, bool]]) -> list[float]:
-    """For each step without an evaluation: the share of the time since the row before that was not the step.
+    """For each step without an evaluation or a checkpoint: the share of the time since the row before that was not the step.
 
     Args:
-        rows: when it was written in Unix seconds, seconds of its step, and whether an evaluation came between.
+        rows: when it was written in Unix seconds, seconds of its step, and whether one of these came between.
     """
     return [
         1 - took / (end - before) for (before, *_), (end, took, evaluated) in itertools.pairwise(rows) if not evaluated
@@ -35,9 +35,13 @@ def main() -> int:
     if not metrics.exists():
         parser.error(f"{metrics} does not exist; give the folder of a run")
     records = latest(read(metrics))[_WARMUP:]
-    found = sorted(shares([(r.time, r.step_time_s, r.heldout_loss is not None) for r in records]))
+    found = sorted(
+        shares(
+            [(r.time, r.step_time_s, r.heldout_loss is not None or r.checkpoint_stall_s is not None) for r in records]
+        )
+    )
     if not found:
-        print("no two steps without an evaluation between them", file=sys.stderr)
+        print("no two steps without an evaluation or a checkpoint between them", file=sys.stderr)
         return 1
     median = statistics.median(found)
     print(f"{len(found)} steps: median {median:.2%} of a step, from {found[0]:.2%} to {found[-1]:.2%}")

@@ -86,6 +86,8 @@ _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "r
 WORKS = {
     # For tests of the contestants.
     "tiny": Work(_shape(256, 64, 172, 2, 4, 2), seq_len=32, microbatches=4),
+    # 301 M parameters, for checkpoints.
+    "300m": Work(_shape(32000, 1024, 2816, 20, 16, 8), seq_len=256, microbatches=8),
     # For two CPU cores.
     "small": Work(_shape(4096, 256, 688, 8, 8, 4), seq_len=256, microbatches=8),
     # Like Llama-3.2-1B, for one H100.

@@ -3,19 +3,24 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stack import __version__
 from stack.errors import StackError, UsageError
 
+if TYPE_CHECKING:
+    from stack.train.rundir import RunDir
+
 _USAGE = """stack {version}: ZeRO-3, pipeline parallelism and activation checkpointing in one DeepSpeed run
 
-usage: stack VERB [OVERRIDES]
+usage: stack VERB [ARGUMENTS] [OVERRIDES]
 
 {verbs}
 
 Overrides are Hydra's: key=value, or group=choice such as experiment=8b.
 Every key with its meaning: stack/config/schema.py
-Exit codes: 0 done, 2 usage, 3 config, 4 layout, 5 data, 7 numerics, 8 hang, 9 a rank failed,
+Exit codes: 0 done, 2 usage, 3 config, 4 layout, 5 data, 6 checkpoint, 7 numerics, 8 hang, 9 a rank failed,
 128 + signal when it was stopped (130 for Ctrl-C)
 """
 #: What a shell reports for a command that SIGPIPE ended.
@@ -50,7 +55,74 @@ def train(overrides: Sequence[str]) -> int:
     return driver.train(overrides)
 
 
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {"plan": plan, "data": data, "train": train}
+def resume(arguments: Sequence[str]) -> int:
+    """go on with a run from its newest whole checkpoint, in any layout"""
+    from stack.launch import driver
+
+    return driver.resume(*_run_and_overrides("resume", arguments))
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """held-out loss and perplexity of a run's checkpoint or of an exported folder"""
+    from stack.launch import driver
+
+    folder, *overrides = arguments or [""]
+    if not (Path(folder) / driver.EXPORTED).is_file():
+        _run_and_overrides("eval", arguments)
+    return driver.evaluate(Path(folder).absolute(), overrides)
+
+
+def export(arguments: Sequence[str]) -> int:
+    """write a checkpoint as a Hugging Face folder"""
+    run, rest = _run_and_overrides("export", arguments)
+    out, *overrides = rest or ["="]
+    if "=" in out:
+        raise UsageError("stack export needs the folder to write to; write stack export RUN_DIR OUT")
+    from stack.launch import checkpoints
+
+    return checkpoints.export(run, Path(out).absolute(), overrides)
+
+
+def verify(arguments: Sequence[str]) -> int:
+    """read every checkpoint of a run in full and compare it with its manifest"""
+    run, rest = _run_and_overrides("verify", arguments)
+    if rest:
+        raise UsageError(f"{rest[0]}: stack verify takes a run directory and nothing else")
+    from stack.launch import checkpoints
+
+    return checkpoints.verify_run(run)
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "plan": plan,
+    "data": data,
+    "train": train,
+    "resume": resume,
+    "export": export,
+    "eval": evaluate,
+    "verify": verify,
+}
+#: What comes ahead of the overrides.
+_ARGUMENTS = {"resume": "RUN_DIR ", "export": "RUN_DIR OUT ", "eval": "RUN_DIR|EXPORTED ", "verify": "RUN_DIR "}
+
+
+def _run_and_overrides(verb: str, arguments: Sequence[str]) -> tuple["RunDir", list[str]]:
+    """The run that a verb is about, and what follows it.
+
+    Raises:
+        UsageError: there is no run directory.
+    """
+    from stack.train.rundir import RunDir
+
+    if not arguments or "=" in arguments[0]:
+        raise UsageError(f"stack {verb} needs a run directory; write stack {verb} runs/NAME/RUN_ID")
+    path, *rest = arguments
+    run = RunDir(Path(path).absolute())
+    if not run.config.is_file():
+        inside = sorted(Path(path).glob("**/config.yaml"))[-1:]
+        hint = f"; did you mean {inside[0].parent}?" if inside else "; its path is what stack train prints first"
+        raise UsageError(f"{path} is no run directory, it has no config.yaml{hint}")
+    return run, rest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,13 +167,14 @@ def _dispatch(arguments: list[str]) -> int:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         raise UsageError(f"{verb}: no such verb; use {close[0] if close else ', '.join(VERBS)}")
     if any(word in ("-h", "--help") for word in overrides):
-        print(f"usage: stack {verb} [OVERRIDES]\n\n{VERBS[verb].__doc__}")
+        print(f"usage: stack {verb} {_ARGUMENTS.get(verb, '')}[OVERRIDES]\n\n{VERBS[verb].__doc__}")
         return 0
     return VERBS[verb](overrides)
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {name:<8} {function.__doc__}" for name, function in VERBS.items())
+    rows = [(f"{name} {_ARGUMENTS.get(name, '')}", function.__doc__) for name, function in VERBS.items()]
+    verbs = "\n".join(f"  {call:<22} {about}" for call, about in rows)
     return _USAGE.format(version=__version__, verbs=verbs)
 
 

@@ -34,6 +34,12 @@ class DataError(StackError):
     exit_code = 5
 
 
+class CheckpointError(StackError):
+    """A checkpoint or a weights file is missing, damaged, or of another model."""
+
+    exit_code = 6
+
+
 class NumericsError(StackError):
     """The loss or the gradient norm stopped being finite."""
 

@@ -1,5 +1,6 @@
 import pytest
 
+from tests.helpers.forked import Zygote
 from tests.helpers.pool import RankPool
 
 _POOLS: dict[int, RankPool] = {}
@@ -18,3 +19,19 @@ def ranks():
     for pool in _POOLS.values():
         pool.close()
     _POOLS.clear()
+
+
+@pytest.fixture(scope="session")
+def _zygotes():
+    made: list[Zygote] = []
+    yield made
+    for zygote in made:
+        zygote.close()
+
+
+@pytest.fixture
+def zygote(_zygotes):
+    """Forks ranks: see tests/helpers/forked.py. One for the whole session, as long as it lives."""
+    if not _zygotes or not _zygotes[-1].alive:
+        _zygotes.append(Zygote())
+    return _zygotes[-1]

@@ -5,16 +5,35 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from stack.config.families import FAMILIES, base_fields
 from stack.config.kernels import check_kernels
 from stack.config.model_fields import Tree, check_fields, check_rope, union
+from stack.config.model_folder import check_weights, local_folder
 from stack.config.schema import Config
 from stack.config.values import Spec, check_value, closest_path, refuse, show, spec_of
 from stack.errors import ConfigError
 
 _FIELDS = "model.config."
+#: Fields that fix the shapes of parameters, and so cannot be other than those of weights that are read.
+_SHAPING = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "n_inner",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts",
+    "num_local_experts",
+    "attention_bias",
+    "mlp_bias",
+    "use_qk_norm",
+)
 _T = TypeVar("_T")
 
 
@@ -148,6 +167,27 @@ def _model_rules(config: Config) -> None:
         refuse("data.seq_len", config.data.seq_len, why)
 
 
+def _pretrained_rules(config: Config) -> None:
+    model = config.model
+    if model.init == "scratch":
+        return
+    if model.name in FAMILIES:
+        why = f"model.name={model.name} is a family, and has no weights; give it a model folder, or use scratch"
+        refuse("model.init", model.init, why)
+    fields = base_fields(model.name)
+    if "quantization_config" in fields:
+        refuse("model.name", model.name, "its weights are quantized; give the folder that they were made from")
+    folder = local_folder(model.name, weights=False)
+    # A hub's weights are not there yet.
+    if Path(model.name).expanduser().exists():
+        check_weights(model.name, folder)
+    for key in _SHAPING:
+        theirs = {**FAMILIES[fields["model_type"]].defaults, **fields}.get(key)
+        if theirs is not None and model.config.get(key, theirs) != theirs:
+            why = f"the weights of model.name={model.name} have {show(theirs)}; drop it (model=folder drops a preset's)"
+            refuse(f"{_FIELDS}{key}", model.config[key], why)
+
+
 def _compile_rules(config: Config) -> None:
     if not config.precision.compile:
         return
@@ -213,6 +253,7 @@ def _schedule_rules(config: Config) -> None:
 _RULES: tuple[Callable[[Config], None], ...] = (
     _run_rules,
     _model_rules,
+    _pretrained_rules,
     _compile_rules,
     _expert_rules,
     check_kernels,

@@ -47,6 +47,8 @@ def ds_config(cfg: Config, *, replicas: int, rank_params: int, streams: bool) ->
         "zero_optimization": _zero(cfg, rank_params=rank_params, streams=streams),
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        # On by default, and then each forward waits for the whole device.
+        "timers": {"throughput": {"enabled": False}},
         "dump_state": False,
     }
 
@@ -65,7 +67,8 @@ def _zero(cfg: Config, *, rank_params: int, streams: bool) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": deepspeed_zero_stage(cfg),
         "contiguous_gradients": True,
-        "overlap_comm": cfg.parallel.overlap and streams,
+        # With it ZeRO-1 and 2 wait for the whole device in each bucket.
+        "overlap_comm": cfg.parallel.overlap and streams and cfg.parallel.zero == 3,
         "reduce_scatter": True,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stack.config.model_fields import PARTIAL, PLAIN_ROPE, ROPE, SPECS, Tree
+from stack.config.model_folder import local_folder
 from stack.config.values import Spec, closest, one_line, refuse
 
 
@@ -345,10 +346,11 @@ _OFFER = f"the families are {', '.join(FAMILIES)}, and docs/add-a-family.md adds
 
 
 def base_fields(name: str) -> dict[str, Any]:
-    """Fields that `model.name` stands for, `model_type` among them: a family's, or those of a folder's config.json.
+    """Fields that `model.name` stands for, `model_type` among them: a family's, or those of a folder's or hub model's
+    config.json.
 
     Raises:
-        ConfigError: it is neither, or the folder's model is of no known family.
+        ConfigError: it is none of them, or the folder's model is of no known family.
     """
     if name in FAMILIES:
         return {"model_type": name}
@@ -357,7 +359,7 @@ def base_fields(name: str) -> dict[str, Any]:
         hint = f" (did you mean {meant}?)" if meant else ""
         refuse("model.name", name, f"neither a family nor a folder{hint}; {_OFFER}")
     try:
-        fields = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        fields = json.loads((local_folder(name, weights=False) / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
         refuse("model.name", name, f"its config.json cannot be read ({error.strerror}); give a Hugging Face folder")
     except ValueError as error:

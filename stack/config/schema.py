@@ -39,7 +39,10 @@ class Run:
 class Model:
     name: str = field(default="llama", metadata={"example": "llama, or a folder such as /models/my-llama"})
     """A family by its Hugging Face `model_type` (`llama`, `qwen3`, ...), or a model folder whose config.json is of one
-    and gives the shape."""
+    and gives the shape, or the name of one on the Hugging Face hub, such as `org/name`."""
+    init: str = _one_of("scratch", "scratch", "pretrained")
+    """First weights: `scratch` draws them; `pretrained` reads the model folder's safetensors, of whatever dtype, each
+    rank those of its own layers. A hub's are downloaded once."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's Hugging Face config, e.g. {hidden_size: 192}; they override a folder's, and those left
     out are the class's own."""
@@ -205,6 +208,36 @@ class Train:
 
 
 @dataclass
+class Checkpoint:
+    every: int = _at_least(50, 0)
+    """Steps between checkpoints; the last step has one too. 0 saves none."""
+    keep_last: int = _at_least(2, 1)
+    """Newest checkpoints to keep."""
+    keep_every: int = _at_least(0, 0)
+    """Keep for ever what was saved at a multiple of so many steps; 0 keeps none."""
+    keep_best: int = _at_least(0, 0)
+    """Checkpoints of lowest held-out loss to keep beside the newest."""
+    async_save: bool = True
+    """Copy the state to host memory, which training waits for, and write it in the background: 12 bytes a parameter of
+    the rank's share stay taken. False writes while training waits."""
+    path: str | None = field(default=None, metadata={"example": "/checkpoints"})
+    """Folder for checkpoints, each run's in `<path>/<run.name>/<run_id>`; null is the run directory."""
+    step: Any = field(default="auto", metadata={"auto": int, "low": 1, "example": 100})
+    """Step of the checkpoint to resume, evaluate or export; `auto` is the newest one that is whole."""
+    allow: list[str] = field(default_factory=list, metadata={"choices": ("batch", "data")})
+    """What a resumed run may have another of than its checkpoint: `batch` (its size), `data` (corpus, sequence length,
+    packing or seed; the new data are read from their beginning)."""
+    timeout_s: float = _above(1800.0, 0)
+    """Longest wait of the ranks for each other within one save."""
+
+
+@dataclass
+class Export:
+    dtype: str = _one_of("fp32", "fp32", "bf16")
+    """Dtype of the exported weights."""
+
+
+@dataclass
 class Wandb:
     mode: str = _one_of("offline", "online", "offline", "disabled")
     """`offline` writes W&B's files into the run directory for a later `wandb sync`."""
@@ -250,6 +283,8 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    export: Export = field(default_factory=Export)
     log: Log = field(default_factory=Log)
     launch: Launch = field(default_factory=Launch)
     health: Health = field(default_factory=Health)

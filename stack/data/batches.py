@@ -104,9 +104,20 @@ class Batches:
     """
 
     def __init__(
-        self, split: Split, *, seq_len: int, pack: bool, seed: int, global_size: int, micro_size: int, replicas: int
+        self,
+        split: Split,
+        *,
+        seq_len: int,
+        pack: bool,
+        seed: int,
+        global_size: int,
+        micro_size: int,
+        replicas: int,
+        before: int = 0,
     ) -> None:
-        """Sizes are in sequences, `micro_size` is one microbatch of one replica; `seed` orders epochs.
+        """Sizes are in sequences, `micro_size` is one microbatch of one replica; `seed` orders epochs. Global batch
+        `step` begins with sequence `before` + step x global_size: `before` is not 0 where a run went on with another
+        size of batch, or with other data.
 
         Raises `LayoutError` where a global batch is no whole number of microbatches on each replica, `DataError`
         where the split is too small for one sequence.
@@ -119,7 +130,7 @@ class Batches:
                 f"replicas; use batch.global_size={nearest}"
             )
         self.split, self.seq_len, self.pack, self.seed = split, seq_len, pack, seed
-        self.global_size, self.micro_size, self.replicas = global_size, micro_size, replicas
+        self.global_size, self.micro_size, self.replicas, self.before = global_size, micro_size, replicas, before
         # Every stored document has two tokens or more (`prepare` sees to it), so each one is a sequence.
         self.num_sequences = (split.num_tokens - 1) // seq_len if pack else split.num_documents
         """Sequences in one epoch."""
@@ -138,9 +149,10 @@ class Batches:
 
         Batches take the epochs' sequences one after another, each epoch in a new order, and may span epochs.
         """
-        if step < 0:
-            raise ValueError(f"steps count from 0, not {step}")
-        epochs, places = np.divmod(step * self.global_size + np.arange(self.global_size), self.num_sequences)
+        first = self.before + step * self.global_size
+        if step < 0 or first < 0:
+            raise ValueError(f"there is no step {step}, whose batch would begin with sequence {first}")
+        epochs, places = np.divmod(first + np.arange(self.global_size), self.num_sequences)
         sequences = np.empty(self.global_size, dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch

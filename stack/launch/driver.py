@@ -1,4 +1,4 @@
-"""`stack train`: plan, prepare, launch, follow, tell how it ended."""
+"""`stack train`, `resume` and `eval`: plan, prepare, launch, follow, tell how it ended."""
 
 import contextlib
 import signal
@@ -7,11 +7,14 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
-from stack.config.compose import compose
+from stack.checkpoint import manifest
+from stack.config.compose import compose, from_yaml
+from stack.config.model_folder import local_folder
 from stack.config.schema import Config
 from stack.data import shards
-from stack.errors import StackError
+from stack.errors import CheckpointError, StackError, UsageError
 from stack.launch.backends import deepspeed
 from stack.launch.follow import SIGNALLED, Failure, follow
 from stack.launch.processes import stop
@@ -19,8 +22,12 @@ from stack.observe.console import Console
 from stack.plan.layout import Plan, make_plan
 from stack.plan.report import render
 from stack.train import rundir
-from stack.train.inputs import open_batches
+from stack.train.inputs import identity, open_batches
+from stack.train.lock import RunLock
 from stack.train.rundir import RunDir
+
+#: A run's config in a folder that `stack export` wrote.
+EXPORTED = "stack.yaml"
 
 
 def train(overrides: Sequence[str]) -> int:
@@ -30,26 +37,81 @@ def train(overrides: Sequence[str]) -> int:
         StackError: the config, the layout or the data are wrong; nothing was started.
     """
     cfg = compose(overrides)
-    plan = make_plan(cfg)
-    deepspeed.check(plan)
-    corpus = shards.prepare(cfg.data, seed=cfg.data.split_seed)
-    open_batches(cfg, plan, corpus)
+    plan, corpus = _prepare(cfg)
     with _stop_requests() as requests:
         run = rundir.create(cfg, plan, corpus=corpus)
-        console = Console(cfg.train.steps, log_every=cfg.train.log_every)
+        with RunLock(run.path):
+            return _launch(cfg, plan, run, requests)
+
+
+def resume(run: RunDir, overrides: Sequence[str]) -> int:
+    """Goes on with a run from its newest whole checkpoint, in the layout that the overrides ask for.
+
+    Raises:
+        StackError: as `train`; or the run is done, is at work, or its checkpoint is of another course of training.
+    """
+    cfg = from_yaml(run.config, ["checkpoint.step=auto", *overrides] if not _names_step(overrides) else overrides)
+    with RunLock(run.path):
+        plan, corpus = _prepare(cfg)
+        _check_goes_on(cfg, run, corpus)
+        with _stop_requests() as requests:
+            rundir.begin_again(run, cfg, plan, corpus=corpus)
+            return _launch(cfg, plan, run, requests)
+
+
+def evaluate(folder: Path, overrides: Sequence[str]) -> int:
+    """Held-out loss and perplexity of a run's checkpoint, or of a folder that `stack export` wrote.
+
+    Raises:
+        StackError: as `train`; or there is nothing to evaluate.
+    """
+    run = RunDir(folder)
+    checkpoints, parent = None, folder / "evaluations"
+    if (folder / EXPORTED).exists():
+        cfg = from_yaml(folder / EXPORTED, [f"model.name={folder}", "model.init=pretrained", *overrides])
+        parent = Path(cfg.run.root).absolute() / "evaluations"
+    else:
+        cfg = from_yaml(run.config, overrides)
+        checkpoints = manifest.root_of(cfg, run.path)
+        if not manifest.steps(checkpoints):
+            raise CheckpointError(f"{folder} has no checkpoint to evaluate; train with checkpoint.every=50")
+    plan, corpus = _prepare(cfg)
+    with _stop_requests() as requests:
+        evaluation = rundir.create_evaluation(parent, cfg, plan, corpus=corpus, checkpoints=checkpoints)
+        return _launch(cfg, plan, evaluation, requests)
+
+
+def _names_step(overrides: Sequence[str]) -> bool:
+    return any(override.startswith("checkpoint.step=") for override in overrides)
+
+
+def _prepare(cfg: Config) -> tuple[Plan, Path]:
+    """The layout, and the prepared corpus, both found to fit."""
+    plan = make_plan(cfg)
+    deepspeed.check(plan)
+    if cfg.model.init == "pretrained":
+        # Downloaded once, ahead of the ranks, where it is the hub's.
+        local_folder(cfg.model.name, weights=True)
+    corpus = shards.prepare(cfg.data, seed=cfg.data.split_seed)
+    open_batches(cfg, plan, corpus)
+    return plan, corpus
+
+
+def _check_goes_on(cfg: Config, run: RunDir, corpus: Path) -> None:
+    """What can be refused before a process starts. The ranks then read the checkpoint itself."""
+    root = manifest.root_of(cfg, run.path)
+    wanted = manifest.steps(root) if cfg.checkpoint.step == "auto" else [cfg.checkpoint.step]
+    for step in reversed(wanted):
         try:
-            print(render(plan, cfg), end="\n\n")
-            console.start(f"run {run.path}")
-            failure = _run(cfg, plan, run, console, requests)
-        except BrokenPipeError:
-            failure = Failure("Interrupted", "nobody reads the output any more", SIGNALLED + signal.SIGPIPE)
-        except Exception as error:
-            _record(run, Failure(type(error).__name__, f"stack train failed: {error}", StackError.exit_code))
-            raise
-        finally:
-            with contextlib.suppress(OSError):
-                console.close()
-        return _close(run, console, failure)
+            newest = manifest.read(manifest.folder_of(root, step))
+        except CheckpointError:
+            continue
+        manifest.check_same_course(newest, cfg, identity(cfg, corpus), where=manifest.folder_of(root, step))
+        if step >= cfg.train.steps:
+            raise UsageError(
+                f"{run.path} has done all train.steps={cfg.train.steps}; to go on add train.steps={2 * step}"
+            )
+        return
 
 
 @contextlib.contextmanager
@@ -66,7 +128,25 @@ def _stop_requests() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def _run(cfg: Config, plan: Plan, run: RunDir, console: Console, requests: list[signal.Signals]) -> Failure | None:
+def _launch(cfg: Config, plan: Plan, run: RunDir, requests: list[signal.Signals]) -> int:
+    """Starts the ranks, follows them to their end, and returns the exit code."""
+    console = Console(cfg.train.steps, log_every=cfg.train.log_every)
+    try:
+        print(render(plan, cfg), end="\n\n")
+        console.start(f"run {run.path}")
+        failure = _follow(cfg, plan, run, console, requests)
+    except BrokenPipeError:
+        failure = Failure("Interrupted", "nobody reads the output any more", SIGNALLED + signal.SIGPIPE)
+    except Exception as error:
+        _record(run, Failure(type(error).__name__, f"stack failed: {error}", StackError.exit_code))
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            console.close()
+    return _close(run, console, failure)
+
+
+def _follow(cfg: Config, plan: Plan, run: RunDir, console: Console, requests: list[signal.Signals]) -> Failure | None:
     """Starts the ranks, shows the run until it ends, and leaves no process behind."""
     console.note(f"starting {plan.world_size} ranks with the deepspeed launcher")
     command = deepspeed.command(run, plan, port=free_port())
@@ -96,7 +176,7 @@ def free_port() -> int:
 def _close(run: RunDir, console: Console, failure: Failure | None) -> int:
     """Writes FAILED.json if need be, tells the user, and returns the exit code."""
     if failure is None or run.done.exists():
-        console.close(f"done: {run.path}\ncurve: {run.curve}")
+        console.close(_told(run))
         return 0
     _record(run, failure)
     where = run.launcher_log if failure.rank is None else run.rank(failure.rank) / "log.txt"
@@ -106,6 +186,18 @@ def _close(run: RunDir, console: Console, failure: Failure | None) -> int:
     with contextlib.suppress(OSError):
         console.close(f"{failure.type}: {culprit}{first_line}\nlog: {where}")
     return failure.exit_code
+
+
+def _told(run: RunDir) -> str:
+    """The last lines of a run that went well."""
+    result = rundir.read_json(run.result)
+    if result is None:
+        return f"done: {run.path}\ncurve: {run.curve}"
+    return (
+        f"held-out loss {result['heldout_loss']:.6f} nats, perplexity {result['perplexity']:.4f}, over "
+        f"{result['tokens']:,} tokens in {result['sequences']:,} of {result['of_sequences']:,} sequences\n"
+        f"of: {result['weights']}"
+    )
 
 
 def _record(run: RunDir, failure: Failure) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from stack.errors import HangError, RankFailure
 from stack.launch.processes import Rank, local_ranks
 from stack.observe.console import Console
-from stack.observe.jsonl import Follower
+from stack.observe.jsonl import Follower, Tail
 from stack.train.rundir import RunDir
 
 #: What a shell adds to the number of the signal that ended a command: Ctrl-C is 130.
@@ -39,15 +39,16 @@ def follow(
     launcher: subprocess.Popen, run: RunDir, console: Console, requests: list[signal.Signals], *, grace_s: float
 ) -> Failure | None:
     """Shows the run until it ends. The outcome is DONE.json; a launcher's exit code has been seen to lie."""
-    metrics = Follower(run.metrics)
+    # Of earlier attempts the user has seen the rows.
+    metrics, notes = Follower(run.metrics, from_end=True), Tail(run.notes, from_end=True)
     ranks: dict[int, Rank] = {}
     while True:
         ranks = local_ranks(run, ranks)
         running = launcher.poll() is None
         failure = _first_failure(run, ranks)
         # A terminal that was closed takes no lines.
-        for record in [] if requests else metrics.poll():
-            console.step(record)
+        if not requests:
+            _show(notes, metrics, console)
         if failure or requests or not running or _is_overdue(run, grace_s):
             break
         time.sleep(_POLL_S)
@@ -60,6 +61,13 @@ def follow(
         f"the launcher ended with {launcher.returncode} before the run was done: {_last_line(run.launcher_log)}",
         RankFailure.exit_code,
     )
+
+
+def _show(notes: Tail, metrics: Follower, console: Console) -> None:
+    for line in notes.poll():
+        console.note(line.decode(errors="replace"))
+    for record in metrics.poll():
+        console.step(record)
 
 
 def _is_overdue(run: RunDir, grace_s: float) -> bool:

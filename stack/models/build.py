@@ -6,6 +6,7 @@ that crosses a cut, masks and rotary tables are made on each stage, and every pa
 
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from stack.models.documents import Documents, known
 from stack.models.families import FAMILIES, Parts, parts_of
 from stack.models.kernels import LossHead, put_in_liger, require
 from stack.models.router import Router
+from stack.models.weights import Weights
 from stack.plan.layout import Plan
 from stack.plan.shape import model_fields
 
@@ -141,21 +143,31 @@ class _Nothing(nn.Module):
 
 
 def build_stages(
-    cfg: Config, plan: Plan, pipe_rank: int, *, device: torch.device, place: Place | None = None
+    cfg: Config,
+    plan: Plan,
+    pipe_rank: int,
+    *,
+    device: torch.device,
+    place: Place | None = None,
+    empty: bool = False,
 ) -> list[Stage]:
     """Builds and initialises the stages of one rank of the pipe.
 
-    Parameters are drawn on the CPU in fp32 from a generator seeded by `run.seed` and the module's Hugging Face path,
-    so any layout and any device start from equal weights; then cast to the compute dtype.
+    Parameters are drawn on the CPU in fp32 from a generator seeded by `run.seed` and the module's Hugging Face path, so
+    any layout and any device start from equal weights, or with model.init=pretrained read from the model folder; then
+    cast to the compute dtype.
 
     Args:
         place: ZeRO-3 shards each unit (embedding, a decoder layer, norm, head) there, so no rank ever holds more than
             one unit in full.
+        empty: leave the parameters zero, for a checkpoint that brings them.
 
     Raises:
         ConfigError, LayoutError: this host cannot run the chosen kernels.
+        ConfigError, CheckpointError: the model folder has not the weights of this model.
     """
     require(cfg, device)
+    values = _Values.of(cfg, empty=empty)
     loss = loss_kernel(cfg)
     stages = [Stage(_skeleton(cfg), plan, stage, loss=loss) for stage in plan.stages_of(pipe_rank)]
     for stage in stages:
@@ -164,16 +176,16 @@ def build_stages(
                 if stages[0].first:
                     unit.weight = stages[0].tied_weight()
                     continue
-                unit.weight = nn.Parameter(_tied_weight(cfg, stage.parts))
+                unit.weight = nn.Parameter(_tied_weight(cfg, stage.parts, values))
             else:
-                _materialise(stage.model, path, unit, seed=cfg.run.seed)
+                _materialise(stage.model, path, unit, values)
             unit.to(device=device, dtype=compute_dtype(cfg))
             if place is not None:
                 place(unit)
         # What is left has no parameters: rotary tables, in fp32.
         for path, module in stage.model.named_modules():
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-                _initialise(stage.model, path, module, seed=cfg.run.seed)
+                _initialise(stage.model, path, module, values)
                 module.to(device)
     return stages
 
@@ -193,40 +205,72 @@ def hugging_face_config(cfg: Config) -> transformers.PretrainedConfig:
     return config
 
 
-def _skeleton(cfg: Config) -> Any:
+def whole_model(cfg: Config) -> Any:
+    """The whole model as transformers makes it, on meta."""
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(hugging_face_config(cfg))
+        return transformers.AutoModelForCausalLM.from_config(hugging_face_config(cfg))
+
+
+def parameter_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters of the whole model by Hugging Face name; those that are tied count once."""
+    return {name: tuple(parameter.shape) for name, parameter in whole_model(cfg).named_parameters()}
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Where first values come from: drawn from `seed`, read from `weights`, or zero with neither."""
+
+    seed: int
+    draw: bool
+    weights: Weights | None
+
+    @classmethod
+    def of(cls, cfg: Config, *, empty: bool) -> "_Values":
+        read = cfg.model.init == "pretrained" and not empty
+        weights = Weights(cfg.model.name, whole_model(cfg)) if read else None
+        return cls(cfg.run.seed, draw=not empty and not read, weights=weights)
+
+
+def _skeleton(cfg: Config) -> Any:
+    model = whole_model(cfg)
     put_in_liger(model, cfg)
     return model
 
 
-def _tied_weight(cfg: Config, parts: Parts) -> torch.Tensor:
+def _tied_weight(cfg: Config, parts: Parts, values: _Values) -> torch.Tensor:
     """The token embedding's first values, for a head that is tied to it from another rank."""
     model = _skeleton(cfg)
     embedding = model.get_submodule(parts.embedding)
-    _materialise(model, parts.embedding, embedding, seed=cfg.run.seed)
+    _materialise(model, parts.embedding, embedding, values)
     return embedding.weight.detach()
 
 
-def _materialise(model: Any, path: str, unit: nn.Module, *, seed: int) -> None:
+def _materialise(model: Any, path: str, unit: nn.Module, values: _Values) -> None:
     # Children before their parents, as transformers does: some parents draw a child's weight anew.
     for name, module in reversed(list(unit.named_modules())):
-        _initialise(model, f"{path}.{name}", module, seed=seed)
+        _initialise(model, f"{path}.{name}", module, values)
+    if values.weights is not None:
+        values.weights.fill(path, unit)
     unset = [name for name, p in (*unit.named_parameters(), *unit.named_buffers()) if p.isnan().any()]
     if unset:
         raise RuntimeError(f"{type(model).__name__} does not initialise {path}.{unset[0]}")
 
 
-def _initialise(model: Any, path: str, module: nn.Module, *, seed: int) -> None:
-    """Gives a module its own parameters (fp32) and buffers on the CPU, with the values its class draws for them."""
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        module.register_parameter(name, nn.Parameter(_unset(parameter, torch.float32)))
+def _initialise(model: Any, path: str, module: nn.Module, values: _Values) -> None:
+    """Gives a module its own parameters (fp32) and buffers on the CPU: the values that its class draws for them, or
+    zeros for the parameters, which are then only on meta while the class sets its buffers."""
+    if values.draw:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(_unset(parameter, torch.float32)))
     for name, buffer in list(module.named_buffers(recurse=False)):
         persistent = name not in module._non_persistent_buffers_set
         module.register_buffer(name, _unset(buffer, buffer.dtype), persistent=persistent)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(f"{seed}:{path}".encode()))
+        torch.manual_seed(zlib.crc32(f"{values.seed}:{path}".encode()))
         model._init_weights(module)
+    if not values.draw:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(torch.zeros(parameter.shape, device="cpu")))
 
 
 def _unset(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -72,19 +72,17 @@ def latest(records: Iterable[StepRecord]) -> list[StepRecord]:
     return kept
 
 
-class Follower:
-    """Reads a file's new rows while another process writes them. The file may appear later."""
+class Tail:
+    """Reads a file's new lines while another process writes them. The file may appear later."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-        self._lines = 0
+    def __init__(self, path: Path, *, from_end: bool = False) -> None:
+        """`from_end` leaves out the lines that are there now."""
+        self._path, self._offset = path, 0
+        if from_end:
+            self.poll()
 
-    def poll(self) -> list[StepRecord]:
-        """The rows finished since the last call; never a part of one.
-
-        Raises StackError with file and line when a finished line is not a row.
-        """
+    def poll(self) -> list[bytes]:
+        """The lines finished since the last call, without their newlines; never a part of one."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -92,10 +90,27 @@ class Follower:
         except FileNotFoundError:
             return []
         lines = data.split(b"\n")[:-1]
-        records = _parse(self._path, lines, first_line=self._lines + 1)
         self._offset += sum(len(line) + 1 for line in lines)
-        self._lines += len(lines)
-        return records
+        return lines
+
+
+class Follower:
+    """Reads the new rows of a metrics.jsonl while another process writes them. The file may appear later."""
+
+    def __init__(self, path: Path, *, from_end: bool = False) -> None:
+        """`from_end` leaves out the rows that are there now."""
+        self._path, self._tail, self._lines = path, Tail(path), 0
+        if from_end:
+            self._lines = len(self._tail.poll())
+
+    def poll(self) -> list[StepRecord]:
+        """The rows finished since the last call; never a part of one.
+
+        Raises StackError with file and line when a finished line is not a row.
+        """
+        lines = self._tail.poll()
+        first, self._lines = self._lines + 1, self._lines + len(lines)
+        return _parse(self._path, lines, first_line=first)
 
 
 def _parse(path: Path, lines: list[bytes], first_line: int) -> list[StepRecord]:

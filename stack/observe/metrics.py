@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 #: Fields that rows do without where there is nothing to say.
-_OPTIONAL = ("heldout_loss", "router_aux_loss", "loss_scale")
+_OPTIONAL = ("heldout_loss", "router_aux_loss", "loss_scale", "checkpoint_stall_s", "checkpoint_write_s")
 #: JSON has no spelling for these, so they are strings of the kind `float()` reads; any JSON parser takes the file.
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
@@ -50,6 +50,10 @@ class StepRecord:
     """What a mixture of experts adds to `loss` to balance its experts; absent for other models."""
     loss_scale: float | None = None
     """What fp16 multiplied the loss by in this step; absent for other dtypes."""
+    checkpoint_stall_s: float | None = None
+    """Seconds that training waited for the checkpoint of this step; absent where none was saved."""
+    checkpoint_write_s: float | None = None
+    """Seconds from the beginning of a save to the whole checkpoint; in the row of the first step after it was there."""
 
     def to_dict(self) -> dict[str, Any]:
         """The row as a plain dict in the order of the fields."""

@@ -1,5 +1,6 @@
 """The engine of a run on one rank: a whole optimizer step, or a whole held-out batch, in one call."""
 
+import hashlib
 from collections.abc import Callable
 
 import torch
@@ -28,18 +29,22 @@ TIED_CHECK_EVERY = 100
 class Engine:
     """This rank's stages of the run. Every method is collective over all ranks."""
 
-    def __init__(self, cfg: Config, plan: Plan, mesh: Mesh):
+    def __init__(self, cfg: Config, plan: Plan, mesh: Mesh, *, empty: bool = False):
+        """
+        Args:
+            empty: leave the parameters zero, for a checkpoint that brings them.
+        """
         self._plan, self._mesh = plan, mesh
         self.ds_config = zero.config_of(cfg, plan) if plan.zero > 0 else {}
         # Order matters: ZeRO-3 shards each unit as it is made; checkpointing changes forwards before hooks are set.
         place = (lambda unit: zero.shard(unit, mesh=mesh, config=self.ds_config)) if plan.zero == 3 else None
-        self.stages = build_stages(cfg, plan, mesh.pipe_rank, device=mesh.device, place=place)
+        self.stages = build_stages(cfg, plan, mesh.pipe_rank, device=mesh.device, place=place, empty=empty)
         for stage in self.stages:
             apply_checkpointing(stage, cfg.activation)
             if cfg.precision.compile:
                 compile_layers(stage)
-        # Dropout differs between ranks, whatever they drew before.
-        torch.manual_seed(cfg.run.seed + mesh.rank)
+        self._seed = f"{cfg.run.seed}:{mesh.rank}"
+        self.seed(0)
         self.rank_engine: RankEngine = (
             zero.ZeroEngine(self.stages, cfg=cfg, mesh=mesh, config=self.ds_config)
             if plan.zero > 0
@@ -69,6 +74,12 @@ class Engine:
     def runs_ahead(self) -> bool:
         """Whether the device works on a step while the host goes on."""
         return self._mesh.device.type == "cuda"
+
+    def seed(self, step: int) -> None:
+        """Makes what dropout draws in a step a function of (run.seed, rank, step), so that a run which is resumed draws
+        what it would have drawn, and there is no generator to save."""
+        digest = hashlib.blake2b(f"{self._seed}:{step}".encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest))
 
     def load(self, batch: Batch) -> DeviceBatch:
         """Sends a batch to the device; from any thread, beside the step that runs."""

@@ -29,6 +29,11 @@ class Mesh:
     device: torch.device
 
     @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return self.pipeline * self.replicas
+
+    @property
     def data_ranks(self) -> list[int]:
         """Global ranks of this rank's data group."""
         return dist.get_process_group_ranks(self.data_group)

@@ -14,6 +14,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from stack.config.schema import Config
 from stack.models.build import Stage
 from stack.parallel.mesh import Mesh
+from stack.parallel.parts import Part, optimizer_state, parameter_names, state_names
 from stack.plan.policies import SCHEDULES
 
 
@@ -39,6 +40,10 @@ class RankEngine(ABC):
         """This rank's copy of a tied embedding, where the other copy is on another rank."""
         if mesh.tied_group is not None:
             self.tied = stages[0 if stages[0].first else -1].tied_weight()
+        self.names = parameter_names(stages, self.tied)
+        self.state_names = state_names(cfg)
+        #: Whether states are in files but for one group of parts at a time.
+        self.in_files = cfg.parallel.offload.optimizer == "nvme"
         #: Then autograd leaves whole gradients in place for the end of the step.
         self.splits = SCHEDULES[cfg.parallel.schedule].splits_backward
         for parameter in self.parameters:
@@ -81,6 +86,64 @@ class RankEngine(ABC):
     @abstractmethod
     def own_part(self, parameter: Any) -> torch.Tensor:
         """This rank's part of a parameter."""
+
+    @property
+    @abstractmethod
+    def masters(self) -> list[torch.Tensor]:
+        """The tensors that the optimizer updates: each group of parts is made of one or of all of them."""
+
+    @property
+    @abstractmethod
+    def groups(self) -> int:
+        """Groups of parts; the parts of one group are in memory together."""
+
+    @abstractmethod
+    def parts(self, group: int, *, load: bool) -> AbstractContextManager[list[Part]]:
+        """Parts of a group, to be read or written until the context is left.
+
+        Args:
+            load: False gives what this rank saves, so that every element of every parameter is saved by exactly one
+                rank. True gives everything that this rank holds, and on leaving takes it over into the parameters in
+                use; `loaded` must follow.
+        """
+
+    @abstractmethod
+    def loaded(self) -> None:
+        """After all groups were loaded: brings the new parameters to whoever uses them. Collective over the data
+        group."""
+
+    @property
+    @abstractmethod
+    def scaling(self) -> tuple[float, int]:
+        """fp16's loss scale, and the steps since its last overflow."""
+
+    @scaling.setter
+    @abstractmethod
+    def scaling(self, value: tuple[float, int]) -> None: ...
+
+    @property
+    @abstractmethod
+    def torch_optimizer(self) -> Any:
+        """torch's optimizer, whose `state` has an entry for each of `masters`."""
+
+    @property
+    def updates(self) -> int:
+        """Updates that AdamW has made, which its bias correction depends on; 0 for an optimizer that does not count."""
+        if "exp_avg" not in self.state_names:
+            return 0
+        counts = {int(self._state(master)["step"]) for master in self.masters}
+        if len(counts) != 1:
+            raise RuntimeError(f"parameters differ in the number of their updates: {sorted(counts)}")
+        return counts.pop()
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        if "exp_avg" in self.state_names:
+            for master in self.masters:
+                self._state(master)["step"].fill_(count)
+
+    def _state(self, master: torch.Tensor) -> dict[str, Any]:
+        return optimizer_state(self.torch_optimizer, master, self.state_names)
 
     def forward(self, index: int, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """Runs the forward of this rank's stage number `index` (0, 1, ... in the order of the forward)."""

@@ -12,6 +12,7 @@ from stack.config.schema import Config
 from stack.models.build import Stage
 from stack.parallel.mesh import Mesh
 from stack.parallel.optimizer import make_optimizer, skip_unless_finite
+from stack.parallel.parts import MASTER, Part
 from stack.parallel.rank_engine import RankEngine
 
 
@@ -77,6 +78,50 @@ class ReplicatedEngine(RankEngine):
     def own_part(self, parameter: Any) -> torch.Tensor:
         return parameter.detach()
 
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        return list(self.optimizer.master_of.values())
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer
+
+    @property
+    def groups(self) -> int:
+        return 1
+
+    @contextlib.contextmanager
+    def parts(self, group: int, *, load: bool) -> Iterator[list[Part]]:  # noqa: ARG002
+        found = [self._part(parameter, load) for parameter in self.parameters]
+        yield [part for part in found if part is not None]
+        if load:
+            with torch.no_grad():
+                for live, master in self.optimizer.master_of.items():
+                    live.copy_(master)
+
+    def _part(self, parameter: Any, load: bool) -> Part | None:
+        """All of a parameter to load it, a replica's share to save it; None where that is nothing."""
+        master = self.optimizer.master_of[parameter]
+        state = self._state(master)
+        replica, replicas = (0, 1) if load else (self.mesh.replica, self.mesh.replicas)
+        start, stop = (master.numel() * place // replicas for place in (replica, replica + 1))
+        if start == stop or not (load or parameter.model_parallel):
+            return None
+        whole = {name: master.detach() if name == MASTER else state[name] for name in self.state_names}
+        states = {name: tensor.view(-1)[start:stop] for name, tensor in whole.items()}
+        return Part(self.names[id(parameter)], tuple(parameter.shape), start, states)
+
+    def loaded(self) -> None:
+        pass
+
+    @property
+    def scaling(self) -> tuple[float, int]:
+        return self._scaler.scale, self._scaler.since
+
+    @scaling.setter
+    def scaling(self, value: tuple[float, int]) -> None:
+        self._scaler.scale, self._scaler.since = value
+
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]
 
@@ -88,15 +133,15 @@ class LossScaler:
 
     def __init__(self, *, dynamic: bool):
         self.dynamic = dynamic
-        self._since = 0
+        self.since = 0
         self.scale = self.START if dynamic else 1.0
 
     def update(self, *, overflow: bool) -> None:
         """Takes in one step; the overflow must be the same on all ranks."""
-        self._since = 0 if overflow else self._since + 1
+        self.since = 0 if overflow else self.since + 1
         if overflow:
             self.scale = max(self.scale / 2, 1.0)
-        elif self._since % self.WINDOW == 0:
+        elif self.since % self.WINDOW == 0:
             self.scale *= 2
 
 

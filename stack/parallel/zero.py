@@ -1,4 +1,4 @@
-"""One DeepSpeed engine per pipeline stage. The only file that touches DeepSpeed's private names.
+"""One DeepSpeed engine per pipeline stage. With zero_state.py the only file that touches DeepSpeed's private names.
 
 DeepSpeed's own PipelineEngine refuses ZeRO-2 and 3. A plain DeepSpeedEngine over the stage's data group does not,
 but it was written for one forward followed by one backward over the world. Each function here undoes one such
@@ -29,10 +29,11 @@ from stack.config.deepspeed import deepspeed_zero_stage, ds_config
 from stack.config.schema import Config
 from stack.errors import ConfigError
 from stack.models.build import Stage
-from stack.parallel import selftest
+from stack.parallel import selftest, zero_state
 from stack.parallel.gathering import Gathers, arrive_with_forward, follow_microbatches
 from stack.parallel.mesh import Mesh, Mpu, local_device
 from stack.parallel.optimizer import make_optimizer, skip_unless_finite
+from stack.parallel.parts import MASTER, Part
 from stack.parallel.rank_engine import RankEngine
 from stack.parallel.replicated import global_norm
 from stack.plan.layout import Plan
@@ -230,6 +231,51 @@ class ZeroEngine(RankEngine):
             **{name: value.dtype for name, value in optimizer.state[masters[0]].items() if name != "step"},
         }
 
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        return zero_state.masters(self._optimizer, self._zero)
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer.optimizer
+
+    @property
+    def groups(self) -> int:
+        return len(self.masters)
+
+    @contextlib.contextmanager
+    def parts(self, group: int, *, load: bool) -> Iterator[list[Part]]:
+        with zero_state.in_memory(self._optimizer, group, self._zero), torch.no_grad():
+            state = self._state(self.masters[group])
+            flat = {name: self.masters[group].detach() if name == MASTER else state[name] for name in self.state_names}
+            places = zero_state.places(self._optimizer, group, self._zero, replica=self.mesh.replica)
+            yield [
+                Part(
+                    self.names[id(place.parameter)],
+                    tuple(_whole_shape(place.parameter)),
+                    place.start,
+                    {name: tensor.narrow(0, place.offset, place.length) for name, tensor in flat.items()},
+                )
+                for place in places
+                if load or place.parameter.model_parallel
+            ]
+            if load:
+                zero_state.take_over(self._optimizer, group, self._zero, replica=self.mesh.replica)
+
+    def loaded(self) -> None:
+        zero_state.bring_to_users(self._optimizer, self._zero)
+
+    @property
+    def scaling(self) -> tuple[float, int]:
+        scaler = self._optimizer.loss_scaler
+        return self.loss_scale, scaler.cur_iter - scaler.last_overflow_iter - 1 if scaler.dynamic else 0
+
+    @scaling.setter
+    def scaling(self, value: tuple[float, int]) -> None:
+        scaler = self._optimizer.loss_scaler
+        if scaler.dynamic:
+            scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = value[0], value[1], -1
+
     def reduced_gradient(self, parameter: nn.Parameter) -> torch.Tensor:
         return deepspeed.utils.safe_get_full_grad(parameter)
 
@@ -240,38 +286,7 @@ class ZeroEngine(RankEngine):
         return parameter.ds_tensor if self._zero == 3 else parameter.detach()
 
     def _reduced(self) -> list[tuple[Any, torch.Tensor]]:
-        """Parameters with this rank's part of their reduced gradients, times the loss scale. An offloaded optimizer has
-        them in the masters' `grad`, on the CPU."""
-        optimizer = self._optimizer
-        if self._zero == 3:
-            return self._reduced_zero3()
-        if optimizer.cpu_offload:
-            optimizer._get_offload_gradient_dict()
-        parts = optimizer.offload_gradient_dict if optimizer.cpu_offload else optimizer.averaged_gradients
-        return [
-            pair
-            for index, group in enumerate(optimizer.params_in_partition)
-            # The padding at the end of a part has no parameter.
-            for pair in zip(group, (g for g in parts[index] if not getattr(g, "_zero_padding", False)), strict=False)
-        ]
-
-    def _reduced_zero3(self) -> list[tuple[Any, torch.Tensor]]:
-        optimizer = self._optimizer
-        parameters = [parameter for group in optimizer.fp16_groups for parameter in group]
-        if not optimizer.offload_optimizer:
-            groups = range(len(optimizer.fp16_groups))
-            gradients = [gradient for index in groups for gradient in optimizer.averaged_gradients[index]]
-        elif optimizer.swap_optimizer:
-            # The masters' `grad` are on the disk; what was reduced is still here. To read, not to change.
-            kept = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-            gradients = [kept[parameter.ds_id] for parameter in parameters]
-        else:
-            places = [optimizer.grad_position[optimizer.get_param_id(parameter)] for parameter in parameters]
-            gradients = [
-                optimizer.fp32_partitioned_groups_flat[index].grad.narrow(0, offset, length)
-                for index, offset, length in places
-            ]
-        return list(zip(parameters, gradients, strict=True))
+        return zero_state.reduced(self._optimizer, self._zero)
 
     def _reduce_norm_once(self) -> None:
         """DeepSpeed reduces the norm once for each optimizer group, over the pipe group too; ranks with unequal numbers

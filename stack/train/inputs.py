@@ -1,18 +1,26 @@
 """The batches of a run, from its prepared corpus: opened by the driver to refuse early, and by every rank to train."""
 
 from pathlib import Path
+from typing import Any
 
+from stack.config.model_folder import local_folder
 from stack.config.schema import Config
 from stack.data.batches import Batches, Corpus
+from stack.data.vocabulary import check_vocabulary
 from stack.errors import DataError
 from stack.plan.layout import Plan
 
 
-def open_batches(cfg: Config, plan: Plan, folder: Path) -> tuple[Batches, Batches]:
+def open_batches(cfg: Config, plan: Plan, folder: Path, *, before: int = 0) -> tuple[Batches, Batches]:
     """Training and held-out batches.
 
+    Args:
+        folder: of the prepared corpus.
+        before: sequences ahead of global batch 0, as in `Batches`.
+
     Raises:
-        DataError: the corpus is damaged, has more tokens in its vocabulary than the model, or is too short.
+        DataError: the corpus is damaged, is too short, has more tokens in its vocabulary than the model, or others
+            than the pretrained one.
     """
     corpus = Corpus.open(folder)
     if corpus.vocab_size > plan.shape.vocab:
@@ -20,6 +28,8 @@ def open_batches(cfg: Config, plan: Plan, folder: Path) -> tuple[Batches, Batche
             f"model.config.vocab_size={plan.shape.vocab} is smaller than the tokenizer's {corpus.vocab_size}; "
             f"use model.config.vocab_size={corpus.vocab_size}"
         )
+    if cfg.model.init == "pretrained":
+        check_vocabulary(folder, local_folder(cfg.model.name, weights=False))
     training, heldout = (
         Batches(
             corpus.split(name),
@@ -29,7 +39,20 @@ def open_batches(cfg: Config, plan: Plan, folder: Path) -> tuple[Batches, Batche
             global_size=plan.global_size,
             micro_size=plan.micro_size,
             replicas=plan.replicas,
+            before=before,
         )
         for name in ("train", "heldout")
     )
     return training, heldout
+
+
+def identity(cfg: Config, folder: Path) -> dict[str, Any]:
+    """What decides which sequences a step sees, by the settings that a user would change; the corpus by its
+    fingerprint."""
+    return {
+        "data.source": f"{cfg.data.source} ({Corpus.open(folder).manifest['fingerprint']})",
+        "data.seq_len": cfg.data.seq_len,
+        "data.pack": cfg.data.pack,
+        "run.seed": cfg.run.seed,
+        "batch.global_size": cfg.batch.global_size,
+    }

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from stack.checkpoint.save import Saved, Saver
 from stack.config.schema import Config
 from stack.data.batches import Batches
 from stack.health.guard import check_finite
@@ -21,6 +22,7 @@ def train(
     engine: Engine,
     training: Batches,
     heldout: Batches,
+    saver: Saver,
     replica: int,
     mfu: Callable[[StepResult], float | None],
     record: Callable[[StepRecord], None],
@@ -29,6 +31,7 @@ def train(
 
     Raises:
         NumericsError: the loss or the gradient norm stopped being finite.
+        CheckpointError: several saves in a row failed, or the last one did.
     """
     steps = range(state.step, cfg.train.steps)
     with Prefetch(
@@ -37,35 +40,56 @@ def train(
 
         def start(step: int) -> RunningStep:
             lr = learning_rate(step, cfg.train.steps, optim=cfg.optim, schedule=cfg.schedule)
+            engine.seed(step)
             return engine.start_batch(batches.take(step), lr=lr)
 
         for result in results(
-            start, steps, ahead=engine.runs_ahead, settle_after=lambda step: _eval_due(cfg, step + 1)
+            start,
+            steps,
+            ahead=engine.runs_ahead,
+            settle_after=lambda step: _eval_due(cfg, step + 1) or save_due(cfg, step + 1),
         ):
-            state = state.advance(tokens=result.tokens, skipped=result.skipped)
+            state = state.advance(tokens=result.tokens, sequences=cfg.batch.global_size, skipped=result.skipped)
             check_finite(step=state.step, loss=result.loss, grad_norm=result.grad_norm, loss_scale=result.loss_scale)
-            heldout_loss = evaluate(cfg, engine, heldout, replica) if _eval_due(cfg, state.step) else None
-            record(_row(state, result, mfu=mfu(result), heldout_loss=heldout_loss))
+            heldout_loss = evaluate(cfg, engine, heldout, replica)[0] if _eval_due(cfg, state.step) else None
+            saved = _save(cfg, saver, state, heldout_loss) if save_due(cfg, state.step) else None
+            record(_row(state, result, mfu=mfu(result), heldout_loss=heldout_loss, saved=saved or saver.finished()))
     return state
 
 
-def evaluate(cfg: Config, engine: Engine, heldout: Batches, replica: int) -> float:
-    """Mean token loss over the first `train.eval_sequences` held-out sequences, in nats. Collective."""
+def evaluate(cfg: Config, engine: Engine, heldout: Batches, replica: int) -> tuple[float, int]:
+    """Mean token loss over the first `train.eval_sequences` held-out sequences, in nats, and their targets.
+    Collective."""
     count = min(cfg.train.eval_sequences, heldout.num_sequences)
     total, tokens = 0.0, 0
     for start in range(0, count, cfg.batch.global_size):
         batch = heldout.heldout(start, min(cfg.batch.global_size, count - start), replica)
         total += engine.eval_batch(batch)
         tokens += batch.global_target_tokens
-    return total / tokens
+    return total / tokens, tokens
 
 
 def _eval_due(cfg: Config, step: int) -> bool:
-    every = cfg.train.eval_every
+    # What is to be the best checkpoint must be known to be.
+    return _due(cfg.train.eval_every, cfg, step) or (cfg.checkpoint.keep_best > 0 and save_due(cfg, step))
+
+
+def save_due(cfg: Config, step: int) -> bool:
+    """Whether the state after `step` is saved."""
+    return _due(cfg.checkpoint.every, cfg, step)
+
+
+def _due(every: int, cfg: Config, step: int) -> bool:
     return every > 0 and (step % every == 0 or step == cfg.train.steps)
 
 
-def _row(state: TrainState, result: StepResult, *, mfu: float | None, heldout_loss: float | None) -> StepRecord:
+def _save(cfg: Config, saver: Saver, state: TrainState, heldout_loss: float | None) -> Saved:
+    return saver.save(state.step, state.saved(), heldout_loss=heldout_loss, last=state.step == cfg.train.steps)
+
+
+def _row(
+    state: TrainState, result: StepResult, *, mfu: float | None, heldout_loss: float | None, saved: Saved | None
+) -> StepRecord:
     return StepRecord(
         step=state.step,
         loss=result.loss,
@@ -84,4 +108,6 @@ def _row(state: TrainState, result: StepResult, *, mfu: float | None, heldout_lo
         heldout_loss=heldout_loss,
         router_aux_loss=result.router_aux_loss,
         loss_scale=result.loss_scale,
+        checkpoint_stall_s=saved.stall_s if saved else None,
+        checkpoint_write_s=saved.write_s if saved else None,
     )

@@ -29,6 +29,7 @@ class Recorder:
         self._run, self._plan, self._engine = run, plan, engine
         self._writes = rank == 0
         self._peak = _device_peak(cfg.precision.dtype)
+        self._first = True
         if not self._writes:
             return
         rundir.write_json(run.ds_config, engine.ds_config)
@@ -42,7 +43,7 @@ class Recorder:
             name=run.run_id,
             config={**asdict(cfg), "ds_config": engine.ds_config},
             files=[run.config, run.ds_config, run.plan],
-            note=self._note,
+            note=self.note,
         )
 
     def __enter__(self) -> Self:
@@ -57,8 +58,9 @@ class Recorder:
         """Takes in one finished step."""
         if not self._writes:
             return
-        if record.step == 1:
-            self._note("dtypes: " + ", ".join(f"{name} {dtype}" for name, dtype in self._engine.dtypes.items()))
+        if self._first:
+            self._first = False
+            print("dtypes: " + ", ".join(f"{name} {dtype}" for name, dtype in self._engine.dtypes.items()), flush=True)
         self._metrics.write(record)
         self._wandb.log(record)
         if self._console:
@@ -79,10 +81,15 @@ class Recorder:
                 draw(records, self._run.curve, title=f"{self._run.path.parent.name}: {self._plan.summary}")
         # Days of training are not lost for their picture.
         except Exception as error:  # noqa: BLE001
-            self._note(f"no curve: {type(error).__name__}: {error}")
+            self.note(f"no curve: {type(error).__name__}: {error}")
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Takes a line for the user."""
+        if not self._writes:
+            return
         print(text, flush=True)
+        with self._run.notes.open("a") as file:
+            file.write(f"{text}\n")
         if self._console:
             self._console.note(text)
 

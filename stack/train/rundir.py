@@ -14,12 +14,17 @@ from typing import Any
 
 from stack.config.compose import to_yaml
 from stack.config.schema import Config
-from stack.errors import ConfigError, DataError
+from stack.errors import ConfigError, DataError, UsageError
 from stack.plan.layout import Plan
 from stack.plan.report import render
 
 #: Packages whose versions are recorded with a run.
 _RECORDED = ("stack", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "wandb", "hydra-core", "numpy")
+#: What belongs to one attempt, and is kept apart when the next one begins.
+_OF_AN_ATTEMPT = (
+    *("config.yaml", "plan.json", "plan.txt", "env.json", "corpus.json", "ds_config.json", "hostfile", "launcher.log"),
+    *("ranks", "DONE.json", "FAILED.json", "curve.png"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,26 @@ class RunDir:
         return self.path / "curve.png"
 
     @property
+    def notes(self) -> Path:
+        """Lines for the user, one after another, as they came up."""
+        return self.path / "notes.txt"
+
+    @property
+    def attempt(self) -> int:
+        """Number of this start of the run, the first being 1."""
+        return 1 + len(list(self.path.glob("attempts/*")))
+
+    @property
+    def evaluation(self) -> Path:
+        """There where the ranks evaluate and do not train; says what."""
+        return self.path / "evaluation.json"
+
+    @property
+    def result(self) -> Path:
+        """What an evaluation found."""
+        return self.path / "result.json"
+
+    @property
     def done(self) -> Path:
         return self.path / "DONE.json"
 
@@ -96,24 +121,65 @@ def create(cfg: Config, plan: Plan, *, corpus: Path) -> RunDir:
         ConfigError: the folder cannot be created there.
     """
     parent = Path(cfg.run.root).expanduser().absolute() / cfg.run.name
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        (parent / run_id).mkdir()
+        run = _new(parent)
     except OSError as error:
         raise ConfigError(
             f"run.root={cfg.run.root}: {error.filename} cannot be created ({error.strerror}); "
             "use a folder that can be written"
         ) from error
-    run = RunDir(parent / run_id)
+    _describe(run, cfg, plan, corpus)
+    return run
+
+
+def create_evaluation(parent: Path, cfg: Config, plan: Plan, *, corpus: Path, checkpoints: Path | None) -> RunDir:
+    """Makes a run directory below `parent` for ranks that evaluate.
+
+    Args:
+        checkpoints: where the weights come from, or None for those of `model.name`.
+
+    Raises:
+        UsageError: it cannot be created there.
+    """
+    try:
+        run = _new(parent)
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename} cannot be created ({error.strerror}); evaluate where you can write"
+        ) from error
+    _describe(run, cfg, plan, corpus)
+    write_json(run.evaluation, {"checkpoints": str(checkpoints) if checkpoints else None})
+    return run
+
+
+def _new(parent: Path) -> RunDir:
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    parent.mkdir(parents=True, exist_ok=True)
+    (parent / run_id).mkdir()
+    return RunDir(parent / run_id)
+
+
+def begin_again(run: RunDir, cfg: Config, plan: Plan, *, corpus: Path) -> None:
+    """Makes a run directory ready for another attempt: what the last one left goes to `attempts/<its number>/`, but
+    for metrics.jsonl, notes.txt, checkpoints and W&B's files, which go on."""
+    kept = run.path / "attempts" / str(run.attempt)
+    made = kept.with_name(f".{kept.name}")
+    made.mkdir(parents=True, exist_ok=True)
+    for name in _OF_AN_ATTEMPT:
+        if (run.path / name).exists():
+            (run.path / name).replace(made / name)
+    made.replace(kept)
+    _describe(run, cfg, plan, corpus)
+
+
+def _describe(run: RunDir, cfg: Config, plan: Plan, corpus: Path) -> None:
     run.config.write_text(to_yaml(cfg))
     write_json(run.plan, plan.to_dict())
     (run.path / "plan.txt").write_text(render(plan, cfg) + "\n")
-    write_json(run.path / "env.json", _environment())
+    write_json(run.path / "env.json", {**_environment(), "versions": versions()})
     write_json(run.path / "corpus.json", {"folder": str(corpus.absolute())})
     for rank in range(plan.world_size):
         run.rank(rank).mkdir(parents=True)
-    return run
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -131,18 +197,22 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _environment() -> dict[str, Any]:
-    versions: dict[str, str | None] = {}
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that a run depends on; None for one that is not there."""
+    found: dict[str, str | None] = {}
     for name in _RECORDED:
         try:
-            versions[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            versions[name] = None
+            found[name] = None
+    return found
+
+
+def _environment() -> dict[str, Any]:
     return {
         "command": sys.argv,
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
-        "versions": versions,
     }

@@ -1,23 +1,40 @@
 """All that a run must remember from step to step."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Made anew each step; the data position is `step` times the global batch, in sequences."""
+    """Made anew each step. The rest of a step follows from it: the learning rate, and with `run.seed` which sequences
+    come next and what dropout draws."""
 
     step: int = 0
     """Finished optimizer steps."""
     tokens: int = 0
     """Target tokens trained on."""
+    sequences: int = 0
+    """Training sequences seen: the position in the data."""
     skipped_steps: int = 0
     """Steps whose update was left out."""
     attempt: int = 1
     """Number of this start of the run."""
 
-    def advance(self, *, tokens: int, skipped: bool = False) -> "TrainState":
-        """The state after one more step on `tokens` targets."""
+    def advance(self, *, tokens: int, sequences: int, skipped: bool = False) -> "TrainState":
+        """The state after one more step on `tokens` targets in `sequences` sequences."""
         return replace(
-            self, step=self.step + 1, tokens=self.tokens + tokens, skipped_steps=self.skipped_steps + int(skipped)
+            self,
+            step=self.step + 1,
+            tokens=self.tokens + tokens,
+            sequences=self.sequences + sequences,
+            skipped_steps=self.skipped_steps + int(skipped),
         )
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: all but the attempt, so that equal states are equal files."""
+        return {name: value for name, value in asdict(self).items() if name != "attempt"}
+
+    @classmethod
+    def restored(cls, saved: dict[str, Any], *, attempt: int) -> Self:
+        """The inverse of `saved`."""
+        return cls(**saved, attempt=attempt)

@@ -1,6 +1,7 @@
 """What one rank runs: its config, its place, its data, its stage, the loop, the outcome."""
 
 import faulthandler
+import math
 import os
 import socket
 import sys
@@ -8,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
@@ -20,6 +22,7 @@ from stack.health.orphan import DRIVER_PID, exit_with_parent
 from stack.plan.layout import Plan, make_plan
 from stack.train import cores, rundir
 from stack.train.inputs import open_batches
+from stack.train.lock import RunLock
 from stack.train.rundir import RunDir
 
 #: Set by the driver: the user's CUDA_VISIBLE_DEVICES.
@@ -45,9 +48,17 @@ def main(argv: Sequence[str]) -> int:
         if cfg.launch.bind_cores:
             # Ahead of the imports that start threads.
             cores.bind()
-        run = run or _agree_on_run(cfg, plan, rank)
+        if DRIVER_PID not in os.environ:
+            if run is not None:
+                # What a user resumed from once is not what the run goes on from after that.
+                cfg = replace(cfg, checkpoint=replace(cfg.checkpoint, step="auto"))
+            run = _agree_on_run(cfg, plan, rank, run)
+        assert run is not None
         screen = _own_output(run, rank, shown=config_path is None and rank == 0)
-        _train(cfg, plan, run, rank=rank, screen=screen)
+        if run.evaluation.exists():
+            _evaluate(cfg, plan, run, rank=rank)
+        else:
+            _train(cfg, plan, run, rank=rank, screen=screen)
         # A rank that is gone without this, or an error.json, was killed.
         rundir.write_json(run.rank(rank) / "done.json", {"time": time.time()})
     except StackError as error:
@@ -59,35 +70,37 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(cfg: Config, plan: Plan, run: RunDir, *, rank: int, screen: TextIO | None) -> None:
-    # DeepSpeed calls collectives by names that torch has since renamed; one warning a call site and rank.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Heavy imports come after everything that can be refused without them.
     from stack.parallel import zero
-    from stack.parallel.engine import Engine
     from stack.parallel.mesh import make_mesh
     from stack.train.loop import train
     from stack.train.recorder import Recorder
-    from stack.train.state import TrainState
+    from stack.train.restart import Restart
 
+    _quiet()
     timeout = timedelta(seconds=cfg.health.hang_timeout_s)
     zero.init_distributed(timeout=timeout)
     mesh = make_mesh(plan, timeout=timeout)
     print(mesh, flush=True)
 
-    training, heldout = open_batches(cfg, plan, run.corpus)
-    engine = Engine(cfg, plan, mesh)
+    restart = Restart(cfg, plan, run, mesh)
+    engine = restart.engine()
     try:
         with Recorder(cfg, plan, run, engine, rank=rank, screen=screen) as recorder:
-            state = train(
-                cfg,
-                TrainState(),
-                engine=engine,
-                training=training,
-                heldout=heldout,
-                replica=mesh.replica,
-                mfu=recorder.mfu,
-                record=recorder.record,
-            )
+            state = restart.state(engine, tell=recorder.note)
+            training, heldout = open_batches(cfg, plan, run.corpus, before=restart.before(state))
+            with restart.saver(engine, tell=recorder.note) as saver:
+                state = train(
+                    cfg,
+                    state,
+                    engine=engine,
+                    training=training,
+                    heldout=heldout,
+                    saver=saver,
+                    replica=mesh.replica,
+                    mfu=recorder.mfu,
+                    record=recorder.record,
+                )
             # Nobody is done before everybody is; and no rank waits in a group for rank 0's W&B.
             zero.close()
     except NumericsError:
@@ -96,6 +109,38 @@ def _train(cfg: Config, plan: Plan, run: RunDir, *, rank: int, screen: TextIO | 
         raise
     if rank == 0:
         rundir.write_json(run.done, {"step": state.step, "tokens": state.tokens, "time": time.time()})
+
+
+def _evaluate(cfg: Config, plan: Plan, run: RunDir, *, rank: int) -> None:
+    from stack.parallel import zero
+    from stack.parallel.mesh import make_mesh
+    from stack.train.loop import evaluate
+    from stack.train.restart import weights
+
+    _quiet()
+    timeout = timedelta(seconds=cfg.health.hang_timeout_s)
+    zero.init_distributed(timeout=timeout)
+    mesh = make_mesh(plan, timeout=timeout)
+    engine, source = weights(cfg, plan, run, mesh)
+    _, heldout = open_batches(cfg, plan, run.corpus)
+    loss, tokens = evaluate(cfg, engine, heldout, mesh.replica)
+    zero.close()
+    if rank == 0:
+        result = {
+            "heldout_loss": loss,
+            "perplexity": math.exp(loss),
+            "tokens": tokens,
+            "sequences": min(cfg.train.eval_sequences, heldout.num_sequences),
+            "of_sequences": heldout.num_sequences,
+            "weights": source,
+        }
+        rundir.write_json(run.result, result)
+        rundir.write_json(run.done, {"time": time.time()})
+
+
+def _quiet() -> None:
+    # DeepSpeed calls collectives by names that torch has since renamed; one warning a call site and rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def _parse(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -108,11 +153,13 @@ def _parse(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     return None, arguments
 
 
-def _agree_on_run(cfg: Config, plan: Plan, rank: int) -> RunDir:
-    """Without a driver rank 0 makes the run directory and tells the others. Collective.
+def _agree_on_run(cfg: Config, plan: Plan, rank: int, run: RunDir | None) -> RunDir:
+    """Without a driver rank 0 makes the run directory, or begins another attempt in the one that was named, and tells
+    the others. Collective.
 
     Raises:
         DataError: on every rank, where the corpus is not prepared.
+        UsageError: on rank 0, where another process is at work in the run directory.
     """
     corpus = locate(cfg.data, seed=cfg.data.split_seed)
     import torch.distributed as dist
@@ -120,7 +167,14 @@ def _agree_on_run(cfg: Config, plan: Plan, rank: int) -> RunDir:
     from stack.parallel import zero
 
     zero.init_distributed(timeout=timedelta(seconds=cfg.health.hang_timeout_s))
-    told: list[str | None] = [str(rundir.create(cfg, plan, corpus=corpus).path) if rank == 0 else None]
+    if rank == 0:
+        if run is None:
+            run = rundir.create(cfg, plan, corpus=corpus)
+            RunLock(run.path).acquire()
+        else:
+            RunLock(run.path).acquire()
+            rundir.begin_again(run, cfg, plan, corpus=corpus)
+    told: list[str | None] = [str(run.path) if run is not None else None]
     dist.broadcast_object_list(told, src=0)
     return RunDir(Path(str(told[0])))
 

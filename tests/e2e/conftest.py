@@ -1,6 +1,5 @@
 """One small corpus and one tiny model for all end-to-end runs."""
 
-import random
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -8,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.forked import tiny_settings
 from tests.helpers.runs import STACK, Command
-
-#: Two layers, 38 thousand parameters: a run is its imports and little else.
-_SHAPE = "{hidden_size:32,intermediate_size:64,num_hidden_layers:2,num_attention_heads:2,num_key_value_heads:1}"
 
 Start = Callable[..., Command]
 
@@ -24,27 +21,9 @@ def _ctrl_c():
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def tiny() -> dict[str, object]:
     """Overrides of a tiny run on a prepared corpus, two ranks, pp2."""
-    folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(200)]
-    for number in range(12):
-        (folder / f"{number:02}.txt").write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(100)))
-    overrides: dict[str, object] = {
-        "data.source": "files",
-        "data.paths": f"[{folder}]",
-        "data.root": folder / "prepared",
-        "data.vocab_size": 300,
-        "data.seq_len": 32,
-        "model.config": _SHAPE,
-        "batch.global_size": 8,
-        "batch.micro_size": 1,
-        "schedule.warmup_steps": 0,
-        "train.steps": 5,
-        "train.eval_every": 0,
-        "launch.ranks_per_node": 2,
-    }
+    overrides = {**tiny_settings(), "log.wandb.mode": "offline"}
     subprocess.run([STACK, "data", *as_overrides(overrides)], check=True, capture_output=True)
     return overrides
 

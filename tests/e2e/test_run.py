@@ -45,13 +45,14 @@ def test_metrics_have_every_step_with_every_field(pp2_dp2):
     rows = [json.loads(line) for line in lines]
     # Neither a mixture of experts nor fp16.
     always = {field.name for field in dataclasses.fields(StepRecord)} - {
-        "heldout_loss", "router_aux_loss", "loss_scale",
+        "heldout_loss", "router_aux_loss", "loss_scale", "checkpoint_stall_s", "checkpoint_write_s",
     }  # fmt: skip
 
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row["step"] for row in rows if "heldout_loss" in row] == [2, 4, 5]
+    assert [row["step"] for row in rows if "checkpoint_stall_s" in row] == [5]
     for line, row in zip(lines, rows, strict=True):
-        assert always <= row.keys() <= always | {"heldout_loss"}
+        assert always <= row.keys() <= always | {"heldout_loss", "checkpoint_stall_s", "checkpoint_write_s"}
         assert StepRecord.from_json(line).to_json() == line
         assert all(math.isfinite(row[name]) and row[name] > 0 for name in ("loss", "grad_norm", "lr", "tokens_per_s"))
         assert row["tokens"] == 8 * 32

@@ -26,5 +26,5 @@ def test_a_scale_that_cannot_be_lowered_or_a_bad_loss_does(bad):
 
 
 def test_a_skipped_step_is_counted_and_its_tokens_too():
-    state = TrainState().advance(tokens=5).advance(tokens=5, skipped=True)
+    state = TrainState().advance(tokens=5, sequences=2).advance(tokens=5, sequences=2, skipped=True)
     assert (state.step, state.tokens, state.skipped_steps) == (2, 10, 1)

@@ -1,0 +1,50 @@
+"""Reading a checkpoint's files in full, to know that they are what was written."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from stack.checkpoint import manifest as manifests
+from stack.checkpoint.manifest import File
+from stack.errors import CheckpointError
+from stack.models.tensorfile import digest
+
+
+def check_file(folder: Path, file: File) -> None:
+    """Whether a file still has the content that its manifest names, and no number in it that is not finite.
+
+    Raises:
+        CheckpointError: naming the file, and the tensor.
+    """
+    path = folder / file.path
+    found = digest(path)
+    if (found.bytes, found.xxh3) != (file.bytes, file.xxh3):
+        raise CheckpointError(f"{path} has changed since it was written: its hash is {found.xxh3}, not {file.xxh3}")
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                if not np.isfinite(tensors.get_tensor(name)).all():
+                    raise CheckpointError(f"{path}: {name} is not finite")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+
+
+def verify(root: Path) -> Iterator[tuple[Path, str | None]]:
+    """Each file of each checkpoint in a folder with its fault, or None where it is whole; the oldest first."""
+    for step in manifests.steps(root):
+        folder = manifests.folder_of(root, step)
+        try:
+            manifest = manifests.read(folder)
+        except (CheckpointError, OSError) as error:
+            yield folder / manifests.MANIFEST, str(error)
+            continue
+        yield folder / manifests.MANIFEST, None
+        for file in manifest.files:
+            try:
+                check_file(folder, file)
+            except (CheckpointError, OSError) as error:
+                yield folder / file.path, str(error)
+            else:
+                yield folder / file.path, None

@@ -1,0 +1,213 @@
+"""What makes a folder a checkpoint: its name, its manifest, and the checks that both hold.
+
+    <checkpoints>/step-00000100/
+        manifest.json             written last; describes all the rest, with sizes and hashes
+        rank-00000.safetensors    what rank 0 saved: flattened parts, `<state>/<Hugging Face name>`
+        ...
+
+A folder is made under another name and renamed when it is whole, so a folder of this name is a checkpoint, unless it
+was damaged later. Nothing here imports torch: the driver reads manifests before it starts a process.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from stack.config.schema import Config
+from stack.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a checkpoint."""
+
+    path: str
+    """Inside the folder."""
+    bytes: int
+    xxh3: str
+    """XXH3-128 of the content, in hexadecimal digits."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Where one parameter's states lie."""
+
+    shape: tuple[int, ...]
+    slices: tuple[tuple[int, int, int], ...]
+    """(start, length, number of the file) of each part of the flattened parameter; the same for every state."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a checkpoint says about itself."""
+
+    step: int
+    """Finished optimizer steps."""
+    state: dict[str, Any]
+    """What the training loop must remember: `TrainState`."""
+    updates: int
+    """Updates AdamW has made; less than `step` where fp16 skipped some."""
+    scaling: tuple[float, int]
+    """fp16's loss scale, and the steps since its last overflow."""
+    states: tuple[str, ...]
+    """What is saved for each parameter: the fp32 master and the optimizer's tensors."""
+    data: dict[str, Any]
+    """What decides which sequences a step sees, and `global_size` in sequences."""
+    heldout_loss: float | None
+    """Of this step, in nats, where it was evaluated."""
+    plan: dict[str, Any]
+    """The layout that saved it."""
+    versions: dict[str, str | None]
+    time: float
+    """Unix seconds."""
+    files: tuple[File, ...]
+    parameters: dict[str, Parameter]
+    """By Hugging Face name."""
+    format: int = field(default=FORMAT)
+
+    def to_json(self) -> str:
+        """The content of manifest.json, with a checksum over all of it."""
+        content = json.loads(json.dumps(dataclasses.asdict(self)))
+        return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Self:
+        """The inverse of `to_json`.
+
+        Raises:
+            CheckpointError: the text is damaged or of a newer format, in words that follow a file name.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise CheckpointError("is damaged, it is not JSON") from error
+        if not isinstance(content, dict):
+            raise CheckpointError("is damaged, it is not a manifest")
+        checksum = content.pop("checksum", None)
+        if type(content.get("format")) is int and content["format"] > FORMAT:
+            raise CheckpointError(f"has format {content['format']}, and this version reads {FORMAT}; use a newer stack")
+        if checksum != _checksum(content) or content.get("format") != FORMAT:
+            raise CheckpointError("is damaged, its checksum does not match")
+        content["files"] = tuple(File(**file) for file in content["files"])
+        content["parameters"] = {
+            name: Parameter(tuple(about["shape"]), tuple(map(tuple, about["slices"])))
+            for name, about in content["parameters"].items()
+        }
+        manifest = cls(**{**content, "states": tuple(content["states"]), "scaling": tuple(content["scaling"])})
+        # What JSON reads over counts too: the file is to be what was written, to the last byte.
+        if manifest.to_json().encode() != text:
+            raise CheckpointError("is damaged, it is not as it was written")
+        return manifest
+
+
+def root_of(cfg: Config, run: Path) -> Path:
+    """Folder of a run's checkpoints."""
+    if cfg.checkpoint.path is None:
+        return run / "checkpoints"
+    return Path(cfg.checkpoint.path).expanduser().absolute() / run.parent.name / run.name
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return root / f"step-{step:08d}"
+
+
+def steps(root: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, the oldest first; none where there is no such folder."""
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return []
+    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, after checking it against itself and against the files that are there.
+
+    Takes milliseconds: names and sizes are compared, not contents.
+
+    Raises:
+        CheckpointError: the manifest is missing, damaged or of a newer format, or a file is missing, too many, or of
+            another size.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = Manifest.from_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    if folder_of(folder.parent, manifest.step) != folder:
+        raise CheckpointError(f"{path} belongs to step {manifest.step}")
+    for file in manifest.files:
+        part = folder / file.path
+        size = part.stat().st_size if part.is_file() else None
+        if size != file.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise CheckpointError(f"{part} {found}, the manifest says {file.bytes} bytes")
+    strange = sorted(set(os.listdir(folder)) - {MANIFEST} - {file.path for file in manifest.files})
+    if strange:
+        raise CheckpointError(f"{folder / strange[0]} is not in the manifest")
+    return manifest
+
+
+def check_same_model(manifest: Manifest, shapes: dict[str, tuple[int, ...]], *, where: Path) -> None:
+    """Whether a checkpoint holds a model's parameters, and no others.
+
+    Args:
+        shapes: the model's, by Hugging Face name.
+
+    Raises:
+        CheckpointError: with the first three names or shapes that differ.
+    """
+    saved = {name: parameter.shape for name, parameter in manifest.parameters.items()}
+    if saved == shapes:
+        return
+    names = [name for name in {**shapes, **saved} if saved.get(name) != shapes.get(name)]
+
+    def shown(shape: tuple[int, ...] | None) -> str:
+        return "nothing" if shape is None else str(list(shape))
+
+    told = "; ".join(f"{name}: {shown(saved.get(name))} there, {shown(shapes.get(name))} here" for name in names[:3])
+    more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
+    raise CheckpointError(f"{where} is of another model: {told}{more}; resume with the model settings of its run")
+
+
+def check_same_course(manifest: Manifest, cfg: Config, data: dict[str, Any], *, where: Path) -> None:
+    """Whether a run that goes on from a checkpoint sees the batches that the first run would have seen, or was told
+    not to, and has the optimizer that its state is of.
+
+    Args:
+        data: as `Manifest.data`, of the run that goes on.
+
+    Raises:
+        CheckpointError: naming the setting, and the override that allows the change.
+    """
+    kinds = {"momentum_buffer": "sgd", "exp_avg": "adamw"}
+    saved = next((kinds[name] for name in manifest.states if name in kinds), None)
+    if saved not in (None, cfg.optim.kind):
+        raise CheckpointError(
+            f"optim.kind={cfg.optim.kind} has no state in {where}, which {saved} saved; use optim.kind={saved}, or "
+            "export the weights and start a new run from them with model.init=pretrained"
+        )
+    for name, now in data.items():
+        before, group = manifest.data[name], "batch" if name == "batch.global_size" else "data"
+        if now != before and group not in cfg.checkpoint.allow:
+            raise CheckpointError(
+                f"{name}={now} is not the {before} of {where}; use {name}={before}, "
+                f"or add checkpoint.allow=[{group}] to go on with another"
+            )
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    return hashlib.blake2b(text, digest_size=16).hexdigest()

@@ -1,0 +1,87 @@
+"""What `model.name` names beside a family: a model folder on this machine, or a hub's, in the Hugging Face cache."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from stack.config.values import one_line, refuse
+
+#: One file of weights, or many and the index that says which tensor is where.
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_CONFIG = ("config.json",)
+#: What is fetched with the weights. Some hubs also keep them under other names, for other programs.
+_ALL = ("*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+#: Endings of files that may hold a model's weights in a form that is not read here.
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors")
+
+
+def local_folder(name: str, *, weights: bool) -> Path:
+    """The folder that `model.name` stands for.
+
+    A hub name (`org/name`) is fetched once and then taken from the Hugging Face cache as it is, without asking the hub
+    again: every rank sees the same commit.
+
+    Args:
+        weights: also fetch the weights and the tokenizer of a hub name, at the commit of its config.json.
+
+    Raises:
+        ConfigError: a hub name that is neither in the cache nor to be had.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists() or not _HUB_NAME.fullmatch(name):
+        return folder
+    folder = _snapshot(name, _CONFIG, revision=None, whole=_has_config)
+    # The name of a snapshot's folder is its commit.
+    return _snapshot(name, _ALL, revision=folder.name, whole=has_weights) if weights else folder
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether safetensors are there under the names that transformers gives them."""
+    return any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
+def check_weights(name: str, folder: Path) -> None:
+    """Refuses a folder without weights that can be read.
+
+    Raises:
+        ConfigError: it has none; the message says what is there and how to convert it.
+    """
+    if has_weights(folder):
+        return
+    convert = f'AutoModelForCausalLM.from_pretrained("{name}").save_pretrained(NEW_FOLDER, safe_serialization=True)'
+    there = [path.name for path in sorted(folder.iterdir()) if path.suffix in _OTHER_WEIGHTS] if folder.is_dir() else []
+    if there:
+        shown = there[0] + (f" and {len(there) - 1} more" if there[1:] else "")
+        why = f"its folder holds no {SINGLE} but {shown}, and nothing is unpickled here"
+        refuse("model.name", name, f"{why}; if you trust it, {convert}")
+    if folder == Path(name).expanduser():
+        refuse("model.name", name, f"its folder holds no {SINGLE}; give a whole folder, or use model.init=scratch")
+    refuse("model.name", name, f"it has no {SINGLE} on the hub; if you trust what it has, {convert}")
+
+
+def _has_config(folder: Path) -> bool:
+    return (folder / _CONFIG[0]).is_file()
+
+
+def _snapshot(name: str, patterns: tuple[str, ...], *, revision: str | None, whole: Any) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    fetch: dict[str, Any] = {"repo_id": name, "revision": revision, "allow_patterns": list(patterns)}
+    try:
+        # It may be there in part only, from an interrupted download or from another program.
+        if whole(cached := Path(snapshot_download(**fetch, local_files_only=True))):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(snapshot_download(**fetch))
+    except HfHubHTTPError as error:
+        why = f"no folder here, and {constants.ENDPOINT} does not give it ({one_line(error)})"
+        refuse("model.name", name, f"{why}; check the spelling, or log in with `hf auth login` if it is gated")
+    except (OSError, ValueError) as error:
+        why = f"no folder here, not whole in the Hugging Face cache, and {constants.ENDPOINT} cannot be reached"
+        refuse("model.name", name, f"{why} ({one_line(error)}); download it where there is one, and give the folder")

@@ -1,0 +1,203 @@
+"""Parameters -> a Hugging Face folder, one unit at a time, under the names that published models of the class have."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.core_model_loading import revert_weight_conversion
+
+from stack.config.families import FAMILIES
+from stack.config.model_folder import INDEX, SINGLE, local_folder
+from stack.config.schema import Config
+from stack.errors import UsageError
+from stack.models import tensorfile
+from stack.models.build import whole_model
+from stack.models.families import parts_of
+from stack.models.tensorfile import Entry
+from stack.plan.shape import model_fields
+
+#: Most bytes of tensors in one file.
+MAX_FILE = 5 * 10**9
+
+_GENERATION = "generation_config.json"
+
+
+def export(
+    cfg: Config,
+    read: Callable[[str], torch.Tensor],
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    tokenizer: Path | None,
+    progress: Callable[[int, int], None],
+    extra: Mapping[str, str] | None = None,
+    max_file: int = MAX_FILE,
+) -> int:
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    It is written beside `out`, brought to the disk, and renamed: `out` is whole or not there.
+
+    Args:
+        read: gives a parameter of the whole model by its Hugging Face name, fp32 on the CPU. Called once for each, a
+            unit (embedding, a decoder layer, norm, head) at a time; those of the unit before are dropped by then.
+        dtype: of the written tensors.
+        tokenizer: folder whose files are copied. The token ids in the config are those of the model's folder if that
+            was pretrained, or there is no tokenizer; else the tokenizer's.
+        progress: called with the bytes of tensors written so far, and of all.
+        extra: name -> text of further files.
+        max_file: most bytes of tensors in one file; a larger tensor has one alone.
+
+    Returns:
+        Bytes of tensors written.
+
+    Raises:
+        UsageError: `out` is there and not empty, or cannot be written, or the disk is too small.
+    """
+    model = whole_model(cfg)
+    contents = _Contents(model, read, dtype, max_file)
+    with _whole_folder(out, contents.total) as folder:
+        if tokenizer is not None:
+            shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+        _write_configs(cfg, type(model).__name__, folder, dtype=dtype, tokenizer=tokenizer)
+        for name, text in (extra or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        contents.write(folder, lambda done: progress(done, contents.total))
+    return contents.total
+
+
+@dataclass
+class _File:
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.entries)
+
+
+class _Contents:
+    """Which tensor is in which file, and their values when it is their turn."""
+
+    def __init__(self, model: Any, read: Callable[[str], torch.Tensor], dtype: torch.dtype, max_file: int):
+        self._model, self._read = model, read
+        self._unit_of: dict[str, tuple[str, ...]] = {}
+        self._unit: tuple[str, ...] = ()
+        self._values: dict[str, torch.Tensor] = {}
+        self._files = [_File()]
+        shapes = dict(model.named_parameters())
+        for unit in _units(model):
+            for name, tensor in revert_weight_conversion(model, {name: shapes[name] for name in unit}).items():
+                self._unit_of[name] = unit
+                self._add(Entry(name, dtype, tuple(tensor.shape)), max_file)
+        self.total = sum(file.bytes for file in self._files)
+
+    def write(self, folder: Path, progress: Callable[[int], None]) -> None:
+        """Writes the files, and an index where there are several."""
+        count, before = len(self._files), 0
+        index: dict[str, str] = {}
+        for number, file in enumerate(self._files, 1):
+            name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            tensorfile.write(
+                folder / name,
+                file.entries,
+                self._value,
+                metadata={"format": "pt"},
+                progress=lambda done, before=before: progress(before + done),  # type: ignore[misc]
+            )
+            before += file.bytes
+            index |= {entry.name: name for entry in file.entries}
+        if count > 1:
+            _write_json(folder / INDEX, {"metadata": {"total_size": self.total}, "weight_map": index})
+
+    def _add(self, entry: Entry, max_file: int) -> None:
+        last = self._files[-1]
+        if last.entries and last.bytes + entry.bytes > max_file:
+            self._files.append(last := _File())
+        last.entries.append(entry)
+
+    def _value(self, entry: Entry) -> torch.Tensor:
+        """They are asked for in the order of the units."""
+        unit = self._unit_of[entry.name]
+        if unit != self._unit:
+            self._values.clear()
+            self._values = revert_weight_conversion(self._model, {name: self._read(name) for name in unit})
+            self._unit = unit
+        return self._values.pop(entry.name).to(entry.dtype)
+
+
+def _units(model: Any) -> Iterator[tuple[str, ...]]:
+    """Names of the parameters, those of a decoder layer together, in the model's order; tied ones once."""
+    layers = f"{parts_of(model).layers}."
+
+    def unit(name: str) -> str:
+        return layers + name.removeprefix(layers).partition(".")[0] if name.startswith(layers) else name
+
+    for _, names in groupby((name for name, _ in model.named_parameters()), key=unit):
+        yield tuple(names)
+
+
+def _write_configs(cfg: Config, architecture: str, folder: Path, *, dtype: torch.dtype, tokenizer: Path | None) -> None:
+    """config.json and generation_config.json: those of the model's folder, with what the run changed."""
+    fields = {k: v for k, v in model_fields(cfg.model).items() if k not in ("torch_dtype", "dtype", "auto_map")}
+    # A class's own ids may lie beyond our vocabulary, and those of a folder be another tokenizer's.
+    keeps_ids = cfg.model.name not in FAMILIES and (tokenizer is None or cfg.model.init == "pretrained")
+    if not keeps_ids:
+        end = transformers.AutoTokenizer.from_pretrained(tokenizer).eos_token_id if tokenizer is not None else None
+        fields |= {"bos_token_id": None, "pad_token_id": None, "eos_token_id": end}
+    config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config.architectures, config.dtype = [architecture], dtype
+    config.save_pretrained(folder)
+    published = local_folder(cfg.model.name, weights=False) / _GENERATION
+    if keeps_ids and published.is_file():
+        shutil.copy(published, folder / _GENERATION)
+    else:
+        transformers.GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+@contextmanager
+def _whole_folder(out: Path, size: int) -> Iterator[Path]:
+    """A folder beside `out` that takes its name at the end, unless anything went wrong.
+
+    Raises:
+        UsageError: as `export`.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is there already and not an empty folder; name a new one")
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written ({error.strerror}); name a folder that can be") from error
+    try:
+        free = shutil.disk_usage(partial).free
+        if free < size:
+            raise UsageError(
+                f"{out} needs {size / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB; name one elsewhere"
+            )
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        partial.replace(out)
+        _sync(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

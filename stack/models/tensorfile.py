@@ -1,0 +1,121 @@
+"""Writing safetensors files as a stream: one tensor in memory at a time, hashed on its way to the disk."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+#: Bytes that are hashed and written at a time.
+_CHUNK = 16 << 20
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.int64: "I64",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that a file will hold."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What a file's content is known by."""
+
+    bytes: int
+    xxh3: str
+    """XXH3-128 in hexadecimal digits."""
+
+
+def write(
+    path: Path,
+    entries: Sequence[Entry],
+    tensor: Callable[[Entry], torch.Tensor],
+    *,
+    metadata: Mapping[str, str],
+    progress: Callable[[int], None] = lambda _: None,
+) -> Digest:
+    """Writes a safetensors file and brings it to the disk.
+
+    Args:
+        entries: in the order of the file.
+        tensor: gives an entry's values, on any device, when it is their turn.
+        metadata: of the header.
+        progress: called with the bytes of tensors written so far.
+
+    Raises:
+        OSError: the disk did not take it.
+        ValueError: a tensor is not what its entry says.
+    """
+    hasher, done = xxhash.xxh3_128(), 0
+    with path.open("wb", buffering=0) as file:
+        header = _header(entries, metadata)
+        size = len(header)
+        hasher.update(header)
+        _write_all(file, memoryview(header))
+        for entry in entries:
+            data = _bytes_of(entry, tensor(entry))
+            for start in range(0, len(data), _CHUNK):
+                chunk = data[start : start + _CHUNK]
+                hasher.update(chunk)
+                _write_all(file, chunk)
+                done += len(chunk)
+                progress(done)
+        os.fsync(file.fileno())
+    return Digest(size + done, hasher.hexdigest())
+
+
+def digest(path: Path) -> Digest:
+    """The digest of a file that is there, by reading all of it."""
+    hasher, size = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            hasher.update(chunk)
+            size += len(chunk)
+    return Digest(size, hasher.hexdigest())
+
+
+def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON of the header, padded so that the tensors begin at a multiple of 8 bytes."""
+    fields: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for entry in entries:
+        end = offset + entry.bytes
+        fields[entry.name] = {
+            "dtype": _NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(entry: Entry, tensor: torch.Tensor) -> memoryview:
+    if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+        raise ValueError(f"{entry.name} is {tensor.dtype} {list(tensor.shape)}, not {entry.dtype} {list(entry.shape)}")
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _write_all(file: object, data: memoryview) -> None:
+    """An unbuffered write may take a part only."""
+    while data:
+        data = data[file.write(data) :]  # type: ignore[attr-defined]

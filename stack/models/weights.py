@@ -1,0 +1,245 @@
+"""A model folder's safetensors -> parameters, one unit at a time, by the names and conversions that transformers knows.
+
+The tensors of a folder may have other names than the module's parameters, or be parts of them, such as one tensor for
+each expert. `transformers.core_model_loading` says which belong where; here only those of a unit are read.
+"""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from stack.config.model_folder import INDEX, SINGLE, check_weights, local_folder
+from stack.config.values import one_line
+from stack.errors import CheckpointError
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass
+class _Recipe:
+    """How tensors of the files become one parameter, or several."""
+
+    transform: WeightRenaming | WeightConverter
+    """Its class's own; it is copied before each use."""
+    target: str
+    """The first parameter."""
+    sources: list[tuple[str, str]] = field(default_factory=list)
+    """Pattern of the transform, and tensor."""
+
+
+class Weights:
+    """The weights of one model folder. Opening it reads names alone; a file is opened when a tensor of it is read."""
+
+    def __init__(self, name: str, model: Any):
+        """
+        Args:
+            name: `model.name`: a folder, or a hub name, which is downloaded if it must be.
+            model: the whole model of the folder's class, on meta.
+
+        Raises:
+            ConfigError: the name leads to no weights.
+            CheckpointError: files are missing or damaged, a parameter is not in them, or they hold others as well.
+        """
+        self._folder, self._model = local_folder(name, weights=True), model
+        check_weights(name, self._folder)
+        self._open: dict[str, Any] = {}
+        self._file_of = self._tensors()
+        # A tied parameter has one tensor there under either of its names, or two that must be equal.
+        self._tied: dict[str, str] = model.all_tied_weights_keys
+        self._recipes = self._match()
+        self._check_whole()
+
+    def fill(self, path: str, unit: nn.Module) -> None:
+        """Reads the parameters of one unit into it.
+
+        Args:
+            path: of the unit in the model.
+            unit: its parameters are fp32 on the CPU.
+
+        Raises:
+            CheckpointError: a file is damaged, or a tensor is of another shape or kind, or not finite.
+        """
+        with torch.no_grad():
+            read: dict[str, torch.Tensor] = {}
+            for inner, parameter in unit.named_parameters():
+                name = f"{path}.{inner}"
+                source, *others = self._holders(name)
+                if source not in read:
+                    read |= self._read(self._recipes[source])
+                self._take(source, read.pop(source), parameter)
+                for other in others:
+                    self._check_equal(other, source, parameter)
+
+    def _tensors(self) -> dict[str, str]:
+        """Tensor -> its file."""
+        if (self._folder / SINGLE).is_file():
+            return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+        index = self._folder / INDEX
+        try:
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            there = {file: (self._folder / Path(file).name).is_file() for file in sorted(set(files.values()))}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is damaged, it is no index of tensors; copy it again") from error
+        for file, found in there.items():
+            if not found:
+                raise CheckpointError(f"{self._folder} has no {file}, which {INDEX} names; copy it again")
+        return {tensor: Path(file).name for tensor, file in files.items()}
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            path = self._folder / name
+            try:
+                self._open[name] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is damaged or cut short ({error}); copy it again") from error
+        return self._open[name]
+
+    def _match(self) -> dict[str, _Recipe]:
+        """Recipes by each of their parameters.
+
+        As `convert_and_load_state_dict_in_model` of transformers matches, which would load all that it matches.
+
+        Raises:
+            CheckpointError: a tensor belongs to no parameter, and transformers would not pass over it.
+        """
+        mapping = get_model_conversion_mapping(self._model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        own = dict(self._model.named_parameters(remove_duplicate=False))
+        prefix = self._model.base_model_prefix
+        recipes: dict[str, _Recipe] = {}
+        others: dict[str, str] = {}
+        for tensor in sorted(self._file_of, key=dot_natural_key):
+            name, pattern = rename_source_key(tensor, renamings, converters, prefix, own)
+            if name not in own and tensor in own:
+                name, pattern = tensor, None
+            if name not in own:
+                others[name] = tensor
+            elif pattern is None:
+                recipes[name] = _Recipe(WeightRenaming(tensor, name), name, [(tensor, tensor)])
+            else:
+                converter = by_pattern[pattern]
+                recipe = recipes.setdefault(name, _Recipe(converter, name))
+                recipe.sources.append((pattern, tensor))
+                first, *rest = converter.target_patterns
+                recipes |= {name.replace(first, other): recipe for other in rest}
+        self._check_others(others)
+        return recipes
+
+    def _check_others(self, others: dict[str, str]) -> None:
+        found = LoadStateDictInfo(
+            missing_keys=set(),
+            unexpected_keys=set(others),
+            mismatched_keys=set(),
+            conversion_errors={},
+            error_msgs=[],
+            skipped_pp_keys=set(),
+        )
+        # Leaves out what old versions saved: rotary tables, causal masks.
+        self._model._adjust_missing_and_unexpected_keys(found)
+        unknown = sorted((others[name] for name in found.unexpected_keys), key=dot_natural_key)
+        if unknown:
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            raise CheckpointError(
+                f"{self._folder} holds tensors of no parameter of {type(self._model).__name__}: "
+                f"{', '.join(unknown[:3])}{more}; give the folder of such a model, with its own config.json"
+            )
+
+    def _check_whole(self) -> None:
+        """
+        Raises:
+            CheckpointError: a parameter, or a part of one, is nowhere in the files.
+        """
+        lost: list[str] = []
+        for name, parameter in self._model.named_parameters():
+            holders = self._holders(name)
+            if not holders:
+                lost += revert_weight_conversion(self._model, {name: parameter})
+            elif isinstance(self._recipes[holders[0]].transform, WeightConverter):
+                lost += self._lost_parts(self._recipes[holders[0]], parameter)
+        if lost:
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            raise CheckpointError(
+                f"{self._folder} lacks {', '.join(lost[:3])}{more} of {type(self._model).__name__}; copy it again"
+            )
+
+    def _lost_parts(self, recipe: _Recipe, parameter: torch.Tensor) -> list[str]:
+        """The tensors that a parameter lacks."""
+        if len(recipe.transform.target_patterns) > 1:
+            return []
+        wanted = revert_weight_conversion(self._model, {recipe.target: parameter})
+        if len(recipe.sources) >= len(wanted):
+            return []
+        there = {tensor for _, tensor in recipe.sources}
+        return [tensor for tensor in wanted if tensor not in there]
+
+    def _holders(self, name: str) -> list[str]:
+        """Under which of its names the files hold a parameter: one, or two where it is tied."""
+        heads = [head for head, embedding in self._tied.items() if embedding == name]
+        return [holder for holder in (name, *heads) if holder in self._recipes]
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        file = self._file_of[name]
+        try:
+            return self._file(file).get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._folder / file}: {name} cannot be read ({error}); copy it again") from error
+
+    def _read(self, recipe: _Recipe) -> dict[str, torch.Tensor]:
+        """All parameters of a recipe, in the dtype of the files."""
+        transform = deepcopy(recipe.transform)
+        for pattern, tensor in recipe.sources:
+            read: Callable[[], torch.Tensor] = partial(self._tensor, tensor)
+            transform.add_tensor(recipe.target, tensor, pattern, read)  # type: ignore[arg-type]
+        try:
+            found = transform.convert(recipe.target, model=self._model, config=self._model.config)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise CheckpointError(
+                f"{self._place(recipe.target)}: the parts of {recipe.target} do not fit together ({one_line(error)}); "
+                f"copy it again"
+            ) from error
+        return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+
+    def _place(self, name: str) -> Path:
+        """The file of a parameter's first tensor."""
+        return self._folder / self._file_of[self._recipes[name].sources[0][1]]
+
+    def _take(self, name: str, value: torch.Tensor, parameter: torch.Tensor) -> None:
+        place = f"{self._place(name)}: {name}"
+        if value.shape != parameter.shape:
+            raise CheckpointError(
+                f"{place} is {list(value.shape)}, and in this model {list(parameter.shape)}; leave model.config as the "
+                f"folder's config.json has it"
+            )
+        if value.dtype not in _DTYPES:
+            raise CheckpointError(f"{place} is {value.dtype}, a quantized form; give the weights that it was made from")
+        parameter.copy_(value)
+        if not parameter.isfinite().all():
+            raise CheckpointError(f"{place} has values that are not finite; give weights that are")
+
+    def _check_equal(self, head: str, name: str, parameter: torch.Tensor) -> None:
+        """transformers would not tie them then."""
+        other = self._read(self._recipes[head])[head]
+        if other.shape != parameter.shape or not torch.equal(other.to(parameter.dtype), parameter):
+            raise CheckpointError(
+                f"{self._place(head)}: {head} differs from {name}, and tie_word_embeddings makes them one; add "
+                f"model.config.tie_word_embeddings=false"
+            )

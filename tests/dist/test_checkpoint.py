@@ -1,0 +1,57 @@
+"""A checkpoint is the logical state: any layout saves the same thing, and any layout loads it."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stack.checkpoint import manifest as manifests
+from tests.helpers.saved import LAYOUTS, logical_state, run_from
+from tests.helpers.tiny import family_settings
+
+_STEPS = 2
+_HOME = "pp2 dp2 zero3"
+_MODELS = {"llama": False, "llama tied": True, "olmoe": False, "gpt2 tied": True}
+
+
+def run(ranks: Any, layout: str, model: str, root: Path, **about: Any) -> list[dict[str, Any]]:
+    world_size, settings = LAYOUTS[layout]
+    family = family_settings(model.split()[0], tied=_MODELS[model])
+    return ranks(world_size).run(functools.partial(run_from, **about), {**family, **settings}, root)
+
+
+@pytest.fixture(scope="module")
+def origin(ranks, tmp_path_factory):
+    """`origin(model)`: where (pp2, dp2, zero3) has saved after two steps, its state, and how it went on."""
+
+    @functools.cache
+    def made(model: str):
+        root = tmp_path_factory.mktemp("origin")
+        run(ranks, _HOME, model, root, step=0, until=_STEPS, save=root)
+        onwards = run(ranks, _HOME, model, root, step=_STEPS, until=_STEPS + 2, load=True)
+        return root, logical_state(root, _STEPS), onwards
+
+    return made
+
+
+def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+@pytest.mark.parametrize("model", _MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_another_layout_loads_the_same_state_and_goes_on_with_the_same_losses(ranks, origin, tmp_path, layout, model):
+    root, state, onwards = origin(model)
+    run(ranks, layout, model, root, step=_STEPS, until=_STEPS, load=True, save=tmp_path)
+    assert_equal(state, logical_state(tmp_path, _STEPS))
+    # And back.
+    again = run(ranks, _HOME, model, tmp_path, step=_STEPS, until=_STEPS + 2, load=True)
+    assert again[0]["steps"] == onwards[0]["steps"]
+    there = run(ranks, layout, model, root, step=_STEPS, until=_STEPS + 2, load=True)
+    for got, expected in zip(there[0]["steps"], onwards[0]["steps"], strict=True):
+        assert got == pytest.approx(expected, rel=1e-5)
+    assert there[0]["heldout"] == pytest.approx(onwards[0]["heldout"], rel=1e-5)

@@ -1,0 +1,119 @@
+"""The zygote: whole runs and single functions on forked ranks, which may be killed."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+import pytest
+
+from stack.health.orphan import DRIVER_PID
+from stack.observe.jsonl import read
+from stack.train.rundir import RunDir, read_json
+from tests.helpers.forked import Killed, tiny_again, tiny_run, tiny_settings
+
+ENDLESS = {"train.steps": 1_000_000, "schedule.kind": "constant", "checkpoint.every": 0}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(zygote):
+    yield
+    assert zygote.alive
+    assert psutil.Process(zygote.pid).children(recursive=True) == []
+
+
+def wait_for(probe: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 30
+    while not (found := probe()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def test_a_run_ends_well_and_goes_on(zygote, tmp_path):
+    run = tiny_run(tmp_path)
+    seconds = []
+    for steps in (5, 8):
+        began = time.monotonic()
+        assert zygote.run(["--config", str(run.config)], 2) == [0, 0]
+        seconds.append(round(time.monotonic() - began, 2))
+        assert read_json(run.done)["step"] == steps
+        assert len(read(run.metrics)) == steps
+        tiny_again(run, {"train.steps": 8})
+    print(f"\na run of two forked ranks: {seconds} s")
+
+
+def test_ranks_without_a_driver_make_their_run_and_give_it_back(zygote, tmp_path):
+    tiny_run(tmp_path)  # the corpus
+    settings = {**tiny_settings(), "run.root": tmp_path / "bare"}
+    assert zygote.run([f"{key}={value}" for key, value in settings.items()], 2, env={DRIVER_PID: None}) == [0, 0]
+    [run] = map(RunDir, tmp_path.glob("bare/*/*"))
+    assert run.done.exists()
+    assert not (run.path / "lock.json").exists()
+
+
+def test_a_killed_rank_takes_the_others_along(zygote, tmp_path):
+    run = tiny_run(tmp_path, ENDLESS)
+    with ThreadPoolExecutor() as pool:
+        codes = pool.submit(zygote.run, ["--config", str(run.config)], 2)
+        wait_for(lambda: run.metrics.exists() and len(read(run.metrics)) >= 3)
+        os.kill(read_json(run.rank(1) / "rank.json")["pid"], signal.SIGKILL)
+        assert codes.result() == [9, -9]
+    assert [error["rank"] for error in run.errors()] == [0]
+
+
+def test_ranks_that_do_not_end_are_killed(zygote, tmp_path):
+    run = tiny_run(tmp_path, ENDLESS)
+    began = time.monotonic()
+    assert zygote.run(["--config", str(run.config)], 2, timeout_s=3) == [-9, -9]
+    assert 3 <= time.monotonic() - began < 10
+
+
+def add(summand: int) -> tuple[int, float]:
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(float(dist.get_rank() + summand))
+    dist.all_reduce(total)
+    return os.getpid(), total.item()
+
+
+def test_a_function_on_fresh_ranks(zygote):
+    results = zygote.run_function(add, (10,), 3)
+    assert [total for _, total in results] == [33.0] * 3
+    assert len({pid for pid, _ in results}) == 3
+
+
+def lose(number: int) -> str:
+    """Ends rank 1 by a signal; what rank 0 then hears."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), number)
+    try:
+        dist.barrier()
+    except RuntimeError:
+        return "lost"
+    return "never"
+
+
+def test_a_function_may_lose_a_rank(zygote):
+    assert zygote.run_function(lose, (signal.SIGKILL,), 2) == ["lost", Killed(signal.SIGKILL)]
+
+
+def test_a_rank_that_hangs_is_named(zygote):
+    with pytest.raises(AssertionError, match=r"ranks that did not answer: \[0, 1\]"):
+        zygote.run_function(lose, (signal.SIGSTOP,), 2, timeout_s=3)
+
+
+def fail() -> None:
+    raise KeyError("a bug of a case")
+
+
+def test_a_rank_that_raises_is_quoted(zygote):
+    with pytest.raises(AssertionError, match=r"rank 1:\nTraceback(.|\n)*KeyError: 'a bug of a case'"):
+        zygote.run_function(fail, (), 2)

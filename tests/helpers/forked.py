@@ -1,0 +1,358 @@
+"""Runs whose ranks are forks of one process that has imported everything: a second a run, and a rank may be killed.
+
+run = tiny_run(tmp_path, {"train.steps": 5})
+assert zygote.run(["--config", str(run.config)], world_size=2) == [0, 0]
+"""
+
+import contextlib
+import functools
+import gc
+import importlib
+import multiprocessing
+import os
+import pickle
+import random
+import runpy
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from stack.config.compose import compose, from_yaml
+from stack.data import shards
+from stack.health.orphan import DRIVER_PID
+from stack.plan.layout import make_plan
+from stack.train import rundir
+from stack.train.rundir import RunDir
+from tests.helpers.pool import CASE_TIMEOUT_S, free_port
+
+#: Two layers, 38 thousand parameters.
+_SHAPE = "{hidden_size:32,intermediate_size:64,num_hidden_layers:2,num_attention_heads:2,num_key_value_heads:1}"
+#: What the ranks of a run import; the last three come late, and cost each rank more than the run.
+_IMPORTS = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "stack.train.worker",
+    "stack.parallel.engine",
+    "stack.train.loop",
+    "stack.train.recorder",
+    "stack.train.restart",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "transformers.models.llama.modeling_llama",
+    "matplotlib.backends.backend_agg",
+)
+_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+_AFTER_FAILURE_S = 5
+_START_S = 120
+_POLL_S = 0.01
+
+
+@dataclass(frozen=True)
+class Killed:
+    """In place of a rank's result: the signal that ended it."""
+
+    signal: int
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the zygote is asked for. Each rank unpickles `call`, (function, arguments), and runs it after the fork."""
+
+    call: bytes
+    world_size: int
+    environment: Mapping[str, str | None]
+    timeout_s: float
+    output: str
+    """A file that takes what the ranks print."""
+
+
+@dataclass
+class _Ranks:
+    """Forked ranks until all have ended."""
+
+    pids: list[int]
+    codes: dict[int, int] = field(default_factory=dict)
+    overdue: list[int] = field(default_factory=list)
+    """Ranks that had to be killed because they did not end in time."""
+
+
+class Zygote:
+    """A process with torch, DeepSpeed, transformers and the worker in its memory, and no thread but its own."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there,), daemon=True)
+        # Ahead of all its imports: numpy starts threads.
+        with patch.dict(os.environ, _ENVIRONMENT):
+            self._process.start()
+        # Else the end of the zygote would not be the end of the pipe.
+        there.close()
+        assert self._pipe.poll(_START_S), f"the zygote did not start within {_START_S} s"
+        self.pid: int = self._pipe.recv()
+
+    def run(
+        self,
+        argv: Sequence[str],
+        world_size: int,
+        env: Mapping[str, str | None] | None = None,
+        timeout_s: float = 60.0,
+    ) -> list[int]:
+        """`python -m stack.train ARGV` on `world_size` ranks, as the driver starts it, until all have ended.
+
+        Args:
+            env: variables beside the rank's own; None takes one away. The driver is the zygote: without
+                STACK_DRIVER_PID ranks make their run directory by themselves.
+            timeout_s: after which those that are left are killed; also 5 s after the first that failed.
+
+        Returns:
+            Exit codes by rank, -9 for one that was killed.
+        """
+        environment = {DRIVER_PID: str(self.pid), **(env or {})}
+        with tempfile.NamedTemporaryFile("r") as output:
+            ranks = self._fork(_run_worker, (list(argv),), world_size, environment, timeout_s, output.name)
+            # pytest shows it where the test fails.
+            print(output.read(), end="")
+        if ranks.overdue:
+            print(f"killed, since they did not end: ranks {ranks.overdue}")
+        return [ranks.codes[rank] for rank in range(world_size)]
+
+    def run_function(
+        self, function: Callable[..., Any], args: Sequence[Any], world_size: int, timeout_s: float = CASE_TIMEOUT_S
+    ) -> list[Any]:
+        """Calls `function(*args)` on fresh ranks of one process group; returns the results by rank, and `Killed` for a
+        rank that a signal has ended.
+
+        Raises:
+            AssertionError: a rank raised (its traceback is the message), or left without a result or not in time.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder, "output")
+            ranks = self._fork(_run_function, (folder, function, *args), world_size, {}, timeout_s, str(output))
+            answers = {rank: _answer(Path(folder), rank, code) for rank, code in ranks.codes.items()}
+            print(output.read_text(), end="")
+        failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
+        if failed or ranks.overdue:
+            raise AssertionError("\n".join([*failed, f"ranks that did not answer: {sorted(ranks.overdue)}"]))
+        return [answers[rank][1] for rank in range(world_size)]
+
+    def _fork(
+        self,
+        function: Callable[..., None],
+        args: tuple[Any, ...],
+        world_size: int,
+        environment: Mapping[str, str | None],
+        timeout_s: float,
+        output: str,
+    ) -> _Ranks:
+        try:
+            self._pipe.send(_Request(pickle.dumps((function, args)), world_size, environment, timeout_s, output))
+            return self._pipe.recv()
+        except BaseException:
+            # A test that was broken off: the answer would be taken for the next one's.
+            self.close()
+            raise
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def close(self) -> None:
+        """Ends the zygote, and with it what it has forked."""
+        self._pipe.close()
+        self._process.join(_AFTER_FAILURE_S)
+        self._process.kill()
+        self._process.join()
+
+
+def _answer(folder: Path, rank: int, code: int) -> tuple[bool, Any]:
+    """Whether the rank has a result, and the result or what is known of its failure."""
+    file = folder / f"{rank}.pickle"
+    if file.exists():
+        return pickle.loads(file.read_bytes())
+    return (True, Killed(-code)) if code < 0 else (False, f"ended with {code} and without a result")
+
+
+# In the zygote.
+
+
+def _serve(pipe: Connection) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]
+    for name in _IMPORTS:
+        importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+    threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1, f"a fork takes one thread along, and here are {len(threads)}"
+    # What is here stays; a collection in a rank would copy all its pages.
+    gc.collect()
+    gc.freeze()
+    pipe.send(os.getpid())
+    with contextlib.suppress(EOFError):
+        while True:
+            request = pipe.recv()
+            port = free_port()
+            ranks = _Ranks([_fork_rank(request, rank, port, pipe) for rank in range(request.world_size)])
+            try:
+                _wait(ranks, request.timeout_s, pipe)
+            finally:
+                _kill(ranks)
+            pipe.send(ranks)
+
+
+def _wait(ranks: _Ranks, timeout_s: float, pipe: Connection) -> None:
+    """Until all have ended, of themselves or killed.
+
+    Raises:
+        EOFError: whoever asked is gone.
+    """
+    deadline = time.monotonic() + timeout_s
+    while len(ranks.codes) < len(ranks.pids):
+        for rank, pid in enumerate(ranks.pids):
+            if rank not in ranks.codes and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                # Before its id is free for another: also what it has started and left behind.
+                _kill_session(pid)
+                ranks.codes[rank] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                if ranks.codes[rank]:
+                    deadline = min(deadline, time.monotonic() + _AFTER_FAILURE_S)
+        if time.monotonic() > deadline and not ranks.overdue:
+            ranks.overdue += [rank for rank in range(len(ranks.pids)) if rank not in ranks.codes]
+            _kill(ranks)
+        if pipe.poll(_POLL_S):
+            raise EOFError
+
+
+def _kill(ranks: _Ranks) -> None:
+    for rank, pid in enumerate(ranks.pids):
+        if rank not in ranks.codes:
+            _kill_session(pid)
+
+
+def _kill_session(leader: int) -> None:
+    # A rank that has just been forked leads no group yet.
+    for end in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError):
+            end(leader, signal.SIGKILL)
+
+
+# In a rank.
+
+
+def _fork_rank(request: _Request, rank: int, port: int, pipe: Connection) -> int:
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        pipe.close()
+        _own_streams(request.output)
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request.world_size, "MASTER_PORT": port}
+        for name, value in {"MASTER_ADDR": "127.0.0.1", **own, **request.environment}.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = str(value)
+        function, args = pickle.loads(request.call)
+        function(*args)
+        code = 0
+    except BaseException:  # noqa: BLE001 - nothing of a rank may get back into the zygote's loop
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _own_streams(output: str) -> None:
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(nothing, 0)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    for stream in (nothing, file):
+        os.close(stream)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+
+
+def _run_worker(argv: list[str]) -> None:
+    """Ends as a rank ends."""
+    sys.argv = ["stack.train", *argv]
+    runpy.run_module("stack.train", run_name="__main__")
+
+
+def _run_function(folder: str, function: Callable[..., Any], *args: Any) -> None:
+    from stack.parallel import zero
+
+    try:
+        zero.init_distributed(timeout=timedelta(seconds=CASE_TIMEOUT_S))
+        answer = pickle.dumps((True, function(*args)))
+    except BaseException:  # noqa: BLE001 - whatever a case raises is reported to the test
+        answer = pickle.dumps((False, traceback.format_exc()))
+    made = Path(folder, f".{os.environ['RANK']}")
+    made.write_bytes(answer)
+    made.rename(Path(folder, f"{os.environ['RANK']}.pickle"))
+
+
+# Runs, made in the test's process.
+
+
+@functools.cache
+def _session_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="stack-corpus-")
+
+
+@functools.cache
+def tiny_settings() -> dict[str, object]:
+    """Overrides of a tiny run of two ranks, pp2, and of its corpus, which is written once a session."""
+    folder = Path(_session_folder().name)
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(200)]
+    (folder / "texts").mkdir()
+    for number in range(12):
+        lines = [" ".join(draw.choices(words, k=12)) for _ in range(100)]
+        (folder / "texts" / f"{number:02}.txt").write_text("\n".join(lines))
+    return {
+        "data.source": "files",
+        "data.paths": f"[{folder / 'texts'}]",
+        "data.root": folder / "prepared",
+        "data.vocab_size": 300,
+        "data.seq_len": 32,
+        "model.config": _SHAPE,
+        "batch.global_size": 8,
+        "batch.micro_size": 1,
+        "schedule.warmup_steps": 0,
+        "train.steps": 5,
+        "train.eval_every": 0,
+        "launch.ranks_per_node": 2,
+        "log.wandb.mode": "disabled",
+    }
+
+
+def tiny_run(folder: Path, overrides: Mapping[str, object] | None = None) -> RunDir:
+    """A run below `folder`, as the driver leaves it to the ranks: made, its corpus prepared, nothing started.
+
+    Args:
+        overrides: of `tiny_settings`, as {"key": value}.
+    """
+    settings = {**tiny_settings(), "run.root": folder / "runs", **(overrides or {})}
+    cfg = compose([f"{key}={value}" for key, value in settings.items()])
+    corpus = shards.prepare(cfg.data, seed=cfg.data.split_seed, progress=False)
+    return rundir.create(cfg, make_plan(cfg), corpus=corpus)
+
+
+def tiny_again(run: RunDir, overrides: Mapping[str, object] | None = None) -> RunDir:
+    """The same run, made ready for another attempt as `stack resume` does."""
+    cfg = from_yaml(run.config, [f"{key}={value}" for key, value in (overrides or {}).items()])
+    rundir.begin_again(run, cfg, make_plan(cfg), corpus=run.corpus)
+    return run

@@ -1,0 +1,105 @@
+"""Runs the tiny model, saves and loads it in any layout, on the ranks of a pool."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.helpers.tiny import replica_batch, tiny_config
+
+#: (ranks, settings) of the layouts that checkpoints are carried between.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "pp2 dp2 zero3": (4, {}),
+    "pp1 dp1 zero0": (1, {"parallel__pipeline": 1, "parallel__zero": 0}),
+    "pp4 dp1 zero1": (4, {"parallel__pipeline": 4, "parallel__zero": 1}),
+    "pp1 dp4 zero3": (4, {"parallel__pipeline": 1}),
+    "pp2 dp1 zero2": (2, {"parallel__zero": 2}),
+    "pp2 dp2 zero0": (4, {"parallel__zero": 0}),
+    "interleaved": (4, {"parallel__schedule": "interleaved_1f1b", "parallel__virtual_stages": 2}),
+    "zbv": (
+        2,
+        {
+            "parallel__zero": 1,
+            "parallel__schedule": "zbv",
+            "parallel__virtual_stages": 2,
+            "activation__checkpoint": "none",
+        },
+    ),
+    "offloaded": (4, {"parallel__offload__optimizer": "cpu"}),
+}
+
+
+def run_from(
+    settings: dict[str, Any], root: Path, *, step: int, until: int, load: bool = False, save: Path | None = None
+) -> dict[str, Any]:
+    """One rank's part: called on every rank of a pool.
+
+    Args:
+        root: of checkpoints.
+        step: to begin at.
+        until: to train to.
+        load: the checkpoint of `step` in `root` first.
+        save: a checkpoint of `until` into this root.
+
+    Returns:
+        steps: (loss, grad_norm) of each step, as hexadecimal; heldout: token loss sum at the end.
+    """
+    import torch.distributed as dist
+
+    from stack.checkpoint import load as loading
+    from stack.checkpoint.save import Saver
+    from stack.models.build import parameter_shapes
+    from stack.parallel.engine import Engine
+    from stack.parallel.mesh import make_mesh
+    from stack.plan.layout import make_plan
+
+    cfg = tiny_config(**settings)
+    plan = make_plan(cfg, dist.get_world_size())
+    mesh = make_mesh(plan, timeout=timedelta(seconds=60))
+    engine = Engine(cfg, plan, mesh, empty=load)
+    if load:
+        found = loading.find(root, step, mesh, tell=print)
+        assert found is not None
+        loading.load(found, engine.rank_engine)
+    results = []
+    for number in range(step, until):
+        batch = replica_batch(cfg, number, replica=mesh.replica, replicas=mesh.replicas, kind="padded")
+        engine.seed(number)
+        results.append(engine.train_batch(batch, lr=cfg.optim.lr))
+    if save:
+        about = {"data": {"batch.global_size": cfg.batch.global_size}, "plan": plan.to_dict(), "versions": {}}
+        saver = Saver(
+            save,
+            engine.rank_engine,
+            cfg.checkpoint,
+            about=about,
+            shapes=parameter_shapes(cfg),
+            tell=print,
+            phase=lambda *_: None,
+        )
+        saver.save(until, {"step": until}, heldout_loss=None, last=not cfg.checkpoint.async_save)
+        if cfg.checkpoint.async_save and results:
+            # What is saved is the state of this step, whatever training does while it is being written.
+            engine.train_batch(batch, lr=cfg.optim.lr)
+        saver.close()
+    held = replica_batch(cfg, 99, replica=mesh.replica, replicas=mesh.replicas, kind="padded")
+    return {
+        "steps": [(result.loss, result.grad_norm) for result in results],
+        "heldout": engine.eval_batch(held),
+        "dtypes": engine.dtypes,
+    }
+
+
+def logical_state(root: Path, step: int) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds of its parameters, by `<state>/<name>`, each whole."""
+    from stack.checkpoint import manifest as manifests
+    from stack.checkpoint.storage import whole
+
+    folder = manifests.folder_of(root, step)
+    manifest = manifests.read(folder)
+    return {
+        f"{state}/{name}": whole(folder, manifest, name, state=state)
+        for name in manifest.parameters
+        for state in manifest.states
+    }

@@ -1,6 +1,7 @@
 # `make train` and `make test` work on a fresh machine: the environment is made when it is missing or out of date.
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-all plan data train bench bench-scaling bench-gpu clean
+.PHONY: help setup check test test-all plan data train resume export eval verify \
+	eval-harness bench bench-checkpoints bench-scaling bench-gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,11 +12,16 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 TORCH_INDEX ?=
 # Hydra overrides, e.g. make train ARGS="train.steps=50 parallel.zero=1".
 ARGS ?=
+# What resume, export, eval and verify are about, e.g. make export RUN=runs/quickstart/20261123-101500-a1b2 OUT=my-model.
+RUN ?=
+OUT ?=
+# What the harness evaluates, and on which tasks, e.g. make eval-harness OUT=my-model TASKS=hellaswag,arc_easy.
+TASKS ?= python_source
 # What `make test` and `make test-all` run, e.g. make test TESTS=tests/unit.
 TESTS ?= tests
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: $(READY) ## make .venv with the tested versions
 
@@ -48,10 +54,29 @@ data: $(READY) ## tokenize the corpus
 train: $(READY) ## train (ARGS="train.steps=50 parallel.zero=1")
 	$(BIN)/stack train $(ARGS)
 
+resume: $(READY) ## go on with a run (RUN=runs/NAME/ID ARGS="train.steps=200")
+	$(BIN)/stack resume $(RUN) $(ARGS)
+
+export: $(READY) ## write a run's newest checkpoint as a Hugging Face folder (RUN=... OUT=...)
+	$(BIN)/stack export $(RUN) $(OUT) $(ARGS)
+
+eval: $(READY) ## held-out loss of a run or an exported folder (RUN=...)
+	$(BIN)/stack eval $(RUN) $(ARGS)
+
+verify: $(READY) ## read every checkpoint of a run in full (RUN=...)
+	$(BIN)/stack verify $(RUN)
+
+eval-harness: $(READY) ## EleutherAI's harness on an exported folder (OUT=... TASKS=...)
+	$(BIN)/pip install --quiet --progress-bar off -c constraints.txt -e '.[eval]'
+	$(BIN)/lm_eval run --model hf --model_args pretrained=$(OUT) --include_path benchmarks/eval_harness --tasks $(TASKS) $(ARGS)
+
 # accelerate is what the Trainer asks for; constraints.txt has everything else that it needs.
 bench: $(READY) ## measure against DeepSpeed, Trainer, FSDP2 and torch's pipelining
 	$(BIN)/pip install --quiet --progress-bar off -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-checkpoints: $(READY) ## measure saving, loading and exporting against DeepSpeed's own
+	$(BIN)/python -m benchmarks.checkpoints $(ARGS)
 
 bench-scaling: $(READY) ## measure how a step grows with sequence, microbatches, stages, layers, ranks
 	$(BIN)/python -m benchmarks.scaling $(ARGS)

@@ -17,7 +17,7 @@ _WARMUP = 3
 
 
 def shares(rows: list[tuple[float, float, bool]]) -> list[float]:
-    """For each step without an evaluation or a checkpoint: the share of the time since the row before that was not the step.
+    """For each step without an evaluation or a checkpoint: the share of the time since the row before that was not it.
 
     Args:
         rows: when it was written in Unix seconds, seconds of its step, and whether one of these came between.

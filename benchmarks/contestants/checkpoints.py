@@ -1,4 +1,4 @@
-"""Saving and loading one state, ours and DeepSpeed's own, by the same engine on the same ranks."""
+"""Saving, loading and exporting one state, ours and DeepSpeed's own, by the same engine on the same ranks."""
 
 import argparse
 import json
@@ -14,9 +14,12 @@ import torch.distributed as dist
 
 from benchmarks.contestants import common
 from stack.checkpoint import load as loading
+from stack.checkpoint import manifest as manifests
 from stack.checkpoint.save import Saver
+from stack.checkpoint.storage import whole
 from stack.config.schema import Checkpoint
 from stack.models.build import parameter_shapes
+from stack.models.export import export
 from stack.parallel.engine import Engine
 from stack.parallel.mesh import Mesh, make_mesh
 from stack.plan.layout import make_plan
@@ -30,22 +33,30 @@ def main() -> None:
     arguments.add_argument("--folder", type=Path, required=True, help="where checkpoints go")
     arguments.add_argument("--pipeline", type=int, default=2)
     arguments.add_argument("--zero", type=int, default=3)
-    arguments.add_argument("--load", action="store_true", help="load what a run without this has left, and do no more")
+    arguments.add_argument(
+        "--do", choices=("save", "load", "export"), default="save", help="the last two: what it left"
+    )
     args = common.start(arguments)
+    if args.do == "export":
+        _report(_export(args))
+        common.leave()
     cfg = common.config(args.work, dist.get_world_size() // args.pipeline, pipeline=args.pipeline, zero=args.zero)
     plan = make_plan(cfg, dist.get_world_size())
     mesh = make_mesh(plan, timeout=common.TIMEOUT)
-    engine = Engine(cfg, plan, mesh, empty=args.load)
-    if args.load:
+    engine = Engine(cfg, plan, mesh, empty=args.do == "load")
+    if args.do == "load":
         found = _load(engine, mesh, args.folder / "ours")
     else:
         _fill(engine)
         about = {"data": {}, "plan": plan.to_dict(), "versions": {}}
         found = _save(engine, args, {"about": about, "shapes": parameter_shapes(cfg)})
-    if dist.get_rank() == 0:
-        found["parameters"] = plan.shape.total_params
-        print(common.RESULT, json.dumps(found), flush=True)
+    _report({**found, "parameters": plan.shape.total_params})
     common.leave()
+
+
+def _report(found: dict[str, Any]) -> None:
+    if dist.get_rank() == 0:
+        print(common.RESULT, json.dumps(found), flush=True)
 
 
 def _fill(engine: Engine) -> None:
@@ -124,6 +135,44 @@ def _load(engine: Engine, mesh: Mesh, root: Path) -> dict[str, Any]:
         found["verify_s"].append(_timed(find))
         found["load_s"].append(_timed(lambda: loading.load(checkpoint, engine.rank_engine)))  # noqa: B023
     return found
+
+
+def _export(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds to export the weights in fp32, and to copy the file that this has made to another and to the disk."""
+    cfg = common.config(args.work, 1, pipeline=1, zero=0)
+    root = args.folder / "ours"
+    folder = manifests.folder_of(root, manifests.steps(root)[-1])
+    manifest = manifests.read(folder)
+    found: dict[str, Any] = {"export_s": [], "copy_s": []}
+    for turn in range(_TURNS + 1):
+        out = args.folder / "exported"
+        shutil.rmtree(out, ignore_errors=True)
+        os.sync()
+        exported = _timed(
+            lambda: export(
+                cfg,
+                lambda name: whole(folder, manifest, name),
+                out,  # noqa: B023
+                dtype=torch.float32,
+                tokenizer=None,
+                progress=lambda *_: None,
+            )
+        )
+        os.sync()
+        copied = _timed(lambda: _copy(out / "model.safetensors", args.folder / "copy"))  # noqa: B023
+        found["export_bytes"] = (args.folder / "copy").stat().st_size
+        (args.folder / "copy").unlink()
+        if turn:
+            found["export_s"].append(exported)
+            found["copy_s"].append(copied)
+    return found
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as old, target.open("wb") as new:
+        shutil.copyfileobj(old, new, 16 << 20)
+        new.flush()
+        os.fsync(new.fileno())
 
 
 def _timed(call: Callable[[], object]) -> float:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from stack.config.families import FAMILIES, base_fields
 from stack.config.kernels import check_kernels
 from stack.config.model_fields import Tree, check_fields, check_rope, union
-from stack.config.model_folder import check_weights, local_folder
+from stack.config.model_folder import check_weights
 from stack.config.schema import Config
 from stack.config.values import Spec, check_value, closest_path, refuse, show, spec_of
 from stack.errors import ConfigError
@@ -177,9 +177,8 @@ def _pretrained_rules(config: Config) -> None:
     fields = base_fields(model.name)
     if "quantization_config" in fields:
         refuse("model.name", model.name, "its weights are quantized; give the folder that they were made from")
-    folder = local_folder(model.name, weights=False)
     # A hub's weights are not there yet.
-    if Path(model.name).expanduser().exists():
+    if (folder := Path(model.name).expanduser()).exists():
         check_weights(model.name, folder)
     for key in _SHAPING:
         theirs = {**FAMILIES[fields["model_type"]].defaults, **fields}.get(key)

@@ -1,6 +1,8 @@
 """What `model.name` names beside a family: a model folder on this machine, or a hub's, in the Hugging Face cache."""
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,7 @@ def local_folder(name: str, *, weights: bool) -> Path:
         return folder
     folder = _snapshot(name, _CONFIG, revision=None, whole=_has_config)
     # The name of a snapshot's folder is its commit.
-    return _snapshot(name, _ALL, revision=folder.name, whole=has_weights) if weights else folder
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether safetensors are there under the names that transformers gives them."""
-    return any((folder / name).is_file() for name in (SINGLE, INDEX))
+    return _snapshot(name, _ALL, revision=folder.name, whole=_has_all_weights) if weights else folder
 
 
 def check_weights(name: str, folder: Path) -> None:
@@ -49,7 +46,7 @@ def check_weights(name: str, folder: Path) -> None:
     Raises:
         ConfigError: it has none; the message says what is there and how to convert it.
     """
-    if has_weights(folder):
+    if any((folder / file).is_file() for file in (SINGLE, INDEX)):
         return
     convert = f'AutoModelForCausalLM.from_pretrained("{name}").save_pretrained(NEW_FOLDER, safe_serialization=True)'
     there = [path.name for path in sorted(folder.iterdir()) if path.suffix in _OTHER_WEIGHTS] if folder.is_dir() else []
@@ -66,7 +63,20 @@ def _has_config(folder: Path) -> bool:
     return (folder / _CONFIG[0]).is_file()
 
 
-def _snapshot(name: str, patterns: tuple[str, ...], *, revision: str | None, whole: Any) -> Path:
+def _has_all_weights(folder: Path) -> bool:
+    try:
+        files = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = {SINGLE}
+    return all((folder / file).is_file() for file in files)
+
+
+def _snapshot(name: str, patterns: tuple[str, ...], *, revision: str | None, whole: Callable[[Path], bool]) -> Path:
+    """The folder of a hub's files that match, from the cache where it is `whole` there.
+
+    Raises:
+        ConfigError: as `local_folder`.
+    """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -84,4 +94,5 @@ def _snapshot(name: str, patterns: tuple[str, ...], *, revision: str | None, who
         refuse("model.name", name, f"{why}; check the spelling, or log in with `hf auth login` if it is gated")
     except (OSError, ValueError) as error:
         why = f"no folder here, not whole in the Hugging Face cache, and {constants.ENDPOINT} cannot be reached"
-        refuse("model.name", name, f"{why} ({one_line(error)}); download it where there is one, and give the folder")
+        instead = "download it where there is a network, and give its folder"
+        refuse("model.name", name, f"{why} ({one_line(error.__cause__ or error)}); {instead}")

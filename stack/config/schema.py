@@ -40,14 +40,14 @@ class Model:
     name: str = field(default="llama", metadata={"example": "llama, or a folder such as /models/my-llama"})
     """A family by its Hugging Face `model_type` (`llama`, `qwen3`, ...), or a model folder whose config.json is of one
     and gives the shape, or the name of one on the Hugging Face hub, such as `org/name`."""
-    init: str = _one_of("scratch", "scratch", "pretrained")
-    """First weights: `scratch` draws them; `pretrained` reads the model folder's safetensors, of whatever dtype, each
-    rank those of its own layers. A hub's are downloaded once."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the family's Hugging Face config, e.g. {hidden_size: 192}; they override a folder's, and those left
     out are the class's own."""
     attention: str = _one_of("sdpa", "sdpa", "eager", "flash_attention_2")
     """Attention implementation by its Hugging Face name."""
+    init: str = _one_of("scratch", "scratch", "pretrained")
+    """First weights: `scratch` draws them; `pretrained` reads the model folder's safetensors, of whatever dtype, each
+    rank those of its own layers. A hub's are downloaded once."""
 
 
 @dataclass

@@ -216,6 +216,15 @@ def parameter_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in whole_model(cfg).named_parameters()}
 
 
+def open_weights(cfg: Config) -> Weights | None:
+    """What model.init=pretrained reads, on this host and found to be of this model by its names; None with scratch.
+
+    Raises:
+        ConfigError, CheckpointError: as `Weights`.
+    """
+    return Weights(cfg.model.name, whole_model(cfg)) if cfg.model.init == "pretrained" else None
+
+
 @dataclass(frozen=True)
 class _Values:
     """Where first values come from: drawn from `seed`, read from `weights`, or zero with neither."""
@@ -226,9 +235,8 @@ class _Values:
 
     @classmethod
     def of(cls, cfg: Config, *, empty: bool) -> "_Values":
-        read = cfg.model.init == "pretrained" and not empty
-        weights = Weights(cfg.model.name, whole_model(cfg)) if read else None
-        return cls(cfg.run.seed, draw=not empty and not read, weights=weights)
+        weights = None if empty else open_weights(cfg)
+        return cls(cfg.run.seed, draw=not empty and weights is None, weights=weights)
 
 
 def _skeleton(cfg: Config) -> Any:

@@ -64,21 +64,26 @@ def write(
         ValueError: a tensor is not what its entry says.
     """
     hasher, done = xxhash.xxh3_128(), 0
+    header = _header(entries, metadata)
     with path.open("wb", buffering=0) as file:
-        header = _header(entries, metadata)
-        size = len(header)
-        hasher.update(header)
-        _write_all(file, memoryview(header))
-        for entry in entries:
-            data = _bytes_of(entry, tensor(entry))
+
+        def put(data: memoryview) -> None:
+            hasher.update(data)
+            _write_all(file, data)
+
+        def put_tensor(data: memoryview) -> None:
+            """A function of its own, so that nothing holds the tensor while the next one is asked for."""
+            nonlocal done
             for start in range(0, len(data), _CHUNK):
-                chunk = data[start : start + _CHUNK]
-                hasher.update(chunk)
-                _write_all(file, chunk)
-                done += len(chunk)
+                put(data[start : start + _CHUNK])
+                done += min(_CHUNK, len(data) - start)
                 progress(done)
+
+        put(memoryview(header))
+        for entry in entries:
+            put_tensor(_bytes_of(entry, tensor(entry)))
         os.fsync(file.fileno())
-    return Digest(size + done, hasher.hexdigest())
+    return Digest(len(header) + done, hasher.hexdigest())
 
 
 def digest(path: Path) -> Digest:

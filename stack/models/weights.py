@@ -10,6 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
-from transformers.utils.loading_report import LoadStateDictInfo
 
 from stack.config.model_folder import INDEX, SINGLE, check_weights, local_folder
 from stack.config.values import one_line
@@ -145,14 +145,14 @@ class Weights:
         return recipes
 
     def _check_others(self, others: dict[str, str]) -> None:
-        found = LoadStateDictInfo(
-            missing_keys=set(),
-            unexpected_keys=set(others),
-            mismatched_keys=set(),
-            conversion_errors={},
-            error_msgs=[],
-            skipped_pp_keys=set(),
-        )
+        """
+        Args:
+            others: tensors of no parameter by the names that transformers gives them.
+
+        Raises:
+            CheckpointError: transformers would not pass over one of them.
+        """
+        found = SimpleNamespace(missing_keys=set(), unexpected_keys=set(others))
         # Leaves out what old versions saved: rotary tables, causal masks.
         self._model._adjust_missing_and_unexpected_keys(found)
         unknown = sorted((others[name] for name in found.unexpected_keys), key=dot_natural_key)

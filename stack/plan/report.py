@@ -23,16 +23,28 @@ def render(plan: Plan, cfg: Config) -> str:
     if plan.zero == 3:
         rows.append(("gather", cfg.parallel.gather, _GATHER[cfg.parallel.gather]))
     rows += [
-        ("checkpointing", cfg.activation.checkpoint, "activation.checkpoint"),
+        ("recompute", cfg.activation.checkpoint, "activation.checkpoint"),
         ("dtype", cfg.precision.dtype, "compute; masters, optimizer state and gradient sums are fp32"),
         ("microbatches", plan.microbatches, plan.reasons["microbatches"]),
         ("tokens a step", f"{tokens:,}", f"{plan.global_size} sequences x {plan.seq_len} tokens"),
         ("tokens in all", f"{tokens * cfg.train.steps:,}", f"{cfg.train.steps} steps"),
         ("bubble", f"{bubble(plan):.1%}", _bubble_formula(plan)),
+        _checkpoint(plan, cfg),
     ]
     width = max(len(str(value)) for _, value, _ in rows)
     lines = [f"{name:<14} {value!s:<{width}}  {reason}" for name, value, reason in rows]
     return "\n".join([*lines, "", *_stage_table(plan), "", *_memory_table(plan, cfg)])
+
+
+def _checkpoint(plan: Plan, cfg: Config) -> tuple[str, str, str]:
+    every, kept = cfg.checkpoint.every, cfg.checkpoint.keep_last
+    if every == 0:
+        return "checkpoint", "none", "checkpoint.every"
+    # fp32: the master, and what the optimizer keeps.
+    size = 4 * (3 if cfg.optim.kind == "adamw" else 1 + bool(cfg.optim.momentum))
+    share = max(map(plan.rank_params, range(plan.pipeline))) * size // plan.replicas
+    staged = f"; async_save takes {_bytes(share)} of a rank's host memory" if cfg.checkpoint.async_save else ""
+    return "checkpoint", _bytes(plan.shape.total_params * size), f"every {every} steps, {kept} kept{staged}"
 
 
 def _model(plan: Plan, cfg: Config) -> str:
@@ -117,6 +129,10 @@ def _memory_table(plan: Plan, cfg: Config) -> list[str]:
         cells = (f"{of(rank) / size:>{max(9, len(name))}.2f}" for name, of in used.items())
         lines.append("  ".join([f"{ids:<7}", *cells, rank.peak_phase]))
     return lines
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 
 def _count(number: int) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from stack.checkpoint import manifest
 from stack.config.compose import compose, from_yaml
-from stack.config.model_folder import local_folder
 from stack.config.schema import Config
 from stack.data import shards
 from stack.errors import CheckpointError, StackError, UsageError
@@ -38,6 +37,7 @@ def train(overrides: Sequence[str]) -> int:
     """
     cfg = compose(overrides)
     plan, corpus = _prepare(cfg)
+    _check_weights(cfg)
     with _stop_requests() as requests:
         run = rundir.create(cfg, plan, corpus=corpus)
         with RunLock(run.path):
@@ -76,6 +76,8 @@ def evaluate(folder: Path, overrides: Sequence[str]) -> int:
         if not manifest.steps(checkpoints):
             raise CheckpointError(f"{folder} has no checkpoint to evaluate; train with checkpoint.every=50")
     plan, corpus = _prepare(cfg)
+    if checkpoints is None:
+        _check_weights(cfg)
     with _stop_requests() as requests:
         evaluation = rundir.create_evaluation(parent, cfg, plan, corpus=corpus, checkpoints=checkpoints)
         return _launch(cfg, plan, evaluation, requests)
@@ -89,12 +91,17 @@ def _prepare(cfg: Config) -> tuple[Plan, Path]:
     """The layout, and the prepared corpus, both found to fit."""
     plan = make_plan(cfg)
     deepspeed.check(plan)
-    if cfg.model.init == "pretrained":
-        # Downloaded once, ahead of the ranks, where it is the hub's.
-        local_folder(cfg.model.name, weights=True)
     corpus = shards.prepare(cfg.data, seed=cfg.data.split_seed)
     open_batches(cfg, plan, corpus)
     return plan, corpus
+
+
+def _check_weights(cfg: Config) -> None:
+    """Refuses pretrained weights that are not of the model before ranks are started for them, and downloads a hub's."""
+    if cfg.model.init == "pretrained":
+        from stack.models.build import open_weights
+
+        open_weights(cfg)
 
 
 def _check_goes_on(cfg: Config, run: RunDir, corpus: Path) -> None:

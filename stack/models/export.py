@@ -126,7 +126,6 @@ class _Contents:
         """They are asked for in the order of the units."""
         unit = self._unit_of[entry.name]
         if unit != self._unit:
-            self._values.clear()
             self._values = revert_weight_conversion(self._model, {name: self._read(name) for name in unit})
             self._unit = unit
         return self._values.pop(entry.name).to(entry.dtype)

@@ -101,6 +101,8 @@ def follow_microbatches(gathers: Gathers, stages: list[list[nn.Module]], *, ahea
     for units in stages:
         for index, unit in enumerate(units):
             _follow(gathers, units, index, unit, ahead=ahead)
+            if not getattr(unit, "gradient_checkpointing", False):
+                _save_places(unit)
 
 
 def _follow(gathers: Gathers, units: list[nn.Module], index: int, unit: nn.Module, *, ahead: bool) -> None:
@@ -127,3 +129,33 @@ def _follow(gathers: Gathers, units: list[nn.Module], index: int, unit: nn.Modul
 
     unit.register_forward_pre_hook(before_forward)
     unit.register_forward_hook(after_forward)
+
+
+def _save_places(unit: nn.Module) -> None:
+    """Has autograd keep where in a weight it will look, and not the weight: a product saves a view of it, which would
+    keep all that was gathered in memory until the backward, for each microbatch in flight. A unit that is recomputed
+    saves nothing but its input."""
+    forward = unit.forward
+
+    def forward_that_saves_places(*args: Any, **kwargs: Any) -> Any:
+        whole = {p.untyped_storage().data_ptr(): p for p in unit.parameters() if not p.storage_offset()}
+
+        def pack(tensor: torch.Tensor) -> Any:
+            parameter = whole.get(tensor.untyped_storage().data_ptr())
+            if parameter is None:
+                # Detached, or an output that is saved would hold itself.
+                return tensor.detach()
+            return parameter, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+            return forward(*args, **kwargs)
+
+    unit.forward = forward_that_saves_places  # type: ignore[method-assign]
+
+
+def _unpack(saved: Any) -> torch.Tensor:
+    """What was saved; a weight has been gathered again by now."""
+    if isinstance(saved, torch.Tensor):
+        return saved
+    parameter, size, stride, offset = saved
+    return parameter.data.as_strided(size, stride, offset)

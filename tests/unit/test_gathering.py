@@ -142,3 +142,56 @@ def test_1f1b_starts_a_backward_as_soon_as_a_gradient_can_be_there():
 
 def test_1f1b_with_fewer_microbatches_than_stages():
     assert [str(action) for action in order_1f1b(0, 4, 2)] == ["0F0", "0F1", "0B0", "0B1"]
+
+
+def test_a_unit_that_is_let_go_is_in_nobodys_memory_until_its_backward():
+    import torch.nn.functional as F
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    class Unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.weight, self.bias).tanh() @ self.weight
+
+    units = [Unit(), Unit(), Unit()]
+    shards = {p: p.detach().clone() for unit in units for p in unit.parameters()}
+    gathered: list[StorageWeakRef] = []
+
+    class Whole:
+        def __init__(self, parameters: list[nn.Parameter]):
+            for parameter in parameters:
+                parameter.data = shards[parameter].clone()
+                gathered.append(StorageWeakRef(parameter.untyped_storage()))
+
+        def wait(self) -> None:
+            pass
+
+    def release(parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.data = torch.empty(0)
+
+    x = torch.randn(2, 3, 4)
+    expected = [p.grad for p in _gradients(units, x)]
+    for parameter in shards:
+        parameter.grad = None
+    release(list(shards))
+    gathers = Gathers([units], ask=Whole, release=release)
+    follow_microbatches(gathers, [units], ahead=False)
+    y = x
+    for unit in units:
+        y = unit(y)
+    # The last unit stays for the backward.
+    assert [ref.expired() for ref in gathered] == [True] * 4 + [False] * 2
+    y.sum().backward()
+    for parameter, gradient in zip(shards, expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+def _gradients(units: list[nn.Module], x: torch.Tensor) -> list[nn.Parameter]:
+    for unit in units:
+        x = unit(x)
+    x.sum().backward()
+    return [parameter for unit in units for parameter in unit.parameters()]

@@ -66,10 +66,10 @@ def evaluate(arguments: Sequence[str]) -> int:
     """held-out loss and perplexity of a run's checkpoint or of an exported folder"""
     from stack.launch import driver
 
-    folder, *overrides = arguments or [""]
-    if not (Path(folder) / driver.EXPORTED).is_file():
-        _run_and_overrides("eval", arguments)
-    return driver.evaluate(Path(folder).absolute(), overrides)
+    if arguments and (Path(arguments[0]) / driver.EXPORTED).is_file():
+        return driver.evaluate(Path(arguments[0]).resolve(), arguments[1:])
+    run, overrides = _run_and_overrides("eval", arguments)
+    return driver.evaluate(run.path, overrides)
 
 
 def export(arguments: Sequence[str]) -> int:
@@ -80,7 +80,7 @@ def export(arguments: Sequence[str]) -> int:
         raise UsageError("stack export needs the folder to write to; write stack export RUN_DIR OUT")
     from stack.launch import checkpoints
 
-    return checkpoints.export(run, Path(out).absolute(), overrides)
+    return checkpoints.export(run, Path(out).resolve(), overrides)
 
 
 def verify(arguments: Sequence[str]) -> int:
@@ -117,10 +117,11 @@ def _run_and_overrides(verb: str, arguments: Sequence[str]) -> tuple["RunDir", l
     if not arguments or "=" in arguments[0]:
         raise UsageError(f"stack {verb} needs a run directory; write stack {verb} runs/NAME/RUN_ID")
     path, *rest = arguments
-    run = RunDir(Path(path).absolute())
-    if not run.config.is_file():
-        inside = sorted(Path(path).glob("**/config.yaml"))[-1:]
-        hint = f"; did you mean {inside[0].parent}?" if inside else "; its path is what stack train prints first"
+    # Resolved: checkpoints may be kept elsewhere by the name that the folder really has.
+    run = RunDir(Path(path).resolve())
+    if not run.config.is_file() or run.evaluation.exists():
+        inside = sorted(Path(path).glob("*/config.yaml")) or sorted(Path(path).glob("*/*/config.yaml"))
+        hint = f"; did you mean {inside[-1].parent}?" if inside else "; its path is what stack train prints first"
         raise UsageError(f"{path} is no run directory, it has no config.yaml{hint}")
     return run, rest
 

@@ -48,7 +48,7 @@ def main() -> None:
         found = _load(engine, mesh, args.folder / "ours")
     else:
         _fill(engine)
-        about = {"data": {}, "plan": plan.to_dict(), "versions": {}}
+        about = {"course": {}, "plan": plan.to_dict(), "versions": {}}
         found = _save(engine, args, {"about": about, "shapes": parameter_shapes(cfg)})
     _report({**found, "parameters": plan.shape.total_params})
     common.leave()

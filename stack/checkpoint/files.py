@@ -37,14 +37,19 @@ def verify(root: Path) -> Iterator[tuple[Path, str | None]]:
         folder = manifests.folder_of(root, step)
         try:
             manifest = manifests.read(folder)
+            yield folder / manifests.MANIFEST, None
+            files = manifest.files
         except (CheckpointError, OSError) as error:
-            yield folder / manifests.MANIFEST, str(error)
+            if folder.is_dir():
+                yield folder / manifests.MANIFEST, str(error)
             continue
-        yield folder / manifests.MANIFEST, None
-        for file in manifest.files:
+        for file in files:
+            fault = None
             try:
                 check_file(folder, file)
             except (CheckpointError, OSError) as error:
-                yield folder / file.path, str(error)
-            else:
-                yield folder / file.path, None
+                if not folder.is_dir():
+                    # Deleted meanwhile, by the run that keeps newer ones: no fault.
+                    break
+                fault = str(error)
+            yield folder / file.path, fault

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from stack.checkpoint import manifest as manifests
 from stack.checkpoint.files import check_file
@@ -94,14 +95,23 @@ def load(found: Found, engine: RankEngine, *, weights_only: bool = False) -> Non
                         slices, storage_reader=Reader(found.folder, found.manifest), planner=LoadSlices(), no_dist=True
                     )
     # Also CheckpointException, which is no Exception.
-    except (dcp.CheckpointException, OSError, RuntimeError, ValueError) as error:
-        fault = f"{found.folder} could not be read: {error}"
+    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+        fault = f"{found.folder} could not be read: {reason(error)}"
     faults = [other for other in _gathered(fault, engine.mesh) if other]
     if faults:
         raise CheckpointError(faults[0])
     engine.loaded()
     if not weights_only:
         engine.updates, engine.scaling = found.manifest.updates, found.manifest.scaling
+
+
+def reason(error: BaseException) -> str:
+    """One line on what went wrong, and on which rank where DCP says so."""
+    told = str(error)
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = min(error.failures.items())
+        told = f"rank {rank}: {cause}"
+    return " ".join(told.split())
 
 
 def _gathered(fault: str | None, mesh: Mesh) -> list[str | None]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from stack.config.schema import Config
+from stack.config.values import show
 from stack.errors import CheckpointError
 
 FORMAT = 1
@@ -56,12 +57,13 @@ class Manifest:
     """What the training loop must remember: `TrainState`."""
     updates: int
     """Updates AdamW has made; less than `step` where fp16 skipped some."""
-    scaling: tuple[float, int]
-    """fp16's loss scale, and the steps since its last overflow."""
+    scaling: tuple[float, int] | None
+    """fp16's loss scale, and the steps since its last overflow; None for other dtypes."""
     states: tuple[str, ...]
     """What is saved for each parameter: the fp32 master and the optimizer's tensors."""
-    data: dict[str, Any]
-    """What decides which sequences a step sees, and `global_size` in sequences."""
+    course: dict[str, Any]
+    """Settings that a run does not change in silence: those of the model, and what decides which sequences a step
+    sees."""
     heldout_loss: float | None
     """Of this step, in nats, where it was evaluated."""
     plan: dict[str, Any]
@@ -102,18 +104,22 @@ class Manifest:
             name: Parameter(tuple(about["shape"]), tuple(map(tuple, about["slices"])))
             for name, about in content["parameters"].items()
         }
-        manifest = cls(**{**content, "states": tuple(content["states"]), "scaling": tuple(content["scaling"])})
+        content["states"] = tuple(content["states"])
+        content["scaling"] = content["scaling"] and tuple(content["scaling"])
+        manifest = cls(**content)
         # What JSON reads over counts too: the file is to be what was written, to the last byte.
         if manifest.to_json().encode() != text:
             raise CheckpointError("is damaged, it is not as it was written")
         return manifest
 
 
-def root_of(cfg: Config, run: Path) -> Path:
-    """Folder of a run's checkpoints."""
-    if cfg.checkpoint.path is None:
-        return run / "checkpoints"
-    return Path(cfg.checkpoint.path).expanduser().absolute() / run.parent.name / run.name
+def root_of(path: str | None, run: Path) -> Path:
+    """Folder of a run's checkpoints.
+
+    Args:
+        path: `checkpoint.path` of the run.
+    """
+    return run / "checkpoints" if path is None else Path(path) / run.parent.name / run.name
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -122,11 +128,17 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def steps(root: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, the oldest first; none where there is no such folder."""
+    """Steps of the checkpoints in a folder, the oldest first; none where there is no such folder.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
         names = os.listdir(root)
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise CheckpointError(f"{root} cannot be read as a folder of checkpoints: {error.strerror}") from error
     return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
 
@@ -182,28 +194,31 @@ def check_same_model(manifest: Manifest, shapes: dict[str, tuple[int, ...]], *, 
     raise CheckpointError(f"{where} is of another model: {told}{more}; resume with the model settings of its run")
 
 
-def check_same_course(manifest: Manifest, cfg: Config, data: dict[str, Any], *, where: Path) -> None:
-    """Whether a run that goes on from a checkpoint sees the batches that the first run would have seen, or was told
-    not to, and has the optimizer that its state is of.
+def check_same_course(
+    manifest: Manifest, cfg: Config, course: dict[str, Any], states: tuple[str, ...], *, where: Path
+) -> None:
+    """Whether a run that goes on from a checkpoint has the model and sees the batches that the first run would have,
+    or was told that it need not, and has the optimizer that its state is of.
 
     Args:
-        data: as `Manifest.data`, of the run that goes on.
+        course: as `Manifest.course`, of the run that goes on.
+        states: as `Manifest.states`, likewise.
 
     Raises:
         CheckpointError: naming the setting, and the override that allows the change.
     """
-    kinds = {"momentum_buffer": "sgd", "exp_avg": "adamw"}
-    saved = next((kinds[name] for name in manifest.states if name in kinds), None)
-    if saved not in (None, cfg.optim.kind):
+    if lacking := set(states) - set(manifest.states):
+        saved = ", ".join(manifest.states)
         raise CheckpointError(
-            f"optim.kind={cfg.optim.kind} has no state in {where}, which {saved} saved; use optim.kind={saved}, or "
-            "export the weights and start a new run from them with model.init=pretrained"
+            f"optim.kind={cfg.optim.kind} needs {', '.join(sorted(lacking))}, and {where} holds {saved}; use the optim "
+            "settings of its run, or export the weights and start a new run from them with model.init=pretrained"
         )
-    for name, now in data.items():
-        before, group = manifest.data[name], "batch" if name == "batch.global_size" else "data"
+    for name in {**course, **manifest.course}:
+        now, before = course.get(name), manifest.course.get(name)
+        group = "batch" if name == "batch.global_size" else "model" if name.startswith("model.") else "data"
         if now != before and group not in cfg.checkpoint.allow:
             raise CheckpointError(
-                f"{name}={now} is not the {before} of {where}; use {name}={before}, "
+                f"{name}={show(now)} is not the {show(before)} of {where}; use {name}={show(before)}, "
                 f"or add checkpoint.allow=[{group}] to go on with another"
             )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stack.checkpoint.manifest import folder_of
 from stack.config.schema import Checkpoint
+from stack.errors import CheckpointError
 
 #: Begins the names of folders that are being made or deleted.
 UNFINISHED = "."
@@ -57,10 +58,17 @@ def clear(root: Path, *, remove: Callable[[Path], object] = shutil.rmtree) -> No
 
 
 def set_aside(root: Path, step: int, name: str) -> Path:
-    """Takes a checkpoint out of the row without deleting it, as `<its name>.<name>`; returns its new path."""
+    """Takes a checkpoint out of the row without deleting it, as `<its name>.<name>`; returns its new path.
+
+    Raises:
+        CheckpointError: it cannot be renamed.
+    """
     aside = folder_of(root, step).with_suffix(f".{name}")
-    os.rename(folder_of(root, step), aside)
-    sync(root)
+    try:
+        os.rename(folder_of(root, step), aside)
+        sync(root)
+    except OSError as error:
+        raise CheckpointError(f"{folder_of(root, step)} cannot be renamed ({error.strerror}), and must be") from error
     return aside
 
 

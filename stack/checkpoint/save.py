@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from stack.checkpoint import manifest as manifests
 from stack.checkpoint import retention
+from stack.checkpoint.load import reason
 from stack.checkpoint.manifest import File, Manifest, Parameter
 from stack.checkpoint.storage import SaveSlices, Slice, Writer, slices_of
 from stack.config.schema import Checkpoint
@@ -55,7 +56,7 @@ class Saver:
     ):
         """
         Args:
-            about: fields of `Manifest` that no step changes: data, plan, versions.
+            about: fields of `Manifest` that no step changes: course, plan, versions.
             shapes: of all parameters of the model, by Hugging Face name.
             tell: takes a line for the user.
             phase: called with the names and the step of the moments at which tests break a save.
@@ -129,12 +130,7 @@ class Saver:
 
     def _failed(self, step: int, error: BaseException, must: bool) -> None:
         self._failures += 1
-        if isinstance(error, CheckpointException):
-            rank, (cause, _) = min(error.failures.items())
-            why = f"rank {rank}: {cause}"
-        else:
-            why = str(error)
-        told = f"checkpoint of step {step} could not be saved: {' '.join(why.split())}"
+        told = f"checkpoint of step {step} could not be saved: {reason(error)}"
         if must or self._failures == _FAILURES:
             row = "the last one" if must else f"the {_FAILURES}rd in a row"
             raise CheckpointError(f"{told}; it was {row}: make room, or set checkpoint.path to another disk")
@@ -175,7 +171,13 @@ class Saver:
             commit=lambda files, places: self._commit(folder, facts, files, places),
             phase=lambda name: self._phase(name, step),
         )
-        dcp.save(slices, storage_writer=writer, planner=SaveSlices(), process_group=self._group)
+        try:
+            dcp.save(slices, storage_writer=writer, planner=SaveSlices(), process_group=self._group)
+        except CheckpointException:
+            if self._engine.mesh.rank == 0:
+                # Every rank has stopped writing: what there is only takes room.
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         return time.perf_counter() - started
 
     def _prepare(self, folder: Path, need: int) -> None:

@@ -34,7 +34,8 @@ from torch.futures import Future
 
 from stack.checkpoint.manifest import File, Manifest, Parameter
 from stack.models.tensorfile import Entry, write
-from stack.parallel.parts import MASTER, Part
+from stack.parallel.parts import Part
+from stack.plan.policies import MASTER
 
 #: Where DCP's reader of safetensors looks for the places of slices.
 _PLACES = "DCP_SHARDING_INFO"

@@ -76,6 +76,18 @@ def from_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _typed(OmegaConf.create(asdict(saved)), parsed) if parsed else saved
 
 
+def saved_value(path: str | Path, key: str) -> Any:
+    """One value of a saved config by its dotted key, whatever else is in the file; None where it is not there.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        return OmegaConf.select(OmegaConf.load(path), key)
+    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a saved config ({_first_words(error)})") from error
+
+
 def to_yaml(config: Config) -> str:
     """Every key with its value, in the order of the schema; `from_yaml` reads it back equal."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))

@@ -224,9 +224,9 @@ class Checkpoint:
     """Folder for checkpoints, each run's in `<path>/<run.name>/<run_id>`; null is the run directory."""
     step: Any = field(default="auto", metadata={"auto": int, "low": 1, "example": 100})
     """Step of the checkpoint to resume, evaluate or export; `auto` is the newest one that is whole."""
-    allow: list[str] = field(default_factory=list, metadata={"choices": ("batch", "data")})
+    allow: list[str] = field(default_factory=list, metadata={"choices": ("batch", "data", "model")})
     """What a resumed run may have another of than its checkpoint: `batch` (its size), `data` (corpus, sequence length,
-    packing or seed; the new data are read from their beginning)."""
+    packing or seed; the new data are read from their beginning), `model` (settings that change no shape)."""
     timeout_s: float = _above(1800.0, 0)
     """Longest wait of the ranks for each other within one save."""
 

@@ -1,23 +1,31 @@
 """Verbs on a run's checkpoints that start no ranks: export and verify."""
 
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from safetensors import SafetensorError
 
 from stack.checkpoint import manifest as manifests
 from stack.checkpoint.files import check_file, verify
 from stack.checkpoint.manifest import Manifest
 from stack.checkpoint.storage import whole
-from stack.config.compose import from_yaml, to_yaml
+from stack.config.compose import from_yaml, saved_value, to_yaml
+from stack.config.families import FAMILIES
+from stack.config.schema import Config
 from stack.data.manifest import TOKENIZER
-from stack.errors import CheckpointError
-from stack.launch.driver import EXPORTED
+from stack.errors import CheckpointError, DataError
+from stack.launch import driver
+from stack.launch.driver import newest
 from stack.models.build import parameter_shapes
 from stack.models.export import export as export_model
+from stack.plan.shape import model_fields
 from stack.train.rundir import RunDir
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -27,34 +35,53 @@ def export(run: RunDir, out: Path, overrides: Sequence[str]) -> int:
     """Writes a checkpoint as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` reads.
 
     Raises:
-        CheckpointError: there is no whole checkpoint.
-        UsageError: `out` is there already and not empty.
+        CheckpointError: there is no whole checkpoint, or it was deleted meanwhile.
+        UsageError: `out` is there already and not empty, or cannot be written.
+        DataError: the corpus, whose tokenizer belongs to the model, is gone.
     """
-    import torch
+    cfg = from_yaml(run.config, newest(overrides))
+    root = manifests.root_of(cfg.checkpoint.path, run.path)
+    tokenizer = run.corpus / TOKENIZER
+    if not tokenizer.is_dir():
+        raise DataError(f"{tokenizer} is gone, and belongs to the model; run `stack data` with the run's data settings")
+    # An export that is stopped leaves nothing behind.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(driver.SIGNALLED + signal.SIGTERM))
+    try:
+        folder, manifest = _newest(root, cfg.checkpoint.step)
+        manifests.check_same_model(manifest, parameter_shapes(cfg), where=folder)
+        written = _export(cfg, folder, manifest, out, tokenizer)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} went away while it was read ({error}); export again") from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    print(f"exported step {manifest.step} as {cfg.export.dtype}, {written / 1e6:,.1f} MB: {out}")
+    return 0
 
-    cfg = from_yaml(run.config, overrides)
-    root = manifests.root_of(cfg, run.path)
-    folder, manifest = _newest(root, cfg.checkpoint.step)
-    manifests.check_same_model(manifest, parameter_shapes(cfg), where=folder)
-    for file in manifest.files:
-        check_file(folder, file)
+
+def _export(cfg: Config, folder: Path, manifest: Manifest, out: Path, tokenizer: Path) -> int:
     with _progress() as progress:
-        task = progress.add_task(f"step {manifest.step} -> {out}")
-
-        def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        written = export_model(
+        task = progress.add_task(f"verify step {manifest.step}", total=sum(file.bytes for file in manifest.files))
+        for file in manifest.files:
+            check_file(folder, file)
+            progress.advance(task, file.bytes)
+        progress.reset(task, description=f"step {manifest.step} -> {out}")
+        return export_model(
             cfg,
             lambda name: whole(folder, manifest, name),
             out,
             dtype=getattr(torch, _DTYPES[cfg.export.dtype]),
-            tokenizer=run.corpus / TOKENIZER,
-            progress=show,
-            extra={EXPORTED: to_yaml(cfg)},
+            tokenizer=tokenizer,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            extra={driver.EXPORTED: to_yaml(_without_folder(cfg))},
         )
-    print(f"exported step {manifest.step} as {cfg.export.dtype}, {written / 1e6:,.1f} MB: {out}")
-    return 0
+
+
+def _without_folder(cfg: Config) -> Config:
+    """The config with the model's own fields in the place of a folder that may not be there later."""
+    fields = model_fields(cfg.model)
+    family = FAMILIES[fields["model_type"]]
+    own = {name: value for name, value in fields.items() if name in family.fields}
+    return replace(cfg, model=replace(cfg.model, name=fields["model_type"], config=own, init="scratch"))
 
 
 def verify_run(run: RunDir) -> int:
@@ -63,14 +90,16 @@ def verify_run(run: RunDir) -> int:
     Raises:
         CheckpointError: there is no checkpoint.
     """
-    root = manifests.root_of(from_yaml(run.config), run.path)
-    if not manifests.steps(root):
-        raise CheckpointError(f"{root} holds no checkpoint; train with checkpoint.every=50")
+    root = manifests.root_of(saved_value(run.config, "checkpoint.path"), run.path)
+    checkpoints: set[str] = set()
     files = faults = 0
     for path, fault in verify(root):
         files, faults = files + 1, faults + (fault is not None)
+        checkpoints.add(path.parent.name)
         print(f"{'FAULT' if fault else 'ok   '} {path.relative_to(root)}" + (f": {fault}" if fault else ""), flush=True)
-    print(f"{files} files in {len(manifests.steps(root))} checkpoints, {faults} with faults: {root}")
+    if not files:
+        raise CheckpointError(f"{root} holds no checkpoint; train with checkpoint.every=50")
+    print(f"{files} files in {len(checkpoints)} checkpoints, {faults} with faults: {root}")
     return CheckpointError.exit_code if faults else 0
 
 

@@ -6,11 +6,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from stack.checkpoint import manifest
 from stack.config.compose import compose, from_yaml
+from stack.config.places import settled
 from stack.config.schema import Config
 from stack.data import shards
 from stack.errors import CheckpointError, StackError, UsageError
@@ -19,14 +20,17 @@ from stack.launch.follow import SIGNALLED, Failure, follow
 from stack.launch.processes import stop
 from stack.observe.console import Console
 from stack.plan.layout import Plan, make_plan
+from stack.plan.policies import state_names
 from stack.plan.report import render
 from stack.train import rundir
-from stack.train.inputs import identity, open_batches
+from stack.train.inputs import course, open_batches
 from stack.train.lock import RunLock
 from stack.train.rundir import RunDir
 
 #: A run's config in a folder that `stack export` wrote.
 EXPORTED = "stack.yaml"
+#: Folder of a run's evaluations, inside it.
+EVALUATIONS = "evaluations"
 
 
 def train(overrides: Sequence[str]) -> int:
@@ -35,8 +39,9 @@ def train(overrides: Sequence[str]) -> int:
     Raises:
         StackError: the config, the layout or the data are wrong; nothing was started.
     """
-    cfg = compose(overrides)
-    plan, corpus = _prepare(cfg)
+    cfg = settled(compose(overrides))
+    plan = _plan(cfg)
+    corpus = _corpus(cfg, plan)
     _check_weights(cfg)
     with _stop_requests() as requests:
         run = rundir.create(cfg, plan, corpus=corpus)
@@ -50,10 +55,15 @@ def resume(run: RunDir, overrides: Sequence[str]) -> int:
     Raises:
         StackError: as `train`; or the run is done, is at work, or its checkpoint is of another course of training.
     """
-    cfg = from_yaml(run.config, ["checkpoint.step=auto", *overrides] if not _names_step(overrides) else overrides)
+    before = from_yaml(run.config)
+    # What an earlier resume was allowed, or told to begin with, was for that once.
+    once = {"checkpoint.step": "auto", "checkpoint.allow": "[]"}
+    given = [override.lstrip("+").partition("=")[0] for override in overrides]
+    cfg = settled(from_yaml(run.config, [*(f"{k}={v}" for k, v in once.items() if k not in given), *overrides]))
     with RunLock(run.path):
-        plan, corpus = _prepare(cfg)
-        _check_goes_on(cfg, run, corpus)
+        plan = _plan(cfg)
+        corpus = _corpus(cfg, plan, run.corpus if cfg.data == before.data else None)
+        _check_goes_on(cfg, before, run, corpus)
         with _stop_requests() as requests:
             rundir.begin_again(run, cfg, plan, corpus=corpus)
             return _launch(cfg, plan, run, requests)
@@ -66,16 +76,19 @@ def evaluate(folder: Path, overrides: Sequence[str]) -> int:
         StackError: as `train`; or there is nothing to evaluate.
     """
     run = RunDir(folder)
-    checkpoints, parent = None, folder / "evaluations"
-    if (folder / EXPORTED).exists():
-        cfg = from_yaml(folder / EXPORTED, [f"model.name={folder}", "model.init=pretrained", *overrides])
-        parent = Path(cfg.run.root).absolute() / "evaluations"
+    exported = (folder / EXPORTED).is_file()
+    cfg = settled(from_yaml(folder / EXPORTED if exported else run.config, newest(overrides)))
+    checkpoints, known = None, None
+    if exported:
+        cfg = replace(cfg, model=replace(cfg.model, name=str(folder), init="pretrained"))
+        parent = Path(cfg.run.root) / EVALUATIONS
     else:
-        cfg = from_yaml(run.config, overrides)
-        checkpoints = manifest.root_of(cfg, run.path)
+        checkpoints, parent = manifest.root_of(cfg.checkpoint.path, run.path), folder / EVALUATIONS
         if not manifest.steps(checkpoints):
             raise CheckpointError(f"{folder} has no checkpoint to evaluate; train with checkpoint.every=50")
-    plan, corpus = _prepare(cfg)
+        known = run.corpus if cfg.data == from_yaml(run.config).data else None
+    plan = _plan(cfg)
+    corpus = _corpus(cfg, plan, known)
     if checkpoints is None:
         _check_weights(cfg)
     with _stop_requests() as requests:
@@ -83,17 +96,23 @@ def evaluate(folder: Path, overrides: Sequence[str]) -> int:
         return _launch(cfg, plan, evaluation, requests)
 
 
-def _names_step(overrides: Sequence[str]) -> bool:
-    return any(override.startswith("checkpoint.step=") for override in overrides)
+def newest(overrides: Sequence[str]) -> list[str]:
+    """Overrides that look at the newest checkpoint unless they say another, whatever the run was resumed from."""
+    named = any(override.lstrip("+").startswith("checkpoint.step=") for override in overrides)
+    return list(overrides) if named else ["checkpoint.step=auto", *overrides]
 
 
-def _prepare(cfg: Config) -> tuple[Plan, Path]:
-    """The layout, and the prepared corpus, both found to fit."""
+def _plan(cfg: Config) -> Plan:
     plan = make_plan(cfg)
     deepspeed.check(plan)
-    corpus = shards.prepare(cfg.data, seed=cfg.data.split_seed)
+    return plan
+
+
+def _corpus(cfg: Config, plan: Plan, known: Path | None = None) -> Path:
+    """The prepared corpus, found to fit: `known`, which a run has read before, or what the config asks for."""
+    corpus = known if known and known.is_dir() else shards.prepare(cfg.data, seed=cfg.data.split_seed)
     open_batches(cfg, plan, corpus)
-    return plan, corpus
+    return corpus
 
 
 def _check_weights(cfg: Config) -> None:
@@ -104,19 +123,33 @@ def _check_weights(cfg: Config) -> None:
         open_weights(cfg)
 
 
-def _check_goes_on(cfg: Config, run: RunDir, corpus: Path) -> None:
-    """What can be refused before a process starts. The ranks then read the checkpoint itself."""
-    root = manifest.root_of(cfg, run.path)
-    wanted = manifest.steps(root) if cfg.checkpoint.step == "auto" else [cfg.checkpoint.step]
-    for step in reversed(wanted):
+def _check_goes_on(cfg: Config, before: Config, run: RunDir, corpus: Path) -> None:
+    """What can be refused before anything is changed. The ranks then read the checkpoint itself."""
+    root, old = (manifest.root_of(c.checkpoint.path, run.path) for c in (cfg, before))
+    there = manifest.steps(root)
+    if not there and root != old and manifest.steps(old):
+        raise CheckpointError(f"{root} holds no checkpoint, {old} does; move that folder there, or keep its path")
+    step = cfg.checkpoint.step
+    if step != "auto" and step not in there:
+        raise CheckpointError(
+            f"checkpoint.step={step}: no such checkpoint in {root}; there are {', '.join(map(str, there)) or 'none'}"
+        )
+    for candidate in reversed(there) if step == "auto" else [step]:
+        folder = manifest.folder_of(root, candidate)
         try:
-            newest = manifest.read(manifest.folder_of(root, step))
+            found = manifest.read(folder)
         except CheckpointError:
+            # The ranks say what is wrong with it, and pass it over or end.
             continue
-        manifest.check_same_course(newest, cfg, identity(cfg, corpus), where=manifest.folder_of(root, step))
-        if step >= cfg.train.steps:
+        if cfg.model != before.model:
+            from stack.models.build import parameter_shapes
+
+            manifest.check_same_model(found, parameter_shapes(cfg), where=folder)
+        manifest.check_same_course(found, cfg, course(cfg, corpus), state_names(cfg), where=folder)
+        if candidate >= cfg.train.steps:
             raise UsageError(
-                f"{run.path} has done all train.steps={cfg.train.steps}; to go on add train.steps={2 * step}"
+                f"{run.path} is at step {candidate} and train.steps={cfg.train.steps}: nothing is left to do; to go on "
+                f"add train.steps={2 * candidate}"
             )
         return
 
@@ -208,4 +241,6 @@ def _told(run: RunDir) -> str:
 
 
 def _record(run: RunDir, failure: Failure) -> None:
-    rundir.write_json(run.failed, {**asdict(failure), "time": time.time()})
+    # On a full disk the exit code says it.
+    with contextlib.suppress(OSError):
+        rundir.write_json(run.failed, {**asdict(failure), "time": time.time()})

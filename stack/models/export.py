@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from transformers.core_model_loading import revert_weight_conversion
@@ -170,6 +171,10 @@ def _whole_folder(out: Path, size: int) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there already and not an empty folder; name a new one")
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    for left in out.parent.glob(f"{out.name}.partial-*"):
+        # Of an export that was killed.
+        if left == partial or not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
@@ -186,6 +191,10 @@ def _whole_folder(out: Path, size: int) -> Iterator[Path]:
             _sync(path)
         partial.replace(out)
         _sync(out.parent)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise UsageError(f"{out} cannot be written ({error.strerror}); name a folder that can be") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -5,11 +5,8 @@ from typing import Any
 
 import torch
 
-from stack.config.schema import Config
 from stack.models.build import Stage
-
-#: Name of a parameter's fp32 value among its states.
-MASTER = "master"
+from stack.plan.policies import MASTER
 
 
 @dataclass(frozen=True)
@@ -29,13 +26,6 @@ class Part:
     def length(self) -> int:
         """Elements of the part."""
         return self.states[MASTER].numel()
-
-
-def state_names(cfg: Config) -> tuple[str, ...]:
-    """What is saved for each parameter: its master, and the optimizer's tensors by their names in torch."""
-    if cfg.optim.kind == "adamw":
-        return (MASTER, "exp_avg", "exp_avg_sq")
-    return (MASTER, "momentum_buffer") if cfg.optim.momentum else (MASTER,)
 
 
 def parameter_names(stages: list[Stage], tied: torch.Tensor | None) -> dict[int, str]:

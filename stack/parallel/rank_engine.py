@@ -14,8 +14,8 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from stack.config.schema import Config
 from stack.models.build import Stage
 from stack.parallel.mesh import Mesh
-from stack.parallel.parts import Part, optimizer_state, parameter_names, state_names
-from stack.plan.policies import SCHEDULES
+from stack.parallel.parts import Part, optimizer_state, parameter_names
+from stack.plan.policies import SCHEDULES, state_names
 
 
 class Stages(nn.ModuleList):
@@ -114,12 +114,12 @@ class RankEngine(ABC):
 
     @property
     @abstractmethod
-    def scaling(self) -> tuple[float, int]:
-        """fp16's loss scale, and the steps since its last overflow."""
+    def scaling(self) -> tuple[float, int] | None:
+        """fp16's loss scale, and the steps since its last overflow; None for other dtypes, which take none either."""
 
     @scaling.setter
     @abstractmethod
-    def scaling(self, value: tuple[float, int]) -> None: ...
+    def scaling(self, value: tuple[float, int] | None) -> None: ...
 
     @property
     @abstractmethod

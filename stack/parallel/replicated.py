@@ -12,8 +12,9 @@ from stack.config.schema import Config
 from stack.models.build import Stage
 from stack.parallel.mesh import Mesh
 from stack.parallel.optimizer import make_optimizer, skip_unless_finite
-from stack.parallel.parts import MASTER, Part
+from stack.parallel.parts import Part
 from stack.parallel.rank_engine import RankEngine
+from stack.plan.policies import MASTER
 
 
 class ReplicatedEngine(RankEngine):
@@ -115,12 +116,13 @@ class ReplicatedEngine(RankEngine):
         pass
 
     @property
-    def scaling(self) -> tuple[float, int]:
-        return self._scaler.scale, self._scaler.since
+    def scaling(self) -> tuple[float, int] | None:
+        return (self._scaler.scale, self._scaler.since) if self._scaler.dynamic else None
 
     @scaling.setter
-    def scaling(self, value: tuple[float, int]) -> None:
-        self._scaler.scale, self._scaler.since = value
+    def scaling(self, value: tuple[float, int] | None) -> None:
+        if self._scaler.dynamic and value is not None:
+            self._scaler.scale, self._scaler.since = value
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]

@@ -33,10 +33,11 @@ from stack.parallel import selftest, zero_state
 from stack.parallel.gathering import Gathers, arrive_with_forward, follow_microbatches
 from stack.parallel.mesh import Mesh, Mpu, local_device
 from stack.parallel.optimizer import make_optimizer, skip_unless_finite
-from stack.parallel.parts import MASTER, Part
+from stack.parallel.parts import Part
 from stack.parallel.rank_engine import RankEngine
 from stack.parallel.replicated import global_norm
 from stack.plan.layout import Plan
+from stack.plan.policies import MASTER
 
 selftest.require(deepspeed.__version__, torch.__version__)
 
@@ -266,14 +267,14 @@ class ZeroEngine(RankEngine):
         zero_state.bring_to_users(self._optimizer, self._zero)
 
     @property
-    def scaling(self) -> tuple[float, int]:
+    def scaling(self) -> tuple[float, int] | None:
         scaler = self._optimizer.loss_scaler
-        return self.loss_scale, scaler.cur_iter - scaler.last_overflow_iter - 1 if scaler.dynamic else 0
+        return (self.loss_scale, scaler.cur_iter - scaler.last_overflow_iter - 1) if scaler.dynamic else None
 
     @scaling.setter
-    def scaling(self, value: tuple[float, int]) -> None:
+    def scaling(self, value: tuple[float, int] | None) -> None:
         scaler = self._optimizer.loss_scaler
-        if scaler.dynamic:
+        if scaler.dynamic and value is not None:
             scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = value[0], value[1], -1
 
     def reduced_gradient(self, parameter: nn.Parameter) -> torch.Tensor:

@@ -166,3 +166,14 @@ def local_devices() -> int:
     if visible is not None:
         return len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
     return len(glob.glob("/dev/nvidia[0-9]*"))
+
+
+#: Name of a parameter's fp32 value among its states.
+MASTER = "master"
+
+
+def state_names(cfg: Config) -> tuple[str, ...]:
+    """What is saved for each parameter: its master, and the optimizer's tensors by their names in torch."""
+    if cfg.optim.kind == "adamw":
+        return (MASTER, "exp_avg", "exp_avg_sq")
+    return (MASTER, "momentum_buffer") if cfg.optim.momentum else (MASTER,)

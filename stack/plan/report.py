@@ -5,7 +5,7 @@ from collections.abc import Callable
 from stack.config.schema import Config
 from stack.plan.layout import Plan
 from stack.plan.memory import RankMemory, plan_memory
-from stack.plan.policies import SCHEDULES
+from stack.plan.policies import SCHEDULES, state_names
 
 
 def render(plan: Plan, cfg: Config) -> str:
@@ -40,8 +40,7 @@ def _checkpoint(plan: Plan, cfg: Config) -> tuple[str, str, str]:
     every, kept = cfg.checkpoint.every, cfg.checkpoint.keep_last
     if every == 0:
         return "checkpoint", "none", "checkpoint.every"
-    # fp32: the master, and what the optimizer keeps.
-    size = 4 * (3 if cfg.optim.kind == "adamw" else 1 + bool(cfg.optim.momentum))
+    size = 4 * len(state_names(cfg))
     share = max(map(plan.rank_params, range(plan.pipeline))) * size // plan.replicas
     staged = f"; async_save takes {_bytes(share)} of a rank's host memory" if cfg.checkpoint.async_save else ""
     return "checkpoint", _bytes(plan.shape.total_params * size), f"every {every} steps, {kept} kept{staged}"

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from stack.config.families import FAMILIES
 from stack.config.model_folder import local_folder
 from stack.config.schema import Config
 from stack.data.batches import Batches, Corpus
 from stack.data.vocabulary import check_vocabulary
 from stack.errors import DataError
 from stack.plan.layout import Plan
+from stack.plan.shape import model_fields
 
 
 def open_batches(cfg: Config, plan: Plan, folder: Path, *, before: int = 0) -> tuple[Batches, Batches]:
@@ -46,10 +48,14 @@ def open_batches(cfg: Config, plan: Plan, folder: Path, *, before: int = 0) -> t
     return training, heldout
 
 
-def identity(cfg: Config, folder: Path) -> dict[str, Any]:
-    """What decides which sequences a step sees, by the settings that a user would change; the corpus by its
-    fingerprint."""
+def course(cfg: Config, folder: Path) -> dict[str, Any]:
+    """What a run does not change in silence, by the settings that a user would change: the model's, and what decides
+    which sequences a step sees. The corpus counts by its fingerprint."""
+    fields = model_fields(cfg.model)
+    family = FAMILIES[fields["model_type"]]
+    given = {"model_type": fields["model_type"], **family.defaults, **fields}
     return {
+        **{f"model.config.{name}": given.get(name) for name in ("model_type", *family.fields)},
         "data.source": f"{cfg.data.source} ({Corpus.open(folder).manifest['fingerprint']})",
         "data.seq_len": cfg.data.seq_len,
         "data.pack": cfg.data.pack,

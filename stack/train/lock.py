@@ -120,11 +120,11 @@ class RunLock:
     def _written(self) -> Iterator[Path]:
         """Our lock under a name of its own, whole before anyone sees it."""
         path = self._path.with_name(f".{LOCK}.{secrets.token_hex(4)}")
-        path.write_bytes(self._content)
         try:
+            path.write_bytes(self._content)
             yield path
         finally:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def _put_away_if_stale(self, mine: Path) -> None:
         """Clears the way for the next try.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from stack.models.build import parameter_shapes
 from stack.parallel.engine import Engine
 from stack.parallel.mesh import Mesh
 from stack.plan.layout import Plan
+from stack.plan.policies import state_names
 from stack.train import rundir
-from stack.train.inputs import identity
+from stack.train.inputs import course
 from stack.train.rundir import RunDir
 from stack.train.state import TrainState
 
@@ -31,14 +33,15 @@ class Restart:
                 of another course of training; no parameter was touched.
         """
         self._cfg, self._plan, self._run, self._mesh = cfg, plan, run, mesh
-        self._root = manifest.root_of(cfg, run.path)
+        self._root = manifest.root_of(cfg.checkpoint.path, run.path)
         self._shapes = parameter_shapes(cfg)
-        self._data = identity(cfg, run.corpus)
+        self._course = course(cfg, run.corpus)
         self._told: list[str] = []
         self._found = loading.find(self._root, cfg.checkpoint.step, mesh, tell=self._told.append)
         if self._found is not None:
             manifest.check_same_model(self._found.manifest, self._shapes, where=self._found.folder)
-            manifest.check_same_course(self._found.manifest, cfg, self._data, where=self._found.folder)
+            states = state_names(cfg)
+            manifest.check_same_course(self._found.manifest, cfg, self._course, states, where=self._found.folder)
 
     def engine(self) -> Engine:
         """The engine; its weights are drawn or read only where no checkpoint brings them."""
@@ -50,28 +53,33 @@ class Restart:
         for line in self._told:
             tell(line)
         if self._found is None:
+            if self._run.attempt > 1:
+                tell(f"no checkpoint in {self._root}: the run begins again with step 1")
             return TrainState(attempt=self._run.attempt)
         loading.load(self._found, engine.rank_engine)
-        step = self._found.manifest.step
-        if self._mesh.rank == 0:
-            for later in (s for s in manifest.steps(self._root) if s > step):
-                tell(f"set aside: {retention.set_aside(self._root, later, f'left-by-attempt-{self._run.attempt}')}")
+        self._set_aside(tell)
         tell(f"resumed from {self._found.folder}")
-        return TrainState.restored(self._found.manifest.state, attempt=self._run.attempt)
+        state = TrainState.restored(self._found.manifest.state, attempt=self._run.attempt)
+        return replace(state, sequences=0) if self._has_other_data(self._found) else state
+
+    def _set_aside(self, tell: Callable[[str], None]) -> None:
+        assert self._found is not None
+        if self._mesh.rank == 0:
+            for later in (step for step in manifest.steps(self._root) if step > self._found.manifest.step):
+                tell(f"set aside: {retention.set_aside(self._root, later, f'left-by-attempt-{self._run.attempt}')}")
+
+    def _has_other_data(self, found: loading.Found) -> bool:
+        names = [name for name in self._course if name.startswith(("data.", "run."))]
+        return any(self._course[name] != found.manifest.course.get(name) for name in names)
 
     def before(self, state: TrainState) -> int:
         """Sequences ahead of global batch 0, as if the batch had always had its present size."""
-        seen = state.sequences
-        if self._found is not None and any(
-            now != self._found.manifest.data[name] for name, now in self._data.items() if name != "batch.global_size"
-        ):
-            seen = 0
-        return seen - state.step * self._cfg.batch.global_size
+        return state.sequences - state.step * self._cfg.batch.global_size
 
     @contextmanager
     def saver(self, engine: Engine, *, tell: Callable[[str], None]) -> Iterator[Saver]:
         """Saves this run's checkpoints; what is being written when training ends is waited for."""
-        about: dict[str, Any] = {"data": self._data, "plan": self._plan.to_dict(), "versions": rundir.versions()}
+        about: dict[str, Any] = {"course": self._course, "plan": self._plan.to_dict(), "versions": rundir.versions()}
         faults = Faults.from_environment(self._mesh.rank)
         saver = Saver(
             self._root,

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import socket
 import sys
 import time
@@ -22,7 +23,7 @@ from stack.plan.report import render
 _RECORDED = ("stack", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "wandb", "hydra-core", "numpy")
 #: What belongs to one attempt, and is kept apart when the next one begins.
 _OF_AN_ATTEMPT = (
-    *("config.yaml", "plan.json", "plan.txt", "env.json", "corpus.json", "ds_config.json", "hostfile", "launcher.log"),
+    *("plan.json", "plan.txt", "env.json", "ds_config.json", "hostfile", "launcher.log"),
     *("ranks", "DONE.json", "FAILED.json", "curve.png"),
 )
 
@@ -52,7 +53,10 @@ class RunDir:
     @property
     def corpus(self) -> Path:
         """The prepared corpus this run reads, as it was found when the run was started."""
-        found = read_json(self.path / "corpus.json")
+        try:
+            found = read_json(self.path / "corpus.json")
+        except ValueError as error:
+            raise DataError(f"{self.path / 'corpus.json'} is damaged, it is not JSON; start a new run") from error
         if found is None:
             raise DataError(f"{self.path / 'corpus.json'} is missing: the run directory is not whole; start a new run")
         return Path(found["folder"])
@@ -73,7 +77,7 @@ class RunDir:
     @property
     def attempt(self) -> int:
         """Number of this start of the run, the first being 1."""
-        return 1 + len(list(self.path.glob("attempts/*")))
+        return 1 + sum(folder.name.isdigit() for folder in self.path.glob("attempts/*"))
 
     @property
     def evaluation(self) -> Path:
@@ -123,12 +127,12 @@ def create(cfg: Config, plan: Plan, *, corpus: Path) -> RunDir:
     parent = Path(cfg.run.root).expanduser().absolute() / cfg.run.name
     try:
         run = _new(parent)
+        _describe(run, cfg, plan, corpus)
     except OSError as error:
         raise ConfigError(
-            f"run.root={cfg.run.root}: {error.filename} cannot be created ({error.strerror}); "
+            f"run.root={cfg.run.root}: {error.filename or parent} cannot be created ({error.strerror}); "
             "use a folder that can be written"
         ) from error
-    _describe(run, cfg, plan, corpus)
     return run
 
 
@@ -143,11 +147,11 @@ def create_evaluation(parent: Path, cfg: Config, plan: Plan, *, corpus: Path, ch
     """
     try:
         run = _new(parent)
+        _describe(run, cfg, plan, corpus)
     except OSError as error:
         raise UsageError(
-            f"{error.filename} cannot be created ({error.strerror}); evaluate where you can write"
+            f"{error.filename or parent} cannot be created ({error.strerror}); evaluate where you can write"
         ) from error
-    _describe(run, cfg, plan, corpus)
     write_json(run.evaluation, {"checkpoints": str(checkpoints) if checkpoints else None})
     return run
 
@@ -161,32 +165,52 @@ def _new(parent: Path) -> RunDir:
 
 def begin_again(run: RunDir, cfg: Config, plan: Plan, *, corpus: Path) -> None:
     """Makes a run directory ready for another attempt: what the last one left goes to `attempts/<its number>/`, but
-    for metrics.jsonl, notes.txt, checkpoints and W&B's files, which go on."""
+    for metrics.jsonl, notes.txt, checkpoints and W&B's files, which go on.
+
+    Raises:
+        UsageError: it cannot be written. The run is then as it was, or ready but for what the last attempt left.
+    """
     kept = run.path / "attempts" / str(run.attempt)
     made = kept.with_name(f".{kept.name}")
-    made.mkdir(parents=True, exist_ok=True)
-    for name in _OF_AN_ATTEMPT:
-        if (run.path / name).exists():
-            (run.path / name).replace(made / name)
-    made.replace(kept)
-    _describe(run, cfg, plan, corpus)
+    try:
+        made.mkdir(parents=True, exist_ok=True)
+        # Without these there is no run: the old ones stay until the new ones take their place.
+        for name in ("config.yaml", "corpus.json"):
+            shutil.copy(run.path / name, made)
+        for name in _OF_AN_ATTEMPT:
+            if (run.path / name).exists():
+                (run.path / name).replace(made / name)
+        made.replace(kept)
+        _describe(run, cfg, plan, corpus)
+    except OSError as error:
+        raise UsageError(f"{run.path} cannot be written ({error.strerror}); make room, or make it writable") from error
 
 
 def _describe(run: RunDir, cfg: Config, plan: Plan, corpus: Path) -> None:
-    run.config.write_text(to_yaml(cfg))
-    write_json(run.plan, plan.to_dict())
-    (run.path / "plan.txt").write_text(render(plan, cfg) + "\n")
-    write_json(run.path / "env.json", {**_environment(), "versions": versions()})
-    write_json(run.path / "corpus.json", {"folder": str(corpus.absolute())})
     for rank in range(plan.world_size):
         run.rank(rank).mkdir(parents=True)
+    write_json(run.plan, plan.to_dict())
+    write_text(run.path / "plan.txt", render(plan, cfg) + "\n")
+    write_json(run.path / "env.json", {**_environment(), "versions": versions()})
+    write_json(run.path / "corpus.json", {"folder": str(corpus.absolute())})
+    # The last one: a folder with it is a run.
+    write_text(run.config, to_yaml(cfg))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes the whole file or nothing: a reader never sees half of it."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_json`."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

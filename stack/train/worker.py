@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from stack.config.compose import compose, from_yaml
+from stack.config.places import settled
 from stack.config.schema import Config
 from stack.data.manifest import locate
 from stack.errors import HangError, NumericsError, RankFailure, StackError, UsageError
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         exit_with_parent(lambda error: _failed(run, rank, error, error.exit_code))
         config_path, overrides = _parse(argv)
         run = RunDir(config_path.parent) if config_path else None
-        cfg = from_yaml(config_path) if config_path else compose(overrides)
+        cfg = from_yaml(config_path) if config_path else settled(compose(overrides))
         plan = make_plan(cfg, world_size)
         if cfg.launch.bind_cores:
             # Ahead of the imports that start threads.

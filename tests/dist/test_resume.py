@@ -215,7 +215,8 @@ def test_with_every_checkpoint_damaged_nothing_starts(zygote, tmp_path):
         ({"batch.global_size": 16}, "use batch.global_size=8, or add checkpoint.allow=[batch]"),
         ({"data.seq_len": 16}, "use data.seq_len=32, or add checkpoint.allow=[data]"),
         ({"run.seed": 7}, "use run.seed=1234, or add checkpoint.allow=[data]"),
-        ({"optim.kind": "sgd"}, "use optim.kind=adamw, or export the weights"),
+        ({"optim.kind": "sgd"}, "optim.kind=sgd needs momentum_buffer, and "),
+        ({"model.config.rms_norm_eps": 0.5}, "use model.config.rms_norm_eps=1e-06, or add checkpoint.allow=[model]"),
     ],
 )
 def test_another_model_or_course_is_refused(zygote, tmp_path, change, message):
@@ -233,6 +234,36 @@ def test_another_batch_size_goes_on_where_the_data_were(zygote, tmp_path):
     state = manifests.read(manifests.folder_of(run.path / "checkpoints", 6)).state
     assert state["sequences"] == 4 * 8 + 2 * 16
     assert start(zygote, tiny_again(run, {"train.steps": 8})) == [0, 0], log(run)
+
+
+def test_other_data_are_read_from_their_beginning_whenever_the_run_stops(zygote, tmp_path):
+    def other_data(folder: Path, *steps: int) -> Curve:
+        run = tiny_run(folder, {**_RUN, "train.steps": 2, "schedule.kind": "constant"})
+        assert start(zygote, run) == [0, 0]
+        for number, last in enumerate(steps):
+            allow = "[data]" if number == 0 else "[]"
+            tiny_again(run, {"train.steps": last, "run.seed": 7, "checkpoint.allow": allow})
+            assert start(zygote, run) == [0, 0], log(run)
+        return [(*row[:4], "") for row in curve(run)]
+
+    assert other_data(tmp_path / "at once", 6) == other_data(tmp_path / "in two parts", 4, 6)
+
+
+def test_fp16_starts_with_its_own_loss_scale_whatever_saved_the_checkpoint(zygote, tmp_path):
+    run = tiny_run(tmp_path, {**_RUN, "train.steps": 2})
+    assert start(zygote, run) == [0, 0]
+    assert start(zygote, tiny_again(run, {"train.steps": 4, "precision.dtype": "fp16"})) == [0, 0], log(run)
+    assert read(run.metrics)[2].loss_scale == 2.0**16
+    # And back: fp32 multiplies by nothing.
+    assert start(zygote, tiny_again(run, {"train.steps": 6, "precision.dtype": "fp32"})) == [0, 0], log(run)
+    assert manifests.read(manifests.folder_of(run.path / "checkpoints", 6)).scaling is None
+
+
+def test_a_start_from_zero_after_the_first_is_said(zygote, tmp_path):
+    run = tiny_run(tmp_path, {**_RUN, "checkpoint.every": 0})
+    assert start(zygote, run) == [0, 0]
+    assert start(zygote, tiny_again(run)) == [0, 0]
+    assert "the run begins again with step 1" in run.notes.read_text()
 
 
 def test_a_bare_launcher_goes_on_by_itself(zygote, tmp_path, expected):

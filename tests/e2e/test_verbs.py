@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_transformers_loads_the_export(run):
 
 
 def test_resume_in_another_layout_goes_on(run, tmp_path):
-    assert stack(tmp_path, "resume", run).stderr.endswith("has done all train.steps=4; to go on add train.steps=8\n")
+    assert stack(tmp_path, "resume", run).stderr.endswith("to go on add train.steps=8\n")
     done = stack(tmp_path, "resume", run, "train.steps=6", "parallel.pipeline=1", "parallel.zero=2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from" in done.stdout
@@ -86,6 +87,34 @@ def test_resume_in_another_layout_goes_on(run, tmp_path):
     assert refused.returncode == 6
     assert refused.stderr.count("\n") == 1
     assert "add checkpoint.allow=[batch]" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (["checkpoint.path=elsewhere"], 6, "elsewhere"),
+        (["checkpoint.step=3"], 6, "checkpoint.step=3: no such checkpoint in"),
+        (["model.config.hidden_size=64"], 6, "model.embed_tokens.weight: [300, 32] there, [300, 64] here"),
+        (["model.config.rms_norm_eps=0.5"], 6, "add checkpoint.allow=[model]"),
+    ],
+)
+def test_what_resume_refuses_it_leaves_as_it_was(run, tmp_path, change, code, words):
+    link = tmp_path / "link"
+    link.symlink_to(run)
+    before = (run / "config.yaml").read_bytes(), len(list(run.glob("attempts/*")))
+    done = stack(tmp_path, "resume", link, "train.steps=100", *change)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert before == ((run / "config.yaml").read_bytes(), len(list(run.glob("attempts/*"))))
+
+
+def test_an_export_is_evaluated_wherever_it_lies(run, tmp_path):
+    place = tmp_path / "ex, a (1) $b{x"
+    shutil.copytree(out(run), place)
+    done = stack(tmp_path, "eval", place)
+    assert done.returncode == 0, done.stderr
+    assert heldout(done.stdout) == pytest.approx(read(run / "metrics.jsonl")[3].heldout_loss, rel=1e-5)
 
 
 def test_training_goes_on_from_an_export_as_from_any_folder(start_in, run, tmp_path):

@@ -68,7 +68,7 @@ def run_from(
         engine.seed(number)
         results.append(engine.train_batch(batch, lr=cfg.optim.lr))
     if save:
-        about = {"data": {"batch.global_size": cfg.batch.global_size}, "plan": plan.to_dict(), "versions": {}}
+        about = {"course": {"batch.global_size": cfg.batch.global_size}, "plan": plan.to_dict(), "versions": {}}
         saver = Saver(
             save,
             engine.rank_engine,

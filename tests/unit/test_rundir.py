@@ -1,0 +1,81 @@
+"""A run directory through its attempts: whatever goes wrong in between, the run is there."""
+
+import errno
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stack.config.compose import compose, from_yaml
+from stack.config.places import settled
+from stack.errors import UsageError
+from stack.plan.layout import make_plan
+from stack.train import rundir
+from stack.train.rundir import RunDir
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    cfg = compose([f"run.root={tmp_path}"])
+    return rundir.create(cfg, make_plan(cfg), corpus=tmp_path / "corpus")
+
+
+def begin_again(run: RunDir) -> None:
+    cfg = from_yaml(run.config, ["train.steps=300"])
+    rundir.begin_again(run, cfg, make_plan(cfg), corpus=run.corpus)
+
+
+def test_an_attempt_leaves_its_files_and_the_next_one_has_its_own(run):
+    run.metrics.write_text("rows\n")
+    rundir.write_json(run.failed, {"why": "test"})
+    rundir.write_json(run.rank(1) / "error.json", {"time": 1})
+    begin_again(run)
+    assert run.attempt == 2
+    first = run.path / "attempts" / "1"
+    assert from_yaml(first / "config.yaml").train.steps == 200
+    assert from_yaml(run.config).train.steps == 300
+    assert (first / "ranks/1/error.json").exists()
+    assert (first / "FAILED.json").exists()
+    assert not run.failed.exists()
+    assert not run.errors()
+    assert run.metrics.read_text() == "rows\n"
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_a_disk_that_is_full_at_any_write_costs_no_run(run, monkeypatch, number):
+    begin_again(run)
+    writes = iter(range(100))
+    write = Path.write_text
+
+    def full(path: Path, text: str) -> int:
+        if next(writes) == number:
+            write(path, text[: len(text) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        if number < 5:
+            with pytest.raises(UsageError, match="No space left on device"):
+                begin_again(run)
+    assert from_yaml(run.config).train.steps == 300
+    assert run.corpus.name == "corpus"
+    assert not list(run.path.glob("*.tmp"))
+    begin_again(run)
+    assert from_yaml(run.config).train.steps == 300
+
+
+def test_a_saved_config_means_the_same_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokens").mkdir()
+    cfg = compose(
+        ["run.root=r", "data.source=files", 'data.paths=["a","~/b"]', "data.tokenizer=tokens", "checkpoint.path=c"]
+    )
+    found = settled(cfg)
+    assert (found.run.root, found.data.root) == (str(tmp_path / "r"), str(tmp_path / "data"))
+    assert found.data.paths == [str(tmp_path / "a"), str(Path.home() / "b")]
+    assert found.data.tokenizer == str(tmp_path / "tokens")
+    assert found.checkpoint.path == str(tmp_path / "c")
+    assert found.model.name == "llama"
+    assert settled(found) == found
+    assert settled(replace(cfg, checkpoint=replace(cfg.checkpoint, path=None))).checkpoint.path is None

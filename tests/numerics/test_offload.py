@@ -1,12 +1,17 @@
 """States that are elsewhere between uses are the same states: host memory, files, a second copy of the parameters."""
 
+import functools
 import shutil
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers.layouts import run_layout
 from tests.helpers.reference import dense_run
+from tests.helpers.saved import logical_state, run_from
 from tests.helpers.tiny import tiny_config
 from tests.numerics.compare import FP32, against_dense, against_run, record
 
@@ -92,3 +97,29 @@ def test_an_optimizer_in_files(ranks, tmp_path):
     assert list(tmp_path.rglob("*.swp"))
     worst = record("offload", "nvme", against_dense(results, dense_run(tiny_config(**large), "padded")))
     assert worst.size < FP32, worst.what
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_states_in_files_are_saved_and_loaded(ranks, tmp_path):
+    pool, alone = ranks(4), ranks(1)
+    if not (shutil.which("ninja") and shutil.which("g++") and all(pool.run(has_async_io))):
+        pytest.skip("DeepSpeed's async_io op needs g++, ninja and libaio-dev")
+    pool.run(build_async_io, timeout_s=1000)
+    large = {"shape__hidden_size": 128, "shape__intermediate_size": 2048}
+    nvme = {**large, "parallel__offload__optimizer": "nvme", "parallel__offload__folder": str(tmp_path / "swapped")}
+    plain = {**large, "parallel__pipeline": 1, "parallel__zero": 0}
+    there, back, home = tmp_path / "there", tmp_path / "back", tmp_path / "home"
+
+    def go(on: Any, settings: dict[str, Any], root: Path, **about: Any) -> list[tuple[float, float]]:
+        return on.run(functools.partial(run_from, **about), settings, root, timeout_s=200)[0]["steps"]
+
+    go(pool, nvme, there, step=0, until=2, save=there)
+    assert list(tmp_path.rglob("*.swp"))
+    go(alone, plain, there, step=2, until=2, load=True, save=back)
+    go(pool, nvme, back, step=2, until=2, load=True, save=home)
+    states = [logical_state(root, 2) for root in (there, back, home)]
+    for name, tensor in states[0].items():
+        assert all(torch.equal(tensor, state[name]) for state in states), name
+    onwards = [go(pool, nvme, there, step=2, until=4, load=True), go(alone, plain, back, step=2, until=4, load=True)]
+    assert [pytest.approx(step, rel=1e-5) for step in onwards[0]] == onwards[1]

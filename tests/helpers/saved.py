@@ -27,6 +27,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
     "offloaded": (4, {"parallel__offload__optimizer": "cpu"}),
+    "hpZ": (4, {"parallel__hpz": 2, "parallel__gather": "microbatch"}),
 }
 
 

@@ -15,8 +15,9 @@ from stack.config.places import settled
 from stack.config.schema import Config
 from stack.data import shards
 from stack.errors import CheckpointError, StackError, UsageError
+from stack.health.stopped import SIGNALLED
 from stack.launch.backends import deepspeed
-from stack.launch.follow import SIGNALLED, Failure, follow
+from stack.launch.follow import Failure, follow
 from stack.launch.processes import stop
 from stack.observe.console import Console
 from stack.plan.layout import Plan, make_plan

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from stack.errors import HangError, RankFailure
+from stack.health.stopped import SIGNALLED
 from stack.launch.processes import Rank, local_ranks
 from stack.observe.console import Console
 from stack.observe.jsonl import Follower, Tail
 from stack.train.rundir import RunDir
 
-#: What a shell adds to the number of the signal that ended a command: Ctrl-C is 130.
-SIGNALLED = 128
 _POLL_S = 0.2
 #: How gloo, NCCL and the store say that the other side of a connection is gone.
 _LOST_PEER = (
@@ -80,8 +79,8 @@ def _name(number: signal.Signals) -> str:
 
 
 def _first_failure(run: RunDir, ranks: dict[int, Rank]) -> Failure | None:
-    """The rank that failed first. One that was killed leaves neither error.json nor done.json, and what its
-    neighbours then write is only that it is gone."""
+    """The rank that failed first. One that was killed leaves no word of its own; what its neighbours then write is only
+    that it is gone, or that their launcher stopped them."""
     dead = [rank for rank in ranks.values() if not rank.alive]
     errors = run.errors()
     silent = [rank for rank in dead if not run.has_outcome(rank.rank)]

@@ -102,12 +102,12 @@ class RunDir:
         return self.path / "launcher.log"
 
     def rank(self, rank: int) -> Path:
-        """This rank's folder: log.txt, rank.json, and at its end done.json or error.json."""
+        """This rank's folder: log.txt, rank.json, and at its end done.json, error.json or stopped.json."""
         return self.path / "ranks" / str(rank)
 
     def has_outcome(self, rank: int) -> bool:
         """Whether the rank itself has said how it ended."""
-        return any((self.rank(rank) / name).exists() for name in ("done.json", "error.json"))
+        return any((self.rank(rank) / name).exists() for name in ("done.json", "error.json", "stopped.json"))
 
     def errors(self) -> list[dict[str, Any]]:
         """What failed ranks wrote, the first failure first."""

@@ -20,6 +20,7 @@ from stack.config.schema import Config
 from stack.data.manifest import locate
 from stack.errors import HangError, NumericsError, RankFailure, StackError, UsageError
 from stack.health.orphan import DRIVER_PID, exit_with_parent
+from stack.health.stopped import tell_when_stopped
 from stack.plan.layout import Plan, make_plan
 from stack.train import cores, rundir
 from stack.train.inputs import open_batches
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
             _evaluate(cfg, plan, run, rank=rank)
         else:
             _train(cfg, plan, run, rank=rank, screen=screen)
-        # A rank that is gone without this, or an error.json, was killed.
+        # A rank that is gone without this, an error.json or a stopped.json was killed.
         rundir.write_json(run.rank(rank) / "done.json", {"time": time.time()})
     except StackError as error:
         return _failed(run, rank, error, error.exit_code)
@@ -188,6 +189,7 @@ def _own_output(run: RunDir, rank: int, *, shown: bool) -> TextIO | None:
     """
     folder = run.rank(rank)
     folder.mkdir(parents=True, exist_ok=True)
+    tell_when_stopped(lambda: rundir.write_json(folder / "stopped.json", {"time": time.time()}))
     rundir.write_json(folder / "rank.json", {"pid": os.getpid(), "host": socket.gethostname()})
     screen = os.fdopen(os.dup(sys.stdout.fileno()), "w") if shown else None
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

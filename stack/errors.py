@@ -56,3 +56,9 @@ class RankFailure(StackError):
     """A rank ended with an exception or was killed."""
 
     exit_code = 9
+
+
+class HostError(StackError):
+    """A host of the run cannot be used: ssh, versions, devices, clock or the run directory."""
+
+    exit_code = 9

@@ -27,6 +27,7 @@ def settled(cfg: Config) -> Config:
             offload=replace(cfg.parallel.offload, folder=_optional(cfg.parallel.offload.folder)),
         ),
         checkpoint=replace(cfg.checkpoint, path=_optional(cfg.checkpoint.path)),
+        launch=replace(cfg.launch, hostfile=_optional(cfg.launch.hostfile)),
     )
 
 

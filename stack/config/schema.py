@@ -254,10 +254,23 @@ class Log:
 
 @dataclass
 class Launch:
-    nodes: int = _at_least(1, 1)
-    """Hosts that `stack plan` plans for; a bare launcher's ranks are counted as they come up."""
+    backend: str = _one_of("deepspeed", "deepspeed", "torchrun", "slurm", "local")
+    """Who starts the ranks: DeepSpeed's launcher or torchrun on each host; Slurm's srun, inside an allocation; or
+    `stack` itself, on this host."""
+    hostfile: str | None = field(default=None, metadata={"example": "hosts"})
+    """File with a line `NAME slots=RANKS` for each host, reached by ssh without a password; null is this host."""
+    nodes: Any = field(default="auto", metadata={"auto": int, "low": 1, "example": 2})
+    """Hosts to use, the first ones of the hostfile; `auto` is all of them, those of the Slurm allocation, or this one.
+    A bare launcher's ranks are counted as they come up."""
     ranks_per_node: Any = field(default="auto", metadata={"auto": int, "low": 1, "example": 8})
-    """Ranks on each host; `auto` is its NVIDIA GPUs, or 4 on a host without any."""
+    """Ranks on each host; `auto` is its slots, its NVIDIA GPUs, or 4 on a host without any."""
+    env: list[str] = field(
+        default_factory=lambda: ["NCCL_*", "GLOO_*", "TORCH_*", "HF_*", "WANDB_*", "OMP_NUM_THREADS", "PYTHONPATH"]
+    )
+    """Variables of this environment that ranks on other hosts get too, by name; `*` stands for any letters. They travel
+    inside the ssh connection, and are written nowhere."""
+    slurm: list[str] = field(default_factory=list, metadata={"example": ["--partition=gpu"]})
+    """More options for Slurm's srun, or for the salloc of each job of a sweep."""
     bind_cores: bool = False
     """Keep each rank on its share of its host's cores, where there is one for each."""
     grace_s: float = _above(10.0, 0)

@@ -1,4 +1,4 @@
-"""A rank must not outlive whoever started it: the launcher, and the driver above the launcher."""
+"""A rank must not outlive whoever started it: the launcher, and the agent above the launcher."""
 
 import os
 import threading
@@ -9,21 +9,21 @@ import psutil
 
 from stack.errors import RankFailure
 
-#: Set by the driver for the ranks on its own host: the driver's process id.
-DRIVER_PID = "STACK_DRIVER_PID"
+#: Set by the agent of a host for the ranks there: the agent's process id. The agent itself ends with the driver.
+AGENT_PID = "STACK_AGENT_PID"
 _POLL_S = 0.5
 
 
 def exit_with_parent(last_words: Callable[[RankFailure], object]) -> None:
-    """Starts a thread that ends this process, without collectives, once its parent or the driver is gone.
+    """Starts a thread that ends this process, without collectives, once its parent or the agent is gone.
 
-    The launcher ends its ranks when it is told to; a launcher or driver that was killed tells nobody. `last_words`
+    The launcher ends its ranks when it is told to; a launcher or agent that was killed tells nobody. `last_words`
     gets the reason.
     """
     # In a container this may be the first process, which has no parent.
     watched = {"launcher": parent} if (parent := os.getppid()) else {}
-    if driver := os.environ.get(DRIVER_PID):
-        watched["driver"] = int(driver)
+    if agent := os.environ.get(AGENT_PID):
+        watched["agent"] = int(agent)
     threading.Thread(target=_watch, args=(watched, last_words), daemon=True, name="orphan-watch").start()
 
 

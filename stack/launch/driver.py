@@ -1,9 +1,8 @@
 """`stack train`, `resume` and `eval`: plan, prepare, launch, follow, tell how it ended."""
 
 import contextlib
+import os
 import signal
-import socket
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -15,9 +14,14 @@ from stack.config.places import settled
 from stack.config.schema import Config
 from stack.data import shards
 from stack.errors import CheckpointError, StackError, UsageError
-from stack.launch.backends import deepspeed
-from stack.launch.follow import SIGNALLED, Failure, follow
-from stack.launch.processes import stop
+from stack.health.stopped import SIGNALLED
+from stack.launch import backends
+from stack.launch.agent import Order
+from stack.launch.agents import SILENCE_S, agents
+from stack.launch.follow import follow
+from stack.launch.hosts import Host, forwarded
+from stack.launch.place import Place, meet
+from stack.launch.verdict import Failure
 from stack.observe.console import Console
 from stack.plan.layout import Plan, make_plan
 from stack.plan.policies import state_names
@@ -29,6 +33,8 @@ from stack.train.rundir import RunDir
 
 #: A run's config in a folder that `stack export` wrote.
 EXPORTED = "stack.yaml"
+#: How the user reads who starts the ranks.
+_STARTERS = {"deepspeed": "the deepspeed launcher", "torchrun": "torchrun", "slurm": "srun", "local": "no launcher"}
 #: Folder of a run's evaluations, inside it.
 EVALUATIONS = "evaluations"
 
@@ -104,7 +110,7 @@ def newest(overrides: Sequence[str]) -> list[str]:
 
 def _plan(cfg: Config) -> Plan:
     plan = make_plan(cfg)
-    deepspeed.check(plan)
+    backends.check(cfg, plan)
     return plan
 
 
@@ -177,6 +183,8 @@ def _launch(cfg: Config, plan: Plan, run: RunDir, requests: list[signal.Signals]
         failure = _follow(cfg, plan, run, console, requests)
     except BrokenPipeError:
         failure = Failure("Interrupted", "nobody reads the output any more", SIGNALLED + signal.SIGPIPE)
+    except StackError as error:
+        failure = Failure(type(error).__name__, str(error), error.exit_code)
     except Exception as error:
         _record(run, Failure(type(error).__name__, f"stack failed: {error}", StackError.exit_code))
         raise
@@ -188,29 +196,35 @@ def _launch(cfg: Config, plan: Plan, run: RunDir, requests: list[signal.Signals]
 
 def _follow(cfg: Config, plan: Plan, run: RunDir, console: Console, requests: list[signal.Signals]) -> Failure | None:
     """Starts the ranks, shows the run until it ends, and leaves no process behind."""
-    console.note(f"starting {plan.world_size} ranks with the deepspeed launcher")
-    command = deepspeed.command(run, plan, port=free_port())
-    with run.launcher_log.open("wb") as log:
-        # A session of its own: Ctrl-C reaches the driver alone, which then stops the ranks in good order.
-        launcher = subprocess.Popen(
-            command,
-            env=deepspeed.environment(plan),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    try:
-        return follow(launcher, run, console, requests, grace_s=cfg.launch.grace_s)
-    finally:
-        stop(launcher, grace_s=cfg.launch.grace_s)
+    place = meet(cfg, plan, run.path)
+    console.note(f"starting {plan.world_size} ranks with {_STARTERS[cfg.launch.backend]} on {place.shown}")
+    orders = [(host, _order(cfg, run, place, node)) for node, host in enumerate(place.hosts)]
+    with agents(orders, run) as started:
+        return follow(started, run, console, requests, grace_s=cfg.launch.grace_s)
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _order(cfg: Config, run: RunDir, place: Place, node: int) -> Order:
+    """What host number `node` is to start."""
+    host, first = place.hosts[node], sum(host.slots for host in place.hosts[:node])
+    return Order(
+        run=str(run.path),
+        host=host.name,
+        ranks=list(range(first, first + host.slots)),
+        commands=backends.COMMANDS[cfg.launch.backend](place, run, node),
+        environment=_environment(cfg, host, place.interfaces[node]),
+        grace_s=cfg.launch.grace_s,
+        # Of ssh the other end may not learn for a long time that it is cut off.
+        silence_s=None if host.here else SILENCE_S,
+    )
+
+
+def _environment(cfg: Config, host: Host, interface: str | None) -> dict[str, str]:
+    """Variables for a host beside its own: those of `launch.env`, and the network that leads to the others."""
+    given = {} if host.here else forwarded(os.environ, cfg.launch.env)
+    if interface is None:
+        return given
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return {**{name: interface for name in names if name not in os.environ}, **given}
 
 
 def _close(run: RunDir, console: Console, failure: Failure | None) -> int:
@@ -219,12 +233,15 @@ def _close(run: RunDir, console: Console, failure: Failure | None) -> int:
         console.close(_told(run))
         return 0
     _record(run, failure)
-    where = run.launcher_log if failure.rank is None else run.rank(failure.rank) / "log.txt"
-    culprit = "" if failure.rank is None else f"rank {failure.rank}: "
+    culprit, where = "", ""
+    if failure.rank is not None:
+        culprit, where = f"rank {failure.rank}: ", f"\nlog: {run.rank(failure.rank) / 'log.txt'}"
+    elif failure.host is not None:
+        where = f"\nlog: {run.launcher_log(failure.host)}"
     first_line = failure.message.strip().splitlines()[0]
     # The reader of the output may have ended first, by the same Ctrl-C.
     with contextlib.suppress(OSError):
-        console.close(f"{failure.type}: {culprit}{first_line}\nlog: {where}")
+        console.close(f"{failure.type}: {culprit}{first_line}{where}")
     return failure.exit_code
 
 

@@ -1,10 +1,10 @@
-"""Stopping every process of a run, by process id."""
+"""Processes of this host: the ranks of a run, and a whole session to its end."""
 
 import contextlib
 import os
 import socket
-import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import psutil
@@ -17,12 +17,12 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Rank:
-    """A rank of this host as the driver sees it."""
+    """A rank of this host."""
 
     rank: int
     pid: int
     process: psutil.Process | None
-    """None where it was gone before the driver first looked."""
+    """None where it was gone before anybody looked."""
 
     @property
     def alive(self) -> bool:
@@ -30,12 +30,11 @@ class Rank:
         return self.process is not None and is_alive(self.process)
 
 
-def local_ranks(run: RunDir, known: dict[int, Rank]) -> dict[int, Rank]:
-    """The ranks of this host that have said who they are, added to those already `known`."""
+def local_ranks(run: RunDir, ranks: Iterable[int], known: dict[int, Rank]) -> dict[int, Rank]:
+    """Those of `ranks` that have said who they are and that they run here, added to those already `known`."""
     found = dict(known)
-    for file in run.path.glob("ranks/*/rank.json"):
-        rank = int(file.parent.name)
-        about = read_json(file) if rank not in found else None
+    for rank in ranks:
+        about = None if rank in found else read_json(run.rank(rank) / "rank.json")
         if about and about["host"] == socket.gethostname():
             found[rank] = Rank(rank, about["pid"], _process(about["pid"]))
     return found
@@ -48,20 +47,19 @@ def _process(pid: int) -> psutil.Process | None:
         return None
 
 
-def stop(launcher: subprocess.Popen, *, grace_s: float) -> None:
-    """Ends all processes of the session that `launcher` leads: SIGTERM, then SIGKILL after `grace_s` seconds.
+def end_session(leader: int, *, grace_s: float) -> None:
+    """Ends all processes of a session but this one: SIGTERM, then SIGKILL after `grace_s` seconds.
 
     The session also holds a rank that has not yet said who it is, and one whose launcher is gone.
     """
     # The second SIGKILL is for a process that was being started during the first.
     for end in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
-        for process in _session(launcher.pid):
+        for process in _session(leader):
             with contextlib.suppress(psutil.NoSuchProcess):
                 end(process)
         deadline = time.monotonic() + grace_s
-        while _session(launcher.pid) and time.monotonic() < deadline:
+        while _session(leader) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-    launcher.poll()
 
 
 def _session(leader: int) -> list[psutil.Process]:
@@ -69,6 +67,6 @@ def _session(leader: int) -> list[psutil.Process]:
     members = []
     for pid in psutil.pids():
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-            if os.getsid(pid) == leader and is_alive(process := psutil.Process(pid)):
+            if pid != os.getpid() and os.getsid(pid) == leader and is_alive(process := psutil.Process(pid)):
                 members.append(process)
     return members

@@ -51,6 +51,8 @@ def init_distributed(*, timeout: timedelta) -> None:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # DeepSpeed takes it for the device's number; with one visible GPU a rank (Slurm's --gpus-per-task) it is not.
+        os.environ["LOCAL_RANK"] = str(device.index)
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         timeout=timeout,

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 
 from stack.config.schema import Config, Parallel
 from stack.errors import LayoutError
-from stack.plan.policies import SCHEDULES, check_policies, local_devices
+from stack.plan.hosts import ranks_of_hosts
+from stack.plan.policies import SCHEDULES, check_policies
 from stack.plan.shape import ModelShape, model_shape
-
-#: Ranks on a host without a GPU: pp2 x dp2, the smallest layout in which nothing is trivial.
-CPU_RANKS = 4
 
 
 @dataclass(frozen=True)
@@ -106,27 +104,17 @@ class Plan:
         return {**dataclasses.asdict(self), "total_params": self.shape.total_params, "stage_table": table}
 
 
-def ranks_per_node(cfg: Config) -> tuple[int, str]:
-    """Ranks on each host, and why."""
-    if cfg.launch.ranks_per_node != "auto":
-        return cfg.launch.ranks_per_node, "launch.ranks_per_node"
-    gpus = local_devices()
-    if gpus:
-        return gpus, f"one for each of this host's {gpus} NVIDIA GPUs"
-    return CPU_RANKS, "no NVIDIA GPU here: the CPU default"
-
-
-def make_plan(cfg: Config, world_size: int | None = None) -> Plan:
-    """Lays the run out over `world_size` ranks (default: launch.nodes x launch.ranks_per_node).
+def make_plan(cfg: Config, world_size: int | None = None, nodes: int = 1) -> Plan:
+    """Lays the run out over `world_size` ranks on `nodes` hosts (default: those that `cfg.launch` asks for).
 
     Raises:
         LayoutError: ranks, stages, layers and batch do not fit together.
     """
     reasons: dict[str, str] = {}
     if world_size is None:
-        per_node, why = ranks_per_node(cfg)
-        world_size = cfg.launch.nodes * per_node
-        reasons["ranks"] = f"{cfg.launch.nodes} nodes x {per_node} ranks ({why})"
+        nodes, per_node, why = ranks_of_hosts(cfg)
+        world_size = nodes * per_node
+        reasons["ranks"] = f"{nodes} {'host' if nodes == 1 else 'hosts'} x {per_node} ranks ({why})"
     else:
         reasons["ranks"] = "as launched"
     replicas = _replicas(cfg.parallel, world_size)
@@ -141,7 +129,7 @@ def make_plan(cfg: Config, world_size: int | None = None) -> Plan:
     )
     return Plan(
         world_size=world_size,
-        nodes=cfg.launch.nodes,
+        nodes=nodes,
         pipeline=cfg.parallel.pipeline,
         stages=len(first_layers),
         replicas=replicas,

@@ -2,6 +2,8 @@
 
 import os
 
+from stack.train.ranks import ranks_here
+
 
 def own_cores(cores: list[int], rank: int, ranks: int) -> list[int]:
     """A rank's even share of the cores that the ranks of a host may use, neighbours together since they share caches.
@@ -20,8 +22,7 @@ def own_cores(cores: list[int], rank: int, ranks: int) -> list[int]:
 def bind() -> None:
     """Keeps this process, and the threads it will start, on its share, where its launcher says how many ranks the host
     has."""
-    # torchrun's name, and the DeepSpeed launcher's.
-    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    ranks = ranks_here()
     if ranks and "LOCAL_RANK" in os.environ:
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, own_cores(cores, int(os.environ["LOCAL_RANK"]), int(ranks)))
+        os.sched_setaffinity(0, own_cores(cores, int(os.environ["LOCAL_RANK"]), ranks))

@@ -23,8 +23,8 @@ from stack.plan.report import render
 _RECORDED = ("stack", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "wandb", "hydra-core", "numpy")
 #: What belongs to one attempt, and is kept apart when the next one begins.
 _OF_AN_ATTEMPT = (
-    *("plan.json", "plan.txt", "env.json", "ds_config.json", "hostfile", "launcher.log"),
-    *("ranks", "DONE.json", "FAILED.json", "curve.png"),
+    *("plan.json", "plan.txt", "env.json", "ds_config.json", "launchers", "ranks"),
+    *("DONE.json", "FAILED.json", "curve.png"),
 )
 
 
@@ -97,17 +97,19 @@ class RunDir:
     def failed(self) -> Path:
         return self.path / "FAILED.json"
 
-    @property
-    def launcher_log(self) -> Path:
-        return self.path / "launcher.log"
+    def launcher_log(self, host: str) -> Path:
+        """What the launcher of a host printed, and ssh on the way to it."""
+        return self.path / "launchers" / f"{host}.log"
 
     def rank(self, rank: int) -> Path:
-        """This rank's folder: log.txt, rank.json, and at its end done.json or error.json."""
+        """This rank's folder: log.txt, rank.json, and at its end done.json, error.json or stopped.json."""
         return self.path / "ranks" / str(rank)
 
-    def has_outcome(self, rank: int) -> bool:
-        """Whether the rank itself has said how it ended."""
-        return any((self.rank(rank) / name).exists() for name in ("done.json", "error.json"))
+    def outcome(self, rank: int) -> str | None:
+        """How the rank itself says that it ended: `done`, `error` or `stopped`; None where it has not."""
+        return next(
+            (name for name in ("error", "done", "stopped") if (self.rank(rank) / f"{name}.json").exists()), None
+        )
 
     def errors(self) -> list[dict[str, Any]]:
         """What failed ranks wrote, the first failure first."""

@@ -12,21 +12,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from stack.config.compose import compose, from_yaml
 from stack.config.places import settled
 from stack.config.schema import Config
 from stack.data.manifest import locate
 from stack.errors import HangError, NumericsError, RankFailure, StackError, UsageError
-from stack.health.orphan import DRIVER_PID, exit_with_parent
+from stack.health.lost_peer import is_lost_peer
+from stack.health.orphan import AGENT_PID, exit_with_parent
+from stack.health.stopped import tell_when_stopped
 from stack.plan.layout import Plan, make_plan
-from stack.train import cores, rundir
+from stack.train import cores, ranks, rundir
 from stack.train.inputs import open_batches
 from stack.train.lock import RunLock
 from stack.train.rundir import RunDir
 
-#: Set by the driver: the user's CUDA_VISIBLE_DEVICES.
+#: Set by the agent of a host: the CUDA_VISIBLE_DEVICES that it found there.
 VISIBLE_DEVICES = "STACK_VISIBLE_DEVICES"
 
 
@@ -35,21 +37,22 @@ def main(argv: Sequence[str]) -> int:
 
     The arguments are `--config RUN_DIR/config.yaml` from the driver, or Hydra overrides from a bare launcher.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank = 0
     if VISIBLE_DEVICES in os.environ:
         # The launcher numbers the devices from 0 whatever the user had made visible.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[VISIBLE_DEVICES]
     run: RunDir | None = None
     try:
+        rank, world_size, hosts = ranks.from_environment()
         exit_with_parent(lambda error: _failed(run, rank, error, error.exit_code))
         config_path, overrides = _parse(argv)
         run = RunDir(config_path.parent) if config_path else None
         cfg = from_yaml(config_path) if config_path else settled(compose(overrides))
-        plan = make_plan(cfg, world_size)
+        plan = make_plan(cfg, world_size, hosts)
         if cfg.launch.bind_cores:
             # Ahead of the imports that start threads.
             cores.bind()
-        if DRIVER_PID not in os.environ:
+        if AGENT_PID not in os.environ:
             if run is not None:
                 # What a user resumed from once is not what the run goes on from after that.
                 cfg = replace(cfg, checkpoint=replace(cfg.checkpoint, step="auto"))
@@ -60,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
             _evaluate(cfg, plan, run, rank=rank)
         else:
             _train(cfg, plan, run, rank=rank, screen=screen)
-        # A rank that is gone without this, or an error.json, was killed.
+        # A rank that is gone without this, an error.json or a stopped.json was killed.
         rundir.write_json(run.rank(rank) / "done.json", {"time": time.time()})
     except StackError as error:
         return _failed(run, rank, error, error.exit_code)
@@ -188,6 +191,7 @@ def _own_output(run: RunDir, rank: int, *, shown: bool) -> TextIO | None:
     """
     folder = run.rank(rank)
     folder.mkdir(parents=True, exist_ok=True)
+    tell_when_stopped(lambda: rundir.write_json(folder / "stopped.json", {"time": time.time()}))
     rundir.write_json(folder / "rank.json", {"pid": os.getpid(), "host": socket.gethostname()})
     screen = os.fdopen(os.dup(sys.stdout.fileno()), "w") if shown else None
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -219,7 +223,7 @@ def _failed(run: RunDir | None, rank: int, error: Exception, exit_code: int) -> 
             print(f"{type(error).__name__}: {error} (on {socket.gethostname()})", file=sys.stderr)
         return exit_code
     traceback.print_exception(error)
-    told = {
+    told: dict[str, Any] = {
         "rank": rank,
         "type": type(error).__name__,
         "message": str(error) or type(error).__name__,
@@ -227,7 +231,9 @@ def _failed(run: RunDir | None, rank: int, error: Exception, exit_code: int) -> 
         "time": time.time(),
     }
     rundir.write_json(run.rank(rank) / "error.json", told)
-    if DRIVER_PID not in os.environ and not run.failed.exists():
-        # Nobody else is there to say how the run ended.
-        rundir.write_json(run.failed, told)
+    if AGENT_PID not in os.environ:
+        # Nobody else is there to say how the run ended. What says most is kept.
+        known = rundir.read_json(run.failed)
+        if known is None or (is_lost_peer(known["message"]) and not is_lost_peer(told["message"])):
+            rundir.write_json(run.failed, told)
     return exit_code

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from stack.health.orphan import DRIVER_PID
+from stack.health.orphan import AGENT_PID
 from stack.observe.jsonl import read
 from stack.train.rundir import RunDir, read_json
 from tests.helpers.forked import Killed, tiny_again, tiny_run, tiny_settings
@@ -49,7 +49,7 @@ def test_a_run_ends_well_and_goes_on(zygote, tmp_path):
 def test_ranks_without_a_driver_make_their_run_and_give_it_back(zygote, tmp_path):
     tiny_run(tmp_path)  # the corpus
     settings = {**tiny_settings(), "run.root": tmp_path / "bare"}
-    assert zygote.run([f"{key}={value}" for key, value in settings.items()], 2, env={DRIVER_PID: None}) == [0, 0]
+    assert zygote.run([f"{key}={value}" for key, value in settings.items()], 2, env={AGENT_PID: None}) == [0, 0]
     [run] = map(RunDir, tmp_path.glob("bare/*/*"))
     assert run.done.exists()
     assert not (run.path / "lock.json").exists()

@@ -270,7 +270,7 @@ def test_a_bare_launcher_goes_on_by_itself(zygote, tmp_path, expected):
     run = tiny_run(tmp_path, _RUN)
     assert -9 in start(zygote, run, **{FAULT: f"kill:rank=1,step={_SAVED_LAST},phase=save.stage"})
     # As a job that the queue starts again: nobody has cleared anything.
-    assert zygote.run(["--config", str(run.config)], 2, env={"STACK_DRIVER_PID": None}) == [0, 0], log(run)
+    assert zygote.run(["--config", str(run.config)], 2, env={"STACK_AGENT_PID": None}) == [0, 0], log(run)
     assert curve(run) == expected(zygote)
     assert json.loads((run.path / "attempts" / "1" / "plan.json").read_text())["world_size"] == 2
 

@@ -108,7 +108,7 @@ def test_ctrl_c_again_and_again_leaves_nothing_behind(running):
 
 def test_ctrl_c_before_the_ranks_are_up(start):
     command = start(ENDLESS)
-    command.find("deepspeed.launcher.runner")
+    command.find("deepspeed.launcher.launch")
     command.send(signal.SIGINT)
 
     assert_failed(command, 130, "Interrupted", "stopped by Ctrl-C")
@@ -117,25 +117,32 @@ def test_ctrl_c_before_the_ranks_are_up(start):
 def test_no_rank_outlives_a_killed_driver(running):
     command = running(OFFLINE)
     command.process.kill()
-    # Not yet reaped by its parent, which is this test: ranks must not take a zombie for alive.
     command.assert_nothing_left(within_s=10)
+    assert "the driver is gone" in command.json("FAILED.json")["message"]
 
 
 def test_no_rank_outlives_a_driver_that_was_killed_before_it_came_up(start):
     command = start(ENDLESS)
-    command.find("deepspeed.launcher.runner")
+    command.find("deepspeed.launcher.launch")
     command.process.kill()
     command.assert_nothing_left(within_s=30)
 
 
-@pytest.mark.parametrize("which", ["runner", "launch"])
-def test_a_killed_launcher_is_a_failure_though_deepspeed_may_return_0(running, which):
+@pytest.mark.parametrize(
+    ("which", "word"), [("agent", "stack.launch.agent"), ("launcher", "deepspeed.launcher.launch")]
+)
+def test_a_killed_launcher_is_a_failure_though_deepspeed_may_return_0(running, which, word):
     command = running()
-    launcher = command.find(f"deepspeed.launcher.{which}")
-    launcher.kill()
+    killed = command.find(word)
+    killed.kill()
 
-    message = "launcher ended with -9" if which == "runner" else f"launcher (process {launcher.pid}) was killed"
-    assert_failed(command, 9, "RankFailure", message)
+    assert command.wait(20) == 9, command.stdout + command.stderr
+    command.assert_nothing_left(within_s=0)
+    failure = command.json("FAILED.json")
+    if which == "agent":
+        assert failure["message"].startswith("localhost lost its agent (-9)")
+    else:
+        assert failure["message"] == f"the launcher (process {killed.pid}) was killed, and its ranks end with it"
 
 
 def test_a_run_ends_when_nobody_reads_its_output(start):

@@ -10,7 +10,7 @@ from tests.helpers.runs import STACK
 CASES = {
     "unknown key": ({"optim.lrr": 1}, 3, "did you mean optim.lr?"),
     "impossible layout": ({"parallel.pipeline": 3, "launch.ranks_per_node": 4}, 4, "does not divide 4 ranks"),
-    "several hosts": ({"launch.nodes": 2}, 4, "deepspeed --hostfile"),
+    "several hosts": ({"launch.nodes": 2}, 4, "launch.hostfile=FILE"),
     "no corpus": ({"data.paths": "[/nowhere]"}, 5, "/nowhere"),
     "root cannot be written": ({"run.root": "/proc/runs"}, 3, "run.root=/proc/runs"),
 }

@@ -29,7 +29,15 @@ def test_a_run_leaves_all_its_files_and_no_process(pp2_dp2):
 
     assert pp2_dp2.json("DONE.json")["step"] == 5
     assert not (run / "FAILED.json").exists()
-    for name in ("config.yaml", "ds_config.json", "plan.json", "plan.txt", "env.json", "curve.png", "launcher.log"):
+    for name in (
+        "config.yaml",
+        "ds_config.json",
+        "plan.json",
+        "plan.txt",
+        "env.json",
+        "curve.png",
+        "launchers/localhost.log",
+    ):
         assert (run / name).stat().st_size > 0, name
     for rank in range(4):
         assert (run / f"ranks/{rank}/log.txt").stat().st_size > 0

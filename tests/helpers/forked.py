@@ -28,7 +28,7 @@ from unittest.mock import patch
 
 from stack.config.compose import compose, from_yaml
 from stack.data import shards
-from stack.health.orphan import DRIVER_PID
+from stack.health.orphan import AGENT_PID
 from stack.plan.layout import make_plan
 from stack.train import rundir
 from stack.train.rundir import RunDir
@@ -111,13 +111,13 @@ class Zygote:
 
         Args:
             env: variables beside the rank's own; None takes one away. The driver is the zygote: without
-                STACK_DRIVER_PID ranks make their run directory by themselves.
+                STACK_AGENT_PID ranks make their run directory by themselves.
             timeout_s: after which those that are left are killed; also 5 s after the first that failed.
 
         Returns:
             Exit codes by rank, -9 for one that was killed.
         """
-        environment = {DRIVER_PID: str(self.pid), **(env or {})}
+        environment = {AGENT_PID: str(self.pid), **(env or {})}
         with tempfile.NamedTemporaryFile("r") as output:
             ranks = self._fork(_run_worker, (list(argv),), world_size, environment, timeout_s, output.name)
             # pytest shows it where the test fails.

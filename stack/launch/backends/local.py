@@ -1,0 +1,16 @@
+"""No launcher: the ranks of this host, one process each. The fastest start, and the one to copy for a new backend."""
+
+import sys
+
+from stack.launch.agent import Command
+from stack.launch.place import Place
+from stack.train.rundir import RunDir
+
+
+def commands(place: Place, run: RunDir, node: int) -> list[Command]:
+    """One process a rank, with the environment that every launcher gives one."""
+    size = place.hosts[node].slots
+    shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    shared |= {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port)}
+    argv = [sys.executable, "-u", "-m", "stack.train", "--config", str(run.config)]
+    return [Command(argv, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]

@@ -1,0 +1,88 @@
+"""Where the ranks of a run meet: its hosts, the address of the first one, a port there."""
+
+import contextlib
+import os
+import random
+import socket
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stack.config.schema import Config
+from stack.errors import LayoutError
+from stack.launch.hosts import LOCALHOST, Host, hosts
+from stack.launch.preflight import check_hosts
+from stack.plan.layout import Plan
+
+#: Below those that Linux hands out by itself.
+_PORTS = range(20000, 30000)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the ranks of a run meet."""
+
+    hosts: list[Host]
+    """That have an agent each. With Slurm it is this one, which starts the tasks of all."""
+    nodes: int
+    """Hosts that have ranks."""
+    address: str
+    """Of the first host with ranks, as the others reach it."""
+    port: int
+    interfaces: list[str | None]
+    """Of each host's network, the one that leads to the others; None where it is the host itself."""
+    options: list[str] = field(default_factory=list)
+    """`launch.slurm`."""
+
+    @property
+    def shown(self) -> str:
+        """For the user."""
+        names = ", ".join(host.name for host in self.hosts)
+        if self.nodes == 1 or len(self.hosts) < self.nodes:
+            return f"{self.nodes} {'host' if self.nodes == 1 else 'hosts'}, master {self.address}:{self.port}"
+        interfaces = ", ".join(sorted({name for name in self.interfaces if name}))
+        return f"{names}; master {self.address}:{self.port}, interface {interfaces}"
+
+
+def meet(cfg: Config, plan: Plan, folder: Path) -> Place:
+    """Finds the hosts of a run and where they meet; looks at each before anything is started on it.
+
+    Args:
+        folder: the run directory, which all of them are to see.
+
+    Raises:
+        HostError: a host cannot be used.
+        LayoutError: the hostfile, or the allocation, is not one of this plan.
+    """
+    if cfg.launch.backend == "slurm":
+        names = _allocated()
+        address = names[0] if plan.nodes > 1 else "127.0.0.1"
+        here = Host(LOCALHOST, plan.world_size, here=True)
+        return Place([here], plan.nodes, address, random.choice(_PORTS), [None], cfg.launch.slurm)
+    found = hosts(cfg, plan)
+    if len(found) == 1:
+        port = free_port() if found[0].here else random.choice(_PORTS)
+        return Place(found, 1, "127.0.0.1", port, [None])
+    reports = check_hosts(found, folder)
+    port = free_port() if found[0].here else random.choice(_PORTS)
+    return Place(found, len(found), reports[0].address, port, [report.interface for report in reports])
+
+
+def free_port() -> int:
+    """A TCP port of this host that nobody listens on now."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _allocated() -> list[str]:
+    """Names of the hosts of the Slurm allocation, the first one first.
+
+    Raises:
+        LayoutError: Slurm does not tell them.
+    """
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    told = subprocess.run(["scontrol", "show", "hostnames", nodes], check=False, capture_output=True, text=True)
+    if told.returncode or not told.stdout.split():
+        raise LayoutError(f"SLURM_JOB_NODELIST={nodes}: scontrol show hostnames does not know it; use salloc or sbatch")
+    return told.stdout.split()

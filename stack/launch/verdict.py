@@ -1,0 +1,94 @@
+"""Why a run ended early: which rank failed first, from what the ranks of each host left behind."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stack.errors import HangError, RankFailure
+from stack.health.lost_peer import is_lost_peer
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run ended early; becomes FAILED.json."""
+
+    type: str
+    message: str
+    exit_code: int
+    rank: int | None = None
+    host: str | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A rank that is no more, as its host saw it."""
+
+    rank: int
+    pid: int | None
+    """None where it never said who it is."""
+    outcome: str | None
+    """`done`, `error`, `stopped` by somebody else, or None: it had no time to say."""
+    error: dict[str, Any] | None = None
+    """What its error.json holds."""
+    hung: bool = False
+    """NCCL's watchdog ended it; it aborts the process, which then can tell nothing itself."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a host's agent saw when the ranks there came to their end, or the first of them did."""
+
+    host: str
+    started: int
+    """Ranks that were started there."""
+    ranks: list[Ended]
+    """Those of them that are no more."""
+    launcher: int | None
+    """What it ended with; None while it was still at work."""
+
+    @property
+    def well(self) -> bool:
+        """Whether every rank of the host, and its launcher, has ended as it should."""
+        done = [rank for rank in self.ranks if rank.outcome == "done"]
+        return self.launcher is not None and len(done) == self.started
+
+
+def first_failure(reports: Sequence[Report]) -> tuple[Failure | None, bool]:
+    """The rank that failed first, as far as `reports` tell; and whether no other report can change that.
+
+    A rank that was killed leaves no word of its own; what its neighbours then write is only that it is gone, or that
+    their launcher stopped them.
+    """
+    ended = [(rank, report.host) for report in reports for rank in report.ranks]
+    errors = sorted((rank.error["time"], rank.rank, host, rank.error) for rank, host in ended if rank.error)
+    causes = [(error, host) for _, _, host, error in errors if not is_lost_peer(error["message"])]
+    if causes:
+        return _told(*causes[0]), True
+    # One that never said who it is may be about to, or have been stopped before it could.
+    silent = [(rank, host) for rank, host in ended if rank.outcome is None and rank.pid is not None]
+    if hung := next(((rank, host) for rank, host in silent if rank.hung), None):
+        rank, host = hung
+        message = "NCCL's watchdog gave up on a collective"
+        return Failure("HangError", message, HangError.exit_code, rank.rank, host), True
+    if silent:
+        rank, host = silent[0]
+        message = f"process {rank.pid} was killed or crashed without a Python error (out of memory?)"
+        return Failure("RankFailure", message, RankFailure.exit_code, rank.rank, host), True
+    if errors:
+        _, _, host, error = errors[0]
+        return _told(error, host), False
+    unwell = [report for report in reports if not report.well]
+    return (_stopped(unwell[0]) if unwell else None), False
+
+
+def _told(error: dict[str, Any], host: str) -> Failure:
+    return Failure(error["type"], error["message"], error["exit_code"], error["rank"], host)
+
+
+def _stopped(report: Report) -> Failure:
+    """Ranks were ended though none of them failed, or never came up."""
+    if report.launcher is None:
+        message = f"rank {report.ranks[0].rank} was stopped by SIGTERM from outside"
+    else:
+        message = f"the launcher ended with {report.launcher} before the run was done"
+    return Failure("RankFailure", message, RankFailure.exit_code, None, report.host)

@@ -1,0 +1,96 @@
+"""How many hosts a run has and how many ranks each, from the hostfile, the Slurm allocation, or this machine."""
+
+import os
+import re
+from pathlib import Path
+
+from stack.config.schema import Config
+from stack.errors import LayoutError
+from stack.plan.policies import local_devices
+
+#: Ranks on a host without a GPU: pp2 x dp2, the smallest layout in which nothing is trivial.
+CPU_RANKS = 4
+_LINE = re.compile(r"(?P<name>[^\s=]+)\s+slots\s*=\s*(?P<slots>[1-9]\d*)")
+_EXAMPLE = "a line is NAME slots=RANKS, for example node-0 slots=8"
+
+
+def read_hostfile(path: str | Path) -> dict[str, int]:
+    """Host -> its slots, in the order of the file; what follows a # is a comment.
+
+    Raises:
+        LayoutError: the file cannot be read, or is no hostfile.
+    """
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not text"
+        raise LayoutError(f"launch.hostfile={path}: cannot be read ({why}); {_EXAMPLE}") from error
+    found: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not (entry := line.partition("#")[0].strip()):
+            continue
+        if not (match := _LINE.fullmatch(entry)):
+            raise LayoutError(f"launch.hostfile={path}, line {number}: {entry!r} is no host; {_EXAMPLE}")
+        if match["name"] in found:
+            raise LayoutError(f"launch.hostfile={path}, line {number}: {match['name']} is there twice; keep one line")
+        found[match["name"]] = int(match["slots"])
+    if not found:
+        raise LayoutError(f"launch.hostfile={path}: names no host; {_EXAMPLE}")
+    return found
+
+
+def hosts_of(cfg: Config) -> dict[str, int] | None:
+    """The hosts of the hostfile that the run uses, each with its slots; None without a hostfile.
+
+    Raises:
+        LayoutError: as `read_hostfile`; or it has fewer hosts, or a host fewer slots, than the run is to use.
+    """
+    if cfg.launch.hostfile is None:
+        return None
+    there = read_hostfile(cfg.launch.hostfile)
+    nodes = len(there) if cfg.launch.nodes == "auto" else cfg.launch.nodes
+    if nodes > len(there):
+        raise LayoutError(
+            f"launch.nodes={nodes}: launch.hostfile={cfg.launch.hostfile} has {len(there)}; use launch.nodes=auto"
+        )
+    return dict(list(there.items())[:nodes])
+
+
+def ranks_of_hosts(cfg: Config) -> tuple[int, int, str]:
+    """Hosts, ranks on each, and why.
+
+    Raises:
+        LayoutError: as `hosts_of`; or the hosts' slots differ.
+    """
+    if hosts := hosts_of(cfg):
+        ranks, why = _ranks_of_slots(cfg, hosts)
+        return len(hosts), ranks, why
+    in_slurm = cfg.launch.backend == "slurm"
+    nodes = cfg.launch.nodes
+    if nodes == "auto":
+        nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if in_slurm else 1
+    if cfg.launch.ranks_per_node != "auto":
+        return nodes, cfg.launch.ranks_per_node, "launch.ranks_per_node"
+    if in_slurm and (tasks := re.match(r"\d+", os.environ.get("SLURM_NTASKS_PER_NODE", ""))):
+        return nodes, int(tasks[0]), "the allocation's tasks per node"
+    if gpus := local_devices():
+        return nodes, gpus, f"one for each of this host's {gpus} NVIDIA GPUs"
+    return nodes, CPU_RANKS, "no NVIDIA GPU here: the CPU default"
+
+
+def _ranks_of_slots(cfg: Config, hosts: dict[str, int]) -> tuple[int, str]:
+    fewest = min(hosts, key=lambda name: hosts[name])
+    wanted = cfg.launch.ranks_per_node
+    if wanted != "auto":
+        if wanted > hosts[fewest]:
+            raise LayoutError(
+                f"launch.ranks_per_node={wanted}: {fewest} has {hosts[fewest]} slots in "
+                f"launch.hostfile={cfg.launch.hostfile}; use launch.ranks_per_node={hosts[fewest]}"
+            )
+        return wanted, "launch.ranks_per_node"
+    if len(set(hosts.values())) > 1:
+        raise LayoutError(
+            f"launch.hostfile={cfg.launch.hostfile}: {fewest} has {hosts[fewest]} slots, others have more, and every "
+            f"host runs as many ranks; use launch.ranks_per_node={hosts[fewest]}"
+        )
+    return hosts[fewest], "slots of the hostfile"

@@ -1,0 +1,115 @@
+"""`stack train` over two hosts: equal to one host, and the culprit named when a host fails."""
+
+import signal
+import time
+
+import pytest
+
+from tests.helpers.runs import STACK, Command
+from tests.multinode.conftest import as_overrides
+
+#: Longer than any test waits; a hang must not be how a fault is found.
+ENDLESS = {
+    "train.steps": 1_000_000,
+    "schedule.kind": "constant",
+    "train.log_every": 1000,
+    "health.hang_timeout_s": 600,
+    "launch.grace_s": 2,
+}
+
+
+def numbers(command):
+    return [(row.loss.hex(), row.grad_norm.hex()) for row in command.records()]
+
+
+def assert_nothing_left(hosts, *, within_s=1):
+    deadline = time.monotonic() + within_s
+    while left := [(host, p.info["cmdline"]) for host in hosts.names for p in hosts.processes(host)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def assert_failed(command, message, *, rank=None, kind="RankFailure", within_s=15):
+    assert command.wait(within_s) == 9, command.stdout + command.stderr
+    failure = command.json("FAILED.json")
+    assert (failure["type"], failure["exit_code"], failure["rank"]) == (kind, 9, rank)
+    assert message in failure["message"]
+    assert message in command.stdout
+    assert "Traceback" not in command.stdout + command.stderr
+    assert not (command.run / "DONE.json").exists()
+
+
+@pytest.fixture
+def running(start):
+    """An endless run with one stage on each host, at its third step."""
+    command = start(ENDLESS)
+    command.wait_for_step(3)
+    return command
+
+
+@pytest.mark.parametrize("backend", ["deepspeed", "torchrun"])
+def test_two_hosts_train_as_one_does(start, hosts, tiny, tmp_path, backend):
+    one = Command([STACK, "train", *as_overrides({**tiny, "run.root": tmp_path / "one/runs"})], tmp_path / "one")
+    try:
+        two = start({"launch.backend": backend})
+        assert two.wait() == 0, two.stdout + two.stderr
+        assert one.wait() == 0, one.stdout + one.stderr
+    finally:
+        one.kill()
+    assert_nothing_left(hosts)
+    assert "on host-a, host-b; master 192.0.2.1:" in two.stdout
+    assert "interface wire0" in two.stdout
+    assert [two.json(f"ranks/{rank}/rank.json")["host"] for rank in (0, 1)] == hosts.names
+    assert len(numbers(one)) == 5
+    assert numbers(two) == numbers(one)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named_on_whichever_host_it_was(running, hosts, rank):
+    pid = running.json(f"ranks/{rank}/rank.json")["pid"]
+    hosts.run(hosts.names[rank], ["kill", "-KILL", str(pid)])
+
+    assert_failed(running, f"process {pid} was killed or crashed", rank=rank)
+    assert_nothing_left(hosts)
+
+
+def test_a_killed_launcher_is_named(running, hosts):
+    [launcher] = [p for p in hosts.processes("host-b", "deepspeed.launcher.launch") if "python" in p.name()]
+    launcher.kill()
+
+    assert_failed(running, "was killed, and its ranks end with it", rank=1)
+    assert_nothing_left(hosts)
+
+
+def test_a_killed_agent_is_named(running, hosts):
+    [agent] = [p for p in hosts.processes("host-b", "stack.launch.agent") if "python" in p.name()]
+    agent.kill()
+
+    assert_failed(running, "host-b", kind="HostError")
+    assert_nothing_left(hosts, within_s=5)
+
+
+def test_a_cut_cable_names_the_host_that_is_gone(running, hosts):
+    hosts.cut()
+
+    # ssh waits 15 s for an answer.
+    assert_failed(running, "host-b could not be reached, or was lost", kind="HostError", within_s=30)
+    # What was cut off has waited 30 s for a word of the driver.
+    assert_nothing_left(hosts, within_s=30)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_end_ends_on_both_hosts(running, hosts, number):
+    [driver] = [p for p in hosts.processes("host-a", "bin/stack train") if "python" in p.name() or "stack" in p.name()]
+    driver.send_signal(number)
+
+    assert running.wait(15) == 128 + number, running.stdout + running.stderr
+    assert_nothing_left(hosts)
+
+
+def test_no_rank_outlives_a_killed_driver(running, hosts):
+    [driver] = [p for p in hosts.processes("host-a", "bin/stack train") if "python" in p.name() or "stack" in p.name()]
+    driver.kill()
+
+    assert_nothing_left(hosts, within_s=10)
+    assert "the driver is gone" in running.json("FAILED.json")["message"]

@@ -1,11 +1,22 @@
 """The hosts of a run, and how a Python module is started on one: here, or through ssh."""
 
 import shlex
+import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import psutil
+
+from stack.config.schema import Config
+from stack.plan.hosts import hosts_of
+from stack.plan.layout import Plan
 
 #: No question can be answered; a host that is off, or a cable that is out, is noticed within 15 s.
 _SSH = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3")
+#: A host that has no hostfile calls itself so.
+LOCALHOST = "localhost"
 
 
 @dataclass(frozen=True)
@@ -20,6 +31,31 @@ class Host:
     """This machine: no ssh."""
 
 
+def hosts(cfg: Config, plan: Plan) -> list[Host]:
+    """The hosts that ranks are started on, in the order of the ranks.
+
+    Raises:
+        LayoutError: the hostfile cannot be read.
+    """
+    slots = plan.world_size // plan.nodes
+    names = hosts_of(cfg)
+    if names is None:
+        return [Host(LOCALHOST, plan.world_size, here=True)]
+    return [Host(name, slots, here=is_here(name)) for name in names]
+
+
+def is_here(name: str) -> bool:
+    """Whether a host's name means this machine."""
+    if name in (LOCALHOST, socket.gethostname()):
+        return True
+    try:
+        found = {about[4][0] for about in socket.getaddrinfo(name, None)}
+    except OSError:
+        # ssh may know it, under a name of its own; and says so where it does not.
+        return False
+    return bool(found & {address.address for addresses in psutil.net_if_addrs().values() for address in addresses})
+
+
 def module_on(host: Host, module: str) -> list[str]:
     """The command that runs a Python module on a host. Nothing but these words passes through a shell: what the module
     needs it reads from its standard input."""
@@ -29,3 +65,10 @@ def module_on(host: Host, module: str) -> list[str]:
     options = [word for option in _SSH for word in ("-o", option)]
     # exec: else the shell that ssh starts stays between the module and its standard input.
     return ["ssh", "-T", *options, host.name, f"exec {shlex.join(here)}"]
+
+
+def forwarded(environment: Mapping[str, str], patterns: list[str]) -> dict[str, str]:
+    """The variables that go to another host, `launch.env`."""
+    return {
+        name: value for name, value in environment.items() if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }

@@ -98,6 +98,8 @@ def doctor(arguments: Sequence[str]) -> int:
     from stack.launch.doctor import PARITY, examine
 
     overrides = [word for word in arguments if word != PARITY]
+    if flag := next((word for word in overrides if word.startswith("-")), None):
+        raise UsageError(f"{flag}: stack doctor knows {PARITY}, and overrides key=value")
     return examine(overrides, parity=len(overrides) < len(arguments))
 
 
@@ -112,7 +114,13 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "doctor": doctor,
 }
 #: What comes ahead of the overrides.
-_ARGUMENTS = {"resume": "RUN_DIR ", "export": "RUN_DIR OUT ", "eval": "RUN_DIR|EXPORTED ", "verify": "RUN_DIR ", "doctor": "[--parity] "}
+_ARGUMENTS = {
+    "resume": "RUN_DIR ",
+    "export": "RUN_DIR OUT ",
+    "eval": "RUN_DIR|EXPORTED ",
+    "verify": "RUN_DIR ",
+    "doctor": "[--parity] ",
+}
 
 
 def _run_and_overrides(verb: str, arguments: Sequence[str]) -> tuple["RunDir", list[str]]:

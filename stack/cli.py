@@ -93,6 +93,14 @@ def verify(arguments: Sequence[str]) -> int:
     return checkpoints.verify_run(run)
 
 
+def doctor(arguments: Sequence[str]) -> int:
+    """look at the hosts and links of a run before it; --parity: also at its numbers"""
+    from stack.launch.doctor import PARITY, examine
+
+    overrides = [word for word in arguments if word != PARITY]
+    return examine(overrides, parity=len(overrides) < len(arguments))
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan,
     "data": data,
@@ -101,9 +109,10 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "export": export,
     "eval": evaluate,
     "verify": verify,
+    "doctor": doctor,
 }
 #: What comes ahead of the overrides.
-_ARGUMENTS = {"resume": "RUN_DIR ", "export": "RUN_DIR OUT ", "eval": "RUN_DIR|EXPORTED ", "verify": "RUN_DIR "}
+_ARGUMENTS = {"resume": "RUN_DIR ", "export": "RUN_DIR OUT ", "eval": "RUN_DIR|EXPORTED ", "verify": "RUN_DIR ", "doctor": "[--parity] "}
 
 
 def _run_and_overrides(verb: str, arguments: Sequence[str]) -> tuple["RunDir", list[str]]:

@@ -46,7 +46,7 @@ def train(overrides: Sequence[str]) -> int:
         StackError: the config, the layout or the data are wrong; nothing was started.
     """
     cfg = settled(compose(overrides))
-    plan = _plan(cfg)
+    plan = plan_of(cfg)
     corpus = _corpus(cfg, plan)
     _check_weights(cfg)
     with _stop_requests() as requests:
@@ -67,7 +67,7 @@ def resume(run: RunDir, overrides: Sequence[str]) -> int:
     given = [override.lstrip("+").partition("=")[0] for override in overrides]
     cfg = settled(from_yaml(run.config, [*(f"{k}={v}" for k, v in once.items() if k not in given), *overrides]))
     with RunLock(run.path):
-        plan = _plan(cfg)
+        plan = plan_of(cfg)
         corpus = _corpus(cfg, plan, run.corpus if cfg.data == before.data else None)
         _check_goes_on(cfg, before, run, corpus)
         with _stop_requests() as requests:
@@ -93,7 +93,7 @@ def evaluate(folder: Path, overrides: Sequence[str]) -> int:
         if not manifest.steps(checkpoints):
             raise CheckpointError(f"{folder} has no checkpoint to evaluate; train with checkpoint.every=50")
         known = run.corpus if cfg.data == from_yaml(run.config).data else None
-    plan = _plan(cfg)
+    plan = plan_of(cfg)
     corpus = _corpus(cfg, plan, known)
     if checkpoints is None:
         _check_weights(cfg)
@@ -102,13 +102,23 @@ def evaluate(folder: Path, overrides: Sequence[str]) -> int:
         return _launch(cfg, plan, evaluation, requests)
 
 
+def check(cfg: Config, run: RunDir) -> int:
+    """Starts the ranks of a run directory that `rundir.create_check` made, and returns the exit code.
+
+    Raises:
+        LayoutError: this driver cannot start them.
+    """
+    with _stop_requests() as requests:
+        return _launch(cfg, plan_of(cfg), run, requests)
+
+
 def newest(overrides: Sequence[str]) -> list[str]:
     """Overrides that look at the newest checkpoint unless they say another, whatever the run was resumed from."""
     named = any(override.lstrip("+").startswith("checkpoint.step=") for override in overrides)
     return list(overrides) if named else ["checkpoint.step=auto", *overrides]
 
 
-def _plan(cfg: Config) -> Plan:
+def plan_of(cfg: Config) -> Plan:
     plan = make_plan(cfg)
     backends.check(cfg, plan)
     return plan
@@ -250,6 +260,8 @@ def _told(run: RunDir) -> str:
     result = rundir.read_json(run.result)
     if result is None:
         return f"done: {run.path}\ncurve: {run.curve}"
+    if run.check.exists():
+        return result["told"]
     return (
         f"held-out loss {result['heldout_loss']:.6f} nats, perplexity {result['perplexity']:.4f}, over "
         f"{result['tokens']:,} tokens in {result['sequences']:,} of {result['of_sequences']:,} sequences\n"

@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -85,8 +86,13 @@ class RunDir:
         return self.path / "evaluation.json"
 
     @property
+    def check(self) -> Path:
+        """There where the ranks only check themselves; says what."""
+        return self.path / "check.json"
+
+    @property
     def result(self) -> Path:
-        """What an evaluation found."""
+        """What an evaluation or a check found."""
         return self.path / "result.json"
 
     @property
@@ -155,6 +161,26 @@ def create_evaluation(parent: Path, cfg: Config, plan: Plan, *, corpus: Path, ch
             f"{error.filename or parent} cannot be created ({error.strerror}); evaluate where you can write"
         ) from error
     write_json(run.evaluation, {"checkpoints": str(checkpoints) if checkpoints else None})
+    return run
+
+
+def create_check(parent: Path, cfg: Config, plan: Plan, *, parity: Sequence[str]) -> RunDir:
+    """Makes a run directory below `parent` for ranks that check themselves; they read no corpus.
+
+    Args:
+        parity: dtypes in which the layout, of which `cfg` is the miniature, is held to one dense process.
+
+    Raises:
+        UsageError: it cannot be created there.
+    """
+    try:
+        run = _new(parent)
+        _describe(run, cfg, plan, parent)
+        write_json(run.check, {"parity": list(parity)})
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or parent} cannot be created ({error.strerror}); set run.root to a folder that can"
+        ) from error
     return run
 
 

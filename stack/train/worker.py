@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
         screen = _own_output(run, rank, shown=config_path is None and rank == 0)
         if run.evaluation.exists():
             _evaluate(cfg, plan, run, rank=rank)
+        elif run.check.exists():
+            _check(cfg, plan, run, rank=rank)
         else:
             _train(cfg, plan, run, rank=rank, screen=screen)
         # A rank that is gone without this, an error.json or a stopped.json was killed.
@@ -140,6 +142,13 @@ def _evaluate(cfg: Config, plan: Plan, run: RunDir, *, rank: int) -> None:
         }
         rundir.write_json(run.result, result)
         rundir.write_json(run.done, {"time": time.time()})
+
+
+def _check(cfg: Config, plan: Plan, run: RunDir, *, rank: int) -> None:
+    from stack.train.check import check
+
+    _quiet()
+    check(cfg, plan, run, rank)
 
 
 def _quiet() -> None:

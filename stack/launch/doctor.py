@@ -1,0 +1,74 @@
+"""`stack doctor`: looks at the hosts of a run, then has its ranks check each other, and with `--parity` its numbers."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from stack.config.compose import compose
+from stack.config.places import settled
+from stack.config.schema import Config
+from stack.errors import HostError
+from stack.launch import driver, preflight
+from stack.launch.hosts import hosts
+from stack.launch.preflight import Report
+from stack.plan.layout import Plan
+from stack.plan.miniature import miniature
+from stack.train import rundir
+
+PARITY = "--parity"
+#: Folder of the checks' run directories, in `run.root`.
+CHECKS = "doctor"
+#: fp16 has a loss scale that begins too high and skips steps; its layout is held to one process in fp32.
+_DTYPES = {"fp32": ["fp32"], "bf16": ["fp32", "bf16"], "fp16": ["fp32"]}
+_WIDTH = 120
+
+
+def examine(overrides: Sequence[str], *, parity: bool) -> int:
+    """Prints what is wrong with a run's hosts, links and numbers before there is a run; returns the exit code: 0, or
+    that of the error which the run would have ended with.
+
+    Raises:
+        StackError: the config or the layout are wrong.
+    """
+    cfg = settled(compose(overrides))
+    plan = driver.plan_of(cfg)
+    folder = Path(cfg.run.root) / CHECKS
+    if cfg.launch.backend != "slurm" and not _hosts_are_well(cfg, plan, folder):
+        return HostError.exit_code
+    dtypes = _DTYPES[cfg.precision.dtype] if parity else []
+    checked = miniature(cfg, plan) if parity else cfg
+    return driver.check(checked, rundir.create_check(folder, checked, driver.plan_of(checked), parity=dtypes))
+
+
+def _hosts_are_well(cfg: Config, plan: Plan, folder: Path) -> bool:
+    """Prints the table of hosts, then every fault and note."""
+    reports = preflight.examine(hosts(cfg, plan), folder)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("host", "", "address", "devices", "memory free", "python", "torch", "deepspeed", "transformers"):
+        table.add_column(column, overflow="fold")
+    for report in reports:
+        table.add_row(report.name, "FAULT" if report.faults else "ok", *_about(report))
+    width = max(_WIDTH, shutil.get_terminal_size().columns)
+    Console(width=width, highlight=False).print(table)
+    for report in reports:
+        for line in report.notes:
+            print(f"note: {line}")
+    faults = [line for report in reports for line in report.faults]
+    for line in faults:
+        print(f"HostError: {line}", file=sys.stderr)
+    print(flush=True)
+    return not faults
+
+
+def _about(report: Report) -> list[str]:
+    about = report.about
+    if about is None:
+        return []
+    own = f"{report.address} ({report.interface})" if report.interface else about.hostname
+    devices = f"{len(about.gpus)} x {about.gpus[0].name}" if about.gpus else "CPU"
+    versions = [about.versions[name] or "none" for name in ("python", "torch", "deepspeed", "transformers")]
+    return [own, devices, f"{about.memory_free / (1 << 30):.1f} GiB", *versions]

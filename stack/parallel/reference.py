@@ -1,0 +1,138 @@
+"""One dense process that a layout must equal: the plain transformers model, torch's optimizer, the whole batch. Of the
+engine it has nothing but the first weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from stack.config.schema import Config, Parallel
+from stack.data.batches import IGNORE
+from stack.models.build import build_stages, compute_dtype, hugging_face_config
+from stack.plan.layout import make_plan
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean token loss (nats) and gradient norm before clipping of each step, and at the end the fp32 parameters by
+    every Hugging Face name."""
+
+    losses: list[float]
+    norms: list[float]
+    parameters: dict[str, torch.Tensor]
+    also: frozenset[str] = frozenset()
+    """Second names of parameters that are tied; a stage that holds both ends has one."""
+
+
+#: Token ids, labels and positions of a global batch, each int64 [global_size, seq_len].
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def synthetic_rows(cfg: Config, step: int) -> Rows:
+    """A global batch of random tokens whose sequences end anywhere, so that no two microbatches weigh the same."""
+    draw = np.random.default_rng([cfg.run.seed, step])
+    size, length = cfg.batch.global_size, cfg.data.seq_len
+    tokens = draw.integers(0, cfg.model.config["vocab_size"], (size, length + 1))
+    ids, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+    for row, kept in enumerate(draw.integers(1, length + 1, size)):
+        labels[row, kept:] = IGNORE
+        ids[row, kept:] = 0
+    return ids, labels, np.broadcast_to(np.arange(length), ids.shape).copy()
+
+
+def train_dense(cfg: Config, *, steps: int, device: torch.device) -> Curve:
+    """Trains on `synthetic_rows` as any tutorial would; in half precision with fp32 masters and gradient sums."""
+    model = _model(cfg).to(device)
+    masters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    _set(model, masters, compute_dtype(cfg))
+    optimizer = _optimizer(list(masters.values()), cfg)
+    losses, norms = [], []
+    for step in range(steps):
+        rows = [torch.from_numpy(values).to(device) for values in synthetic_rows(cfg, step)]
+        losses.append(sum(_backward(model, masters, part, rows[1]) for part in _parts(cfg, model, rows)))
+        norms.append(torch.nn.utils.clip_grad_norm_(masters.values(), cfg.optim.grad_clip or float("inf")).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        _set(model, masters, compute_dtype(cfg))
+    names = {id(p): name for name, p in model.named_parameters()}
+    every = {
+        name: masters[names[id(p)]].detach().cpu() for name, p in model.named_parameters(remove_duplicate=False)
+    }
+    return Curve(losses, norms, every, also=frozenset(every.keys() - masters.keys()))
+
+
+def _model(cfg: Config) -> transformers.PreTrainedModel:
+    """The model as transformers builds it, in fp32 on the CPU, with the first weights of every layout."""
+    alone = replace(
+        cfg, parallel=Parallel(pipeline=1, zero=0), precision=replace(cfg.precision, dtype="fp32", compile=False)
+    )
+    [stage] = build_stages(alone, make_plan(alone, 1), 0, device=torch.device("cpu"))
+    config = hugging_face_config(cfg)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    first = {name: p.detach() for name, p in stage.model.named_parameters()}
+    left = model.load_state_dict(first, strict=not config.tie_word_embeddings)
+    if len(left.missing_keys) > int(config.tie_word_embeddings):
+        raise RuntimeError(f"{config.model_type}: no first weights for {left.missing_keys}")
+    return model.train()
+
+
+def _set(model: torch.nn.Module, masters: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Gives the model its masters in the compute dtype; its rotary tables stay in fp32."""
+    for name, parameter in model.named_parameters():
+        parameter.data = masters[name].detach().to(dtype, copy=True)
+
+
+def _parts(cfg: Config, model: Any, rows: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The batch in one piece; by microbatches where that changes more than the order of sums: the auxiliary loss of a
+    mixture is one of a microbatch, and half precision rounds the gradients of each."""
+    by_parts = hasattr(model.config, "router_aux_loss_coef") or cfg.precision.dtype != "fp32"
+    size = cfg.batch.micro_size if by_parts else len(rows[0])
+    return zip(*(values.split(size) for values in rows), strict=True)
+
+
+def _backward(
+    model: Any, masters: dict[str, torch.Tensor], part: tuple[torch.Tensor, ...], labels: torch.Tensor
+) -> float:
+    """Adds the gradients of a part of the batch to the masters', in fp32; returns its share of the loss."""
+    targets = (labels != IGNORE).sum()
+    cross_entropy, auxiliary = _losses(model, *part)
+    ((cross_entropy + auxiliary) / targets).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            grad = parameter.grad.float()
+            masters[name].grad = grad if masters[name].grad is None else masters[name].grad + grad
+            parameter.grad = None
+    return (cross_entropy / targets).item()
+
+
+def _losses(
+    model: Any, ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the token losses, and the auxiliary loss times the number of targets."""
+    config = model.config
+    mixture = hasattr(config, "router_aux_loss_coef")
+    output = model(input_ids=ids, position_ids=positions, **({"output_router_logits": True} if mixture else {}))
+    logits = output.logits.float().flatten(0, 1)
+    loss = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    if not mixture:
+        return loss, torch.zeros((), device=loss.device)
+    mask = (labels != IGNORE).long()
+    experts, top = config.num_local_experts, config.num_experts_per_tok
+    layers = [load_balancing_loss_func((router,), experts, top, mask) for router in output.router_logits]
+    return loss, config.router_aux_loss_coef * torch.stack(layers).mean() * mask.sum()
+
+
+def _optimizer(parameters: list[torch.Tensor], cfg: Config) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": cfg.optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if cfg.optim.kind == "sgd":
+        return torch.optim.SGD(groups, lr=cfg.optim.lr, momentum=cfg.optim.momentum)
+    betas = (cfg.optim.betas[0], cfg.optim.betas[1])
+    return torch.optim.AdamW(groups, lr=cfg.optim.lr, betas=betas, eps=cfg.optim.eps)

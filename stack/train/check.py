@@ -1,0 +1,121 @@
+"""What the ranks of `stack doctor` run: checks among themselves, and the configured layout, made tiny, against one
+dense process."""
+
+import time
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from stack.config.schema import Config
+from stack.data.batches import IGNORE, Batch
+from stack.errors import NumericsError
+from stack.health.ranks import check_ranks
+from stack.parallel import zero
+from stack.parallel.engine import Engine
+from stack.parallel.mesh import Mesh, make_mesh
+from stack.parallel.reference import Curve, synthetic_rows, train_dense
+from stack.plan.layout import Plan
+from stack.plan.miniature import STEPS
+from stack.train import rundir
+from stack.train.rundir import RunDir
+
+#: The largest relative difference that rounding explains. fp32: sums in another order, on a GPU by other kernels.
+#: bf16: a master that differs in its last bit may round to the next bf16, 2**-8 away, and moves what comes after.
+TOLERANCE = {("fp32", "cpu"): 1e-5, ("fp32", "cuda"): 1e-4, ("bf16", "cpu"): 2e-2, ("bf16", "cuda"): 2e-2}
+
+
+class Difference(NamedTuple):
+    """Largest difference of a tensor over its largest magnitude, infinite for what cannot be compared."""
+
+    size: float
+    what: str
+
+
+def check(cfg: Config, plan: Plan, run: RunDir, rank: int) -> None:
+    """Runs what `run.check` asks for and leaves what to tell the user in `run.result`. Collective.
+
+    Raises:
+        HangError, HostError: as `check_ranks`.
+        NumericsError: the layout differs from one dense process.
+    """
+    asked = rundir.read_json(run.check) or {}
+    timeout = timedelta(seconds=cfg.health.hang_timeout_s)
+    zero.init_distributed(timeout=timeout)
+    mesh = make_mesh(plan, timeout=timeout)
+    lines = [str(check_ranks(mesh.device))]
+    print(lines[0], flush=True)
+    for dtype in asked["parity"]:
+        lines.append(_parity(replace(cfg, precision=replace(cfg.precision, dtype=dtype)), plan, mesh))
+        print(lines[-1], flush=True)
+    zero.close()
+    if rank == 0:
+        rundir.write_json(run.result, {"told": "\n".join(lines)})
+        rundir.write_json(run.done, {"time": time.time()})
+
+
+def _parity(cfg: Config, plan: Plan, mesh: Mesh) -> str:
+    """One line on how far the layout is from one dense process.
+
+    Raises:
+        NumericsError: further than rounding explains; on every rank.
+    """
+    dtype = cfg.precision.dtype
+    allowed = TOLERANCE[dtype, mesh.device.type]
+    own = _train(cfg, plan, mesh)
+    # Each rank has a dense process of its own: it is tiny, and so nothing is sent that could be wrong on the way.
+    dense = train_dense(cfg, steps=STEPS, device=mesh.device)
+    everyone: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(everyone, (max(_differences(own, dense)), set(own.parameters)), group=mesh.host_group)
+    rank = max(range(mesh.world_size), key=lambda number: everyone[number][0])
+    size, what = everyone[rank][0]
+    if missing := dense.parameters.keys() - set().union(*(names for _, names in everyone)) - dense.also:
+        size, what = float("inf"), f"no rank has {sorted(missing)[0]}"
+    line = (
+        f"parity {dtype}, {plan.summary}: worst relative difference {size:.1e} ({what}, rank {rank}), allowed "
+        f"{allowed:.0e}"
+    )
+    if size > allowed:
+        raise NumericsError(f"{line}: this layout does not train as one process does on these hosts")
+    return f"{line}: ok"
+
+
+def _train(cfg: Config, plan: Plan, mesh: Mesh) -> Curve:
+    """The layout's run; of the parameters those of this rank's stages."""
+    engine = Engine(cfg, plan, mesh)
+    results = [engine.train_batch(_replica_batch(cfg, plan, step, mesh), lr=cfg.optim.lr) for step in range(STEPS)]
+    parameters = {
+        name: engine.rank_engine.master(parameter).detach().float().cpu()
+        for stage in engine.stages
+        for name, parameter in stage.model.named_parameters()
+    }
+    return Curve([result.loss for result in results], [result.grad_norm for result in results], parameters)
+
+
+def _replica_batch(cfg: Config, plan: Plan, step: int, mesh: Mesh) -> Batch:
+    """A replica's contiguous part of the global batch, cut into microbatches."""
+    whole = synthetic_rows(cfg, step)
+    size = plan.global_size // plan.replicas
+    part = slice(mesh.replica * size, (mesh.replica + 1) * size)
+    ids, labels, positions = (values[part].reshape(-1, plan.micro_size, plan.seq_len) for values in whole)
+    return Batch(ids, labels, positions, global_target_tokens=int((whole[1] != IGNORE).sum()))
+
+
+def _differences(own: Curve, dense: Curve) -> list[Difference]:
+    found = []
+    for step in range(STEPS):
+        found.append(_difference(own.losses[step], dense.losses[step], f"loss of step {step}"))
+        found.append(_difference(own.norms[step], dense.norms[step], f"gradient norm of step {step}"))
+    for name, value in own.parameters.items():
+        found.append(_difference(value, dense.parameters[name], f"parameters of {name}"))
+    return found
+
+
+def _difference(found: Any, expected: Any, what: str) -> Difference:
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        return Difference(float("inf"), f"{what}: shape or value")
+    return Difference(float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-12)), what)

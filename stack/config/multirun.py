@@ -127,11 +127,11 @@ def multirun(request: Request, folder: Path, run_jobs: RunJobs) -> None:
         *_defaults(request),
         *request.hydra,
         f"hydra.sweep.dir={_quoted(str(folder))}",
-        *map(_forced, request.swept),
+        *map(_open, request.swept),
     ]
 
     def task(jobs: list[list[str]], **settings: Any) -> list[float | None]:
-        # Forced for Hydra's tree, which lacks what single runs may add; ours is strict about it.
+        # What was opened for Hydra's tree; ours is strict about it.
         return run_jobs([[line.lstrip("+") for line in job] for job in jobs], **settings)
 
     try:
@@ -142,8 +142,16 @@ def multirun(request: Request, folder: Path, run_jobs: RunJobs) -> None:
         hydra.multirun("config", task, lines, with_log_configuration=False)
     except StackError:
         raise
-    # A sweeper tells of mistakes in whatever way it likes.
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, ImportError) as error:
+    # Sweepers tell of mistakes in whatever way they like. Optuna's tells of a grid's last job, if that failed, in this.
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        ValueError,
+        TypeError,
+        AssertionError,
+        ImportError,
+        RuntimeError,
+    ) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         raise ConfigError(f"{' '.join([*request.hydra, *request.swept])}: {one_line(cause)}") from error
 
@@ -203,7 +211,7 @@ def _space(override: Override) -> list[str]:
     """What an override is swept over, in whatever order its values are listed."""
     value = override.value()
     tags = sorted(value.tags) if isinstance(value, IntervalSweep) else []
-    return [*tags, *sorted(map(_canonical, _values(override)))]
+    return [*tags, *sorted(set(map(_canonical, _values(override))))]
 
 
 def _canonical(line: str) -> str:
@@ -215,10 +223,9 @@ def _canonical(line: str) -> str:
     return json.dumps(["~" if override.is_delete() else "", path, value], sort_keys=True, default=str)
 
 
-def _forced(line: str) -> str:
-    """Hydra's groups have a choice each; its keys are those of the schema, and the user may add to them."""
-    is_group = parse_line(line).key_or_group in groups_of(conf_folder())
-    return line if is_group else f"++{line.lstrip('+')}"
+def _open(line: str) -> str:
+    """For Hydra's tree, which is closed: the model's fields are those of its family, and not in it beforehand."""
+    return f"++{line.lstrip('+')}" if key_of(line).startswith("model.config.") else line
 
 
 def _quoted(text: str) -> str:

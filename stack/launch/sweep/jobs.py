@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -84,7 +85,7 @@ def make_job(request: Request, swept: Sequence[str], folder: Path, devices: int 
     Args:
         swept: what the sweeper gives it.
         folder: of the sweep.
-        devices: GPUs that it gets; None where there are none, or it takes one for each rank.
+        devices: GPUs of this host that it gets; None where it takes one for each rank, or none at all.
 
     Raises:
         StackError: its config or its layout is wrong; the line names the job.
@@ -96,9 +97,10 @@ def make_job(request: Request, swept: Sequence[str], folder: Path, devices: int 
     told.append(f"run.root={_quoted(own)}")
     try:
         cfg = settled(compose(told))
+        _check_allocation(cfg)
         if cfg.log.wandb.group is None:
             told.append(f"log.wandb.group={_quoted(folder.name)}")
-        ranks = _ranks_per_node(cfg, devices)
+        ranks = _ranks_per_node(cfg, None if needs_allocation(cfg) else devices)
         return Job(identity, list(swept), told, cfg, ranks, devices or ranks, own)
     except StackError as error:
         raise type(error)(f"job {' '.join(swept)}: {error}" if swept else str(error)) from error
@@ -142,22 +144,29 @@ def look(job: Job) -> list[str] | None:
 
 
 def command(job: Job, arguments: Sequence[str], stack: Sequence[str] = STACK) -> list[str]:
-    """The job's command line: with launch.backend=slurm, outside of an allocation, in an allocation of its own.
-
-    Raises:
-        LayoutError: Slurm is to be asked for hosts, and nothing says how many ranks each has.
-    """
+    """The job's command line: with launch.backend=slurm, outside of an allocation, in an allocation of its own."""
     words = [*stack, *arguments]
     if not needs_allocation(job.cfg):
         return words
-    if job.cfg.launch.ranks_per_node == "auto":
-        raise LayoutError(
-            f"job {job.name}: launch.ranks_per_node=auto counts the GPUs of this host, and Slurm gives others; use "
-            "launch.ranks_per_node=8"
-        )
-    size = [f"--nodes={job.cfg.launch.nodes}", f"--ntasks-per-node={job.cfg.launch.ranks_per_node}"]
+    size = [f"--nodes={job.cfg.launch.nodes}", f"--ntasks-per-node={job.ranks_per_node}"]
     options: list[str] = getattr(job.cfg.launch, "slurm", [])
     return ["salloc", f"--job-name={job.cfg.run.name}-{job.id}", *size, *options, *words]
+
+
+def _check_allocation(cfg: Config) -> None:
+    """
+    Raises:
+        LayoutError: Slurm is to be asked for hosts, and cannot be, or nothing says how many ranks each has.
+    """
+    if not needs_allocation(cfg):
+        return
+    if shutil.which("salloc") is None:
+        raise LayoutError("launch.backend=slurm: there is no salloc on this host; sweep on a login node of the cluster")
+    if cfg.launch.ranks_per_node == "auto":
+        raise LayoutError(
+            "launch.ranks_per_node=auto: that counts the GPUs of this host, and Slurm gives others; use "
+            "launch.ranks_per_node=8"
+        )
 
 
 def needs_allocation(cfg: Config) -> bool:

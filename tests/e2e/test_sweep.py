@@ -14,10 +14,10 @@ SWEEP = (STACK, "train", "-m")
 #: Long enough that Ctrl-C comes in the middle, however it is timed.
 SETTINGS = {
     "optim.lr": "0.1,0.01",
-    "train.steps": 150,
-    "train.eval_every": 150,
+    "train.steps": 100,
+    "train.eval_every": 100,
     "train.eval_sequences": 8,
-    "checkpoint.every": 10,
+    "checkpoint.every": 5,
     "hydra.launcher.max_parallel": 2,
 }
 
@@ -30,24 +30,27 @@ def rows(folder: Path) -> list[dict]:
 @pytest.mark.timeout(600)
 def test_a_sweep_is_stopped_gone_on_with_and_then_done(start, tmp_path):
     command = start(SETTINGS, SWEEP)
-    # Both have a checkpoint to go on from.
-    command.wait_for(lambda: len({f.parents[3] for f in tmp_path.rglob("step-*/manifest.json")}) == 2, "checkpoints")
+    command.wait_for(lambda: list(tmp_path.rglob("step-*/manifest.json")), "a checkpoint")
     command.send(signal.SIGINT)
     assert command.wait() == 130, command.stdout
     command.assert_nothing_left(within_s=5)
-    assert "2 stopped" in command.stdout
-    stopped = {row["job"]: row["run"] for row in rows(tmp_path)}
+    stopped = {row["job"]: row for row in rows(tmp_path)}
+    assert {row["state"] for row in stopped.values()} == {"stopped"}
+    kept = {job for job in stopped if list(tmp_path.rglob(f"{job}/**/step-*/manifest.json"))}
+    assert kept
 
     command = start(SETTINGS, SWEEP)
     assert command.wait(300) == 0, command.stdout
     command.assert_nothing_left(within_s=5)
     ended = {row["job"]: row for row in rows(tmp_path)}
-    assert {job: row["run"] for job, row in ended.items()} == stopped
-    assert {row["how"] for row in ended.values()} == {"resumed"}
-    for row in ended.values():
+    assert {row["state"] for row in ended.values()} == {"done"}
+    # The slower one may have had no checkpoint yet.
+    assert {job for job, row in ended.items() if row["how"] == "resumed"} == kept
+    assert all(ended[job]["run"] == stopped[job]["run"] for job in kept)
+    for job, row in ended.items():
         records = read(Path(row["run"]) / "metrics.jsonl")
         assert records[-1].heldout_loss == row["objective"]
-        assert {record.attempt for record in records} == {1, 2}
+        assert {record.attempt for record in records} == ({1, 2} if job in kept else {1})
     table = [line.split() for line in command.stdout.splitlines() if " done " in line][-2:]
     best = min(ended.values(), key=lambda row: row["objective"])
     assert (table[0][0], table[0][-1]) == (best["job"], best["overrides"][0])

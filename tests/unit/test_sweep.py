@@ -156,6 +156,14 @@ def test_a_failing_job_fails_alone_and_is_tried_again(fakes, capsys):
     assert Path(left["optim.lr=0.5"], "FAILED.json").exists()
 
 
+def test_a_run_that_cannot_be_read_fails_alone(fakes, capsys):
+    assert fakes("optim.lr=0.5,0.1", acts={"0.5": "crash", "0.1": "crash"}) == 9
+    Path(fakes.last["optim.lr=0.5"]["run"], "config.yaml").write_text("[")
+    assert fakes("optim.lr=0.5,0.1") == 9
+    assert "exit code 3: ConfigError" in capsys.readouterr().out
+    assert [row["state"] for row in fakes.last.values()] == ["failed", "done"]
+
+
 def test_fail_fast_starts_no_more(fakes):
     assert fakes("optim.lr=0.5,0.1", "hydra.launcher.fail_fast=true", acts={"0.5": "fail"}) == 9
     assert fakes.began == [("train", "0.5")]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from stack.errors import RankFailure
+from stack.errors import RankFailure, StackError
 from stack.launch.processes import stop
 from stack.launch.sweep.jobs import (
     DONE,
@@ -78,7 +78,14 @@ class Scheduler:
 
     def _start(self, job: Job) -> bool:
         """False where it must wait for devices."""
-        arguments = look(job)
+        try:
+            arguments = look(job)
+        except StackError as error:
+            # What an earlier command left is damaged: this job's alone.
+            with job.log.open("a") as log:
+                log.write(f"{type(error).__name__}: {error}\n")
+            self._end(job, error.exit_code)
+            return True
         if arguments is None:
             job.how = "skipped"
             self._end(job, 0)

@@ -24,6 +24,7 @@ from stack.launch.sweep import sweep as sweep_module
 from stack.launch.sweep.board import _TITLES
 from stack.launch.sweep.jobs import Job, command
 from stack.launch.sweep.scheduler import SWEEP_PID
+from stack.launch.sweep.slots import Slots, check_room
 from stack.launch.sweep.sweep import sweep
 from tests.helpers import fake_stack
 from tests.unit.test_observe_console import row
@@ -280,7 +281,7 @@ def slurm(ranks):
 
 @pytest.mark.usefixtures("salloc")
 def test_outside_of_an_allocation_each_job_asks_for_its_own(tmp_path, monkeypatch):
-    job = Job("0123abcd", ["optim.lr=1"], [], slurm(8), 8, 8, tmp_path)
+    job = Job("0123abcd", ["optim.lr=1"], [], slurm(8), 2, 8, 8, tmp_path)
     words = command(job, ["train", "optim.lr=1"], ("echo", "stack"))
     printed = subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()
     size = ["--nodes=2", "--ntasks-per-node=8", "--partition=x"]
@@ -297,6 +298,17 @@ def test_what_slurm_cannot_be_asked_for_is_refused(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(LayoutError, match="no salloc"):
         jobs._check_allocation(slurm(8))
+
+
+def test_jobs_on_the_same_hosts_run_one_after_another(tmp_path, monkeypatch):
+    def job(**launch):
+        return Job("0", [], [], SimpleNamespace(launch=SimpleNamespace(**launch)), 2, 8, 8, tmp_path)
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for shared in (job(backend="slurm"), job(backend="torchrun", hostfile="hosts")):
+        check_room(Slots(), [shared], 1)
+        with pytest.raises(LayoutError, match="use hydra.launcher.max_parallel=1"):
+            check_room(Slots(), [shared, shared], 2)
 
 
 # Refusals.

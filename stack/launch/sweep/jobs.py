@@ -16,7 +16,7 @@ from stack.config.places import settled
 from stack.config.schema import Config
 from stack.errors import LayoutError, StackError
 from stack.observe import jsonl
-from stack.plan.layout import make_plan
+from stack.plan.layout import Plan, make_plan
 from stack.train.rundir import RunDir, read_json
 
 #: The `stack` command, by this interpreter.
@@ -35,6 +35,7 @@ class Job:
     overrides: list[str]
     """All of a single run's."""
     cfg: Config
+    nodes: int
     ranks_per_node: int
     devices: int
     """GPUs that it needs of a host that has any."""
@@ -100,21 +101,20 @@ def make_job(request: Request, swept: Sequence[str], folder: Path, devices: int 
         _check_allocation(cfg)
         if cfg.log.wandb.group is None:
             told.append(f"log.wandb.group={_quoted(folder.name)}")
-        ranks = _ranks_per_node(cfg, None if needs_allocation(cfg) else devices)
-        return Job(identity, list(swept), told, cfg, ranks, devices or ranks, own)
+        plan = _plan(cfg, None if is_elsewhere(cfg) else devices)
+        ranks = plan.world_size // plan.nodes
+        return Job(identity, list(swept), told, cfg, plan.nodes, ranks, devices or ranks, own)
     except StackError as error:
         raise type(error)(f"job {' '.join(swept)}: {error}" if swept else str(error)) from error
 
 
-def _ranks_per_node(cfg: Config, devices: int | None) -> int:
-    """Of a layout that fits.
-
+def _plan(cfg: Config, devices: int | None) -> Plan:
+    """
     Raises:
         LayoutError: the ranks do not fit together, or not to the devices.
     """
     if devices is None:
-        plan = make_plan(cfg)
-        return plan.world_size // plan.nodes
+        return make_plan(cfg)
     if cfg.launch.ranks_per_node == "auto":
         # In the job it is the GPUs that the job sees.
         cfg = replace(cfg, launch=replace(cfg.launch, ranks_per_node=devices))
@@ -125,7 +125,7 @@ def _ranks_per_node(cfg: Config, devices: int | None) -> int:
             f"launch.ranks_per_node={ranks} is more than hydra.launcher.devices={devices}, and NCCL takes one rank a "
             f"GPU; use hydra.launcher.devices={ranks}"
         )
-    return ranks
+    return plan
 
 
 def look(job: Job) -> list[str] | None:
@@ -148,7 +148,7 @@ def command(job: Job, arguments: Sequence[str], stack: Sequence[str] = STACK) ->
     words = [*stack, *arguments]
     if not needs_allocation(job.cfg):
         return words
-    size = [f"--nodes={job.cfg.launch.nodes}", f"--ntasks-per-node={job.ranks_per_node}"]
+    size = [f"--nodes={job.nodes}", f"--ntasks-per-node={job.ranks_per_node}"]
     options: list[str] = getattr(job.cfg.launch, "slurm", [])
     return ["salloc", f"--job-name={job.cfg.run.name}-{job.id}", *size, *options, *words]
 
@@ -170,8 +170,20 @@ def _check_allocation(cfg: Config) -> None:
 
 
 def needs_allocation(cfg: Config) -> bool:
-    """Whether a job waits for hosts of its own, and uses no device of this one."""
+    """Whether a job waits for hosts that Slurm gives to it alone."""
     return getattr(cfg.launch, "backend", None) == "slurm" and "SLURM_JOB_ID" not in os.environ
+
+
+def shares_hosts(cfg: Config) -> bool:
+    """Whether a job's hosts are those of all jobs: of a hostfile, or of the allocation that this command runs in."""
+    if getattr(cfg.launch, "backend", None) == "slurm":
+        return not needs_allocation(cfg)
+    return getattr(cfg.launch, "hostfile", None) is not None
+
+
+def is_elsewhere(cfg: Config) -> bool:
+    """Whether this command has no say in which devices a job uses."""
+    return needs_allocation(cfg) or shares_hosts(cfg)
 
 
 def objective(job: Job) -> float | None:

@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from stack.errors import RankFailure, StackError
-from stack.launch.processes import stop
+from stack.errors import StackError
 from stack.launch.sweep.jobs import (
     DONE,
     FAILED,
@@ -17,8 +16,8 @@ from stack.launch.sweep.jobs import (
     STOPPED,
     Job,
     command,
+    is_elsewhere,
     look,
-    needs_allocation,
     objective,
 )
 from stack.launch.sweep.slots import Slots
@@ -90,8 +89,7 @@ class Scheduler:
             job.how = "skipped"
             self._end(job, 0)
             return True
-        elsewhere = needs_allocation(job.cfg)
-        devices = [] if elsewhere else self._slots.take(job.devices)
+        devices = [] if is_elsewhere(job.cfg) else self._slots.take(job.devices)
         if devices is None:
             return False
         job.folder.mkdir(exist_ok=True)
@@ -115,7 +113,7 @@ class Scheduler:
         environment = {**os.environ, SWEEP_PID: str(os.getpid())}
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-        elif self._max_parallel > 1 and not needs_allocation(job.cfg):
+        elif self._max_parallel > 1 and not is_elsewhere(job.cfg):
             # Jobs beside each other share the cores too.
             cores = len(os.sched_getaffinity(0)) // (self._max_parallel * job.ranks_per_node)
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
@@ -150,8 +148,9 @@ class Scheduler:
             try:
                 code = started.process.wait(3 * grace_s + _LAST_WORDS_S)
             except subprocess.TimeoutExpired:
-                code = RankFailure.exit_code
-            stop(started.process, grace_s=1.0)
+                # Its ranks see that whoever started them is gone, and end too.
+                os.killpg(started.process.pid, signal.SIGKILL)
+                code = started.process.wait()
             self._leave(started)
             if code == 0:
                 self._end(started.job, code)

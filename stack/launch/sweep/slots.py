@@ -1,9 +1,11 @@
 """Which GPUs a job has. No two jobs at work have one in common."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from stack.errors import ConfigError, LayoutError
+from stack.launch.sweep.jobs import Job, is_elsewhere, shares_hosts
 from stack.plan.policies import local_devices
 
 
@@ -50,11 +52,18 @@ def devices_of_a_job(devices: Any, slots: Slots) -> int | None:
     return devices
 
 
-def check_room(slots: Slots, each: int, max_parallel: int) -> None:
+def check_room(slots: Slots, jobs: Sequence[Job], max_parallel: int) -> None:
     """
     Raises:
-        LayoutError: so many jobs of `each` GPUs do not fit beside each other.
+        LayoutError: so many of the jobs do not fit beside each other.
     """
+    if max_parallel > 1 and any(shares_hosts(job.cfg) for job in jobs):
+        raise LayoutError(
+            f"hydra.launcher.max_parallel={max_parallel}: the jobs have the same hosts, and would use the same GPUs "
+            "there; use hydra.launcher.max_parallel=1"
+        )
+    here = [job for job in jobs if not is_elsewhere(job.cfg)]
+    each, max_parallel = max((job.devices for job in here), default=0), min(max_parallel, len(here))
     if slots.total and each > slots.total:
         raise LayoutError(f"a job needs {each} GPUs and there are {slots.total} here; use fewer ranks")
     if slots.total and each * max_parallel > slots.total:

@@ -23,7 +23,7 @@ from stack.health.orphan import is_alive
 from stack.launch.follow import SIGNALLED
 from stack.launch.signals import stop_requests
 from stack.launch.sweep.board import Board
-from stack.launch.sweep.jobs import FAILED, STACK, Job, make_job, needs_allocation
+from stack.launch.sweep.jobs import FAILED, STACK, Job, make_job
 from stack.launch.sweep.scheduler import SWEEP_PID, Scheduler
 from stack.launch.sweep.slots import Slots, check_room, devices_of_a_job
 from stack.train.lock import RunLock
@@ -89,8 +89,7 @@ class _Work:
         each = devices_of_a_job(devices, slots)
         asked = [make_job(self._request, swept, self._folder, each) for swept in jobs]
         new = {job.id: job for job in asked if job.id not in self._known}
-        here = [job for job in new.values() if not needs_allocation(job.cfg)]
-        check_room(slots, max((job.devices for job in here), default=0), min(max_parallel, len(here)))
+        check_room(slots, list(new.values()), max_parallel)
         if not self._known:
             self.board.start(f"sweep {self._folder}")
         self._known |= new

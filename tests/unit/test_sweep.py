@@ -307,7 +307,7 @@ def test_jobs_on_the_same_hosts_run_one_after_another(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     for shared in (job(backend="slurm"), job(backend="torchrun", hostfile="hosts")):
         check_room(Slots(), [shared], 1)
-        with pytest.raises(LayoutError, match="use hydra.launcher.max_parallel=1"):
+        with pytest.raises(LayoutError, match="the same hosts"):
             check_room(Slots(), [shared, shared], 2)
 
 

@@ -1,6 +1,6 @@
 # `make train` and `make test` work on a fresh machine: the environment is made when it is missing or out of date.
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-all plan data train resume export eval verify doctor \
+.PHONY: help setup check test test-all plan data train sweep resume export eval verify doctor \
 	eval-harness bench bench-checkpoints bench-scaling bench-gpu clean
 
 PYTHON ?= python3
@@ -53,6 +53,9 @@ data: $(READY) ## tokenize the corpus
 
 train: $(READY) ## train (ARGS="train.steps=50 parallel.zero=1")
 	$(BIN)/stack train $(ARGS)
+
+sweep: $(READY) ## train one run for each of several values (ARGS="optim.lr=1e-3,3e-3 run.seed=1,2")
+	$(BIN)/stack train -m $(ARGS)
 
 resume: $(READY) ## go on with a run (RUN=runs/NAME/ID ARGS="train.steps=200")
 	$(BIN)/stack resume $(RUN) $(ARGS)

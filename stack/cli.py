@@ -18,11 +18,13 @@ usage: stack VERB [ARGUMENTS] [OVERRIDES]
 
 {verbs}
 
-Overrides are Hydra's: key=value, or group=choice such as experiment=8b.
+Overrides are Hydra's: key=value, or group=choice such as experiment=8b. A sweep: stack train -m key=1,2
 Every key with its meaning: stack/config/schema.py
 Exit codes: 0 done, 2 usage, 3 config, 4 layout, 5 data, 6 checkpoint, 7 numerics, 8 hang, 9 a rank failed,
 128 + signal when it was stopped (130 for Ctrl-C)
 """
+#: Hydra's words for a sweep.
+_MULTIRUN = ("-m", "--multirun")
 #: What a shell reports for a command that SIGPIPE ended.
 _BROKEN_PIPE = 141
 
@@ -49,16 +51,24 @@ def data(overrides: Sequence[str]) -> int:
 
 
 def train(overrides: Sequence[str]) -> int:
-    """plan, prepare the data, launch and follow one run"""
-    from stack.launch import driver
+    """plan, prepare the data, launch and follow one run; with -m one for each of several values"""
+    if any(word in _MULTIRUN for word in overrides):
+        from stack.launch.sweep.sweep import sweep
 
+        return sweep([word for word in overrides if word not in _MULTIRUN])
+    from stack.launch import driver
+    from stack.launch.sweep.sweep import end_with_sweep
+
+    end_with_sweep()
     return driver.train(overrides)
 
 
 def resume(arguments: Sequence[str]) -> int:
     """go on with a run from its newest whole checkpoint, in any layout"""
     from stack.launch import driver
+    from stack.launch.sweep.sweep import end_with_sweep
 
+    end_with_sweep()
     return driver.resume(*_run_and_overrides("resume", arguments))
 
 
@@ -112,7 +122,14 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "doctor": doctor,
 }
 #: What comes ahead of the overrides.
-_ARGUMENTS = {"resume": "RUN_DIR ", "export": "RUN_DIR OUT ", "eval": "RUN_DIR|EXPORTED ", "verify": "RUN_DIR ", "doctor": "[--parity] "}
+_ARGUMENTS = {
+    "resume": "RUN_DIR ",
+    "export": "RUN_DIR OUT ",
+    "eval": "RUN_DIR|EXPORTED ",
+    "verify": "RUN_DIR ",
+    "train": "[-m] ",
+    "doctor": "[--parity] ",
+}
 
 
 def _run_and_overrides(verb: str, arguments: Sequence[str]) -> tuple["RunDir", list[str]]:

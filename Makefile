@@ -1,7 +1,7 @@
 # `make train` and `make test` work on a fresh machine: the environment is made when it is missing or out of date.
 .DEFAULT_GOAL := help
 .PHONY: help setup check test test-all plan data train resume export eval verify \
-	eval-harness bench bench-checkpoints bench-scaling bench-gpu clean
+	wandb-sync eval-harness bench bench-checkpoints bench-scaling bench-gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -65,6 +65,9 @@ eval: $(READY) ## held-out loss of a run or an exported folder (RUN=...)
 
 verify: $(READY) ## read every checkpoint of a run in full (RUN=...)
 	$(BIN)/stack verify $(RUN)
+
+wandb-sync: $(READY) ## upload all of a run to Weights & Biases, once (RUN=...)
+	$(BIN)/stack wandb-sync $(RUN) $(ARGS)
 
 eval-harness: $(READY) ## EleutherAI's harness on an exported folder (OUT=... TASKS=...)
 	$(BIN)/pip install --quiet --progress-bar off -c constraints.txt -e '.[eval]'

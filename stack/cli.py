@@ -79,8 +79,11 @@ def export(arguments: Sequence[str]) -> int:
     if "=" in out:
         raise UsageError("stack export needs the folder to write to; write stack export RUN_DIR OUT")
     from stack.launch import checkpoints
+    from stack.train import tracking
 
-    return checkpoints.export(run, Path(out).resolve(), overrides)
+    code = checkpoints.export(run, Path(out).resolve(), overrides)
+    tracking.remember_export(run, Path(out).resolve())
+    return code
 
 
 def verify(arguments: Sequence[str]) -> int:
@@ -93,6 +96,14 @@ def verify(arguments: Sequence[str]) -> int:
     return checkpoints.verify_run(run)
 
 
+def wandb_sync(arguments: Sequence[str]) -> int:
+    """upload all of a run to Weights & Biases; what is there already is not sent again"""
+    run, rest = _run_and_overrides("wandb-sync", arguments)
+    from stack.train import tracking
+
+    return tracking.sync(run, rest)
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan,
     "data": data,
@@ -101,9 +112,16 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "export": export,
     "eval": evaluate,
     "verify": verify,
+    "wandb-sync": wandb_sync,
 }
 #: What comes ahead of the overrides.
-_ARGUMENTS = {"resume": "RUN_DIR ", "export": "RUN_DIR OUT ", "eval": "RUN_DIR|EXPORTED ", "verify": "RUN_DIR "}
+_ARGUMENTS = {
+    "resume": "RUN_DIR ",
+    "export": "RUN_DIR OUT ",
+    "eval": "RUN_DIR|EXPORTED ",
+    "verify": "RUN_DIR ",
+    "wandb-sync": "RUN_DIR ",
+}
 
 
 def _run_and_overrides(verb: str, arguments: Sequence[str]) -> tuple["RunDir", list[str]]:

@@ -74,12 +74,15 @@ def _send(session: Session, close: Callable[[], None]) -> int:
     try:
         session.open(fallback=False)
         close()
-    except library.failures() as error:
-        library.teardown()
-        raise StackError(
-            f"W&B did not take the run: {library.describe(error)}; check WANDB_API_KEY and WANDB_BASE_URL, or give it "
-            "more time with log.wandb.timeout_s=600"
-        ) from error
+    except BaseException as error:
+        # The library's exit hook would go on waiting for the server.
+        library.kill()
+        if isinstance(error, library.failures()):
+            raise StackError(
+                f"W&B did not take the run: {library.describe(error)}; check WANDB_API_KEY and WANDB_BASE_URL, or give "
+                "it more time with log.wandb.timeout_s=600"
+            ) from error
+        raise
     return session.sent
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from matplotlib.figure import Figure
 
 from stack.checkpoint.manifest import File, Manifest, folder_of
@@ -193,8 +194,12 @@ def records(folder: Path) -> dict[str, list[dict]]:
 
 
 def assert_no_service() -> None:
-    children = psutil.Process().children()
-    assert not [c for c in children if c.name().startswith("wandb-core") and c.status() != psutil.STATUS_ZOMBIE]
+    def alive() -> list[psutil.Process]:
+        found = [child for child in psutil.Process().children() if child.name().startswith("wandb-core")]
+        return [service for service in found if service.status() != psutil.STATUS_ZOMBIE]
+
+    # A killed process takes a moment to be gone.
+    wait_until(lambda: not alive(), 5.0)
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 40.0) -> None:
@@ -356,6 +361,18 @@ def test_sync_says_what_it_cannot_do(started: Started, monkeypatch: pytest.Monke
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with pytest.raises(StackError, match=r"did not take the run.*check WANDB_API_KEY"):
         started.sync()
+    assert_no_service()
+
+
+def test_sync_ends_although_the_server_hangs(started: Started, server: WandbServer) -> None:
+    started.begin("disabled", timeout_s=6.0).steps(1)
+    started.finish()
+    server.fault = "stall"
+    before = time.monotonic()
+    with pytest.raises(StackError, match="did not take the run"):
+        started.sync()
+    assert time.monotonic() - before < 15
+    assert_no_service()
 
 
 @pytest.mark.usefixtures("server")
@@ -365,6 +382,7 @@ def test_sync_refuses_a_run_that_holds_other_rows(started: Started) -> None:
     started.run.metrics.write_text(row(1).to_json() + "\n")
     with pytest.raises(StackError, match=r"ends with step 2 of attempt 1, which .*metrics.jsonl does not have"):
         started.sync()
+    assert_no_service()
 
 
 def test_an_export_is_remembered_and_comes_with_sync(started: Started, server: WandbServer, tmp_path: Path) -> None:
@@ -540,3 +558,27 @@ def test_each_host_has_one_client() -> None:
     assert host_number({"LOCAL_RANK": "1", "CROSS_RANK": "0"}) is None
     assert host_number({"LOCAL_RANK": "0", "CROSS_RANK": "2"}) == 2
     assert host_number({"LOCAL_RANK": "0", "GROUP_RANK": "1"}) == 1
+
+
+def test_a_run_of_an_agent_is_the_run_that_the_agent_named(
+    started: Started, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "named1")
+    started.begin("online").steps(1)
+    started.finish()
+    assert started.id == "named1"
+    run = assert_whole(started, server)
+    assert run.about["sweep"] == "sweep1"
+
+
+def test_the_documented_sweep_gives_overrides() -> None:
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    text = (Path(__file__).parents[2] / "docs" / "wandb.md").read_text()
+    sweep = yaml.safe_load(text.partition("```yaml")[2].partition("```")[0])
+    assert sweep["command"] == ["${env}", "stack", "train", "log=wandb_online", "${args_no_hyphens}"]
+    drawn = {"optim.lr": {"value": 0.001}, "batch.global_size": {"value": 16}}
+    assert sweep["parameters"].keys() == drawn.keys()
+    overrides = create_sweep_command_args({"args": drawn})["args_no_hyphens"]
+    assert compose(["log=wandb_online", *overrides]).optim.lr == 0.001

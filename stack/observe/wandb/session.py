@@ -77,10 +77,10 @@ class Session:
             try:
                 self.run = self._open(self._mode)
             except library.failures() as error:
-                # Until its service is gone the library holds the run id to be in use.
-                library.teardown()
                 if not fallback:
                     raise
+                # Until its service is gone the library holds the run id to be in use.
+                library.teardown()
                 self._mode = "offline"
                 self._note(f"W&B goes on offline: {library.describe(error)}")
             else:
@@ -245,11 +245,12 @@ def _id_file(folder: Path) -> Path:
 
 
 def run_id(folder: Path) -> str:
-    """The W&B id of the run in `folder`, made at the first call and the same ever after."""
+    """The W&B id of the run in `folder`, made at the first call and the same ever after. `wandb agent` names the runs
+    that it starts itself."""
     path = _id_file(folder)
     if path.exists() and (known := path.read_text(encoding="ascii").strip()):
         return known
-    new = secrets.token_hex(8)
+    new = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)
     write(path, new + "\n")
     return new
 

@@ -89,8 +89,11 @@ def export(arguments: Sequence[str]) -> int:
     if "=" in out:
         raise UsageError("stack export needs the folder to write to; write stack export RUN_DIR OUT")
     from stack.launch import checkpoints
+    from stack.train import tracking
 
-    return checkpoints.export(run, Path(out).resolve(), overrides)
+    code = checkpoints.export(run, Path(out).resolve(), overrides)
+    tracking.remember_export(run, Path(out).resolve())
+    return code
 
 
 def verify(arguments: Sequence[str]) -> int:
@@ -111,6 +114,14 @@ def doctor(arguments: Sequence[str]) -> int:
     return examine(overrides, parity=len(overrides) < len(arguments))
 
 
+def wandb_sync(arguments: Sequence[str]) -> int:
+    """upload all of a run to Weights & Biases; what is there already is not sent again"""
+    run, rest = _run_and_overrides("wandb-sync", arguments)
+    from stack.train import tracking
+
+    return tracking.sync(run, rest)
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan,
     "data": data,
@@ -120,6 +131,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": evaluate,
     "verify": verify,
     "doctor": doctor,
+    "wandb-sync": wandb_sync,
 }
 #: What comes ahead of the overrides.
 _ARGUMENTS = {
@@ -129,6 +141,7 @@ _ARGUMENTS = {
     "verify": "RUN_DIR ",
     "train": "[-m] ",
     "doctor": "[--parity] ",
+    "wandb-sync": "RUN_DIR ",
 }
 
 

@@ -60,9 +60,7 @@ def train_dense(cfg: Config, *, steps: int, device: torch.device) -> Curve:
         optimizer.zero_grad()
         _set(model, masters, compute_dtype(cfg))
     names = {id(p): name for name, p in model.named_parameters()}
-    every = {
-        name: masters[names[id(p)]].detach().cpu() for name, p in model.named_parameters(remove_duplicate=False)
-    }
+    every = {name: masters[names[id(p)]].detach().cpu() for name, p in model.named_parameters(remove_duplicate=False)}
     return Curve(losses, norms, every, also=frozenset(every.keys() - masters.keys()))
 
 

@@ -83,7 +83,7 @@ add -m to stack train for a sweep
 experiment@x=8b | packages are not used here; drop @x
 precision=null | write ~precision to compose without it; choices are bf16, fp16, fp32
 ~precision=bf16 | write ~precision to compose without it
-log.wandb=3 | it is a section, not a value; its keys are mode, project, entity, group, tags
+log.wandb=3 | it is a section, not a value; its keys are mode, project, entity, group, tags, timeout_s
 # types, and what Hydra or OmegaConf would convert in silence
 batch.micro_size=abc | an integer is needed, for example 2
 batch.micro_size=1.5 | an integer is needed, for example 2

@@ -111,6 +111,8 @@ def doctor(arguments: Sequence[str]) -> int:
     from stack.launch.doctor import PARITY, examine
 
     overrides = [word for word in arguments if word != PARITY]
+    if flag := next((word for word in overrides if word.startswith("-")), None):
+        raise UsageError(f"{flag}: stack doctor knows {PARITY}, and overrides key=value")
     return examine(overrides, parity=len(overrides) < len(arguments))
 
 

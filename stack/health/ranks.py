@@ -58,7 +58,8 @@ class _Outcome(NamedTuple):
 
 
 def check_ranks(device: torch.device, *, timeout_s: float = 60.0) -> Links:
-    """Raises the same error on every rank that is there. Collective over the world, which `init_distributed` made.
+    """Prints and returns what it measured, or raises the same error on every rank that is there. Collective over the
+    world, of two ranks or more, which `init_distributed` made.
 
     Args:
         device: this rank's; with a GPU the default group is NCCL's.
@@ -86,24 +87,25 @@ def check_ranks(device: torch.device, *, timeout_s: float = 60.0) -> Links:
     _check(summed, [total] * len(facts), hosts, f"an all-reduce {where}")
     for group in (tested, telling):
         dist.destroy_process_group(group)
-    return Links(
+    links = Links(
         ranks=len(facts),
         hosts=len(set(hosts)),
         backend=str(dist.get_backend()),
         ring_s=max(outcome.result[1] for outcome in ring),
         bytes_per_s=min(outcome.result[1] for outcome in summed),
     )
+    print(links, flush=True)
+    return links
 
 
 def _wait_for_all(timeout_s: float) -> None:
-    """By the store alone, through which the ranks have met: a collective with a missing rank could not tell which."""
+    """By the store alone, through which the ranks have met: a collective with a missing rank could not tell which. The
+    store goes with rank 0, so that those who ask it last may only learn that rank 0 has ended."""
     store = dist.distributed_c10d._get_default_store()
     keys = [f"stack/check/{next(_CALLS)}/{rank}" for rank in range(dist.get_world_size())]
     try:
         store.set(keys[dist.get_rank()], socket.gethostname())
         store.wait(keys, timedelta(seconds=timeout_s))
-    except dist.DistNetworkError as error:
-        raise HostError(f"the store on rank 0's host went away: {_line(error)}") from error
     except dist.DistStoreError as error:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         raise HangError(f"{_ranks(missing)} did not come to the check of ranks within {timeout_s:g} s") from error

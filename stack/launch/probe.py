@@ -119,7 +119,8 @@ def main() -> None:
     question = Question(**json.loads(sys.stdin.readline()))
     asked = time.time()
     gpus, driver, gpu_fault = _gpus()
-    route, route_fault = _found(lambda: _route(question.peer)) if question.peer else (None, None)
+    peer = question.peer
+    route, route_fault = _found(lambda: _route(peer)) if peer else (None, None)
     about = About(
         hostname=socket.gethostname(),
         python=sys.executable,

@@ -64,7 +64,7 @@ def train_dense(cfg: Config, *, steps: int, device: torch.device) -> Curve:
     return Curve(losses, norms, every, also=frozenset(every.keys() - masters.keys()))
 
 
-def _model(cfg: Config) -> transformers.PreTrainedModel:
+def _model(cfg: Config) -> Any:
     """The model as transformers builds it, in fp32 on the CPU, with the first weights of every layout."""
     alone = replace(
         cfg, parallel=Parallel(pipeline=1, zero=0), precision=replace(cfg.precision, dtype="fp32", compile=False)
@@ -121,7 +121,7 @@ def _losses(
         return loss, torch.zeros((), device=loss.device)
     mask = (labels != IGNORE).long()
     experts, top = config.num_local_experts, config.num_experts_per_tok
-    layers = [load_balancing_loss_func((router,), experts, top, mask) for router in output.router_logits]
+    layers: list[Any] = [load_balancing_loss_func((router,), experts, top, mask) for router in output.router_logits]
     return loss, config.router_aux_loss_coef * torch.stack(layers).mean() * mask.sum()
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from stack.cli import main
-from stack.config.compose import compose, node_of, to_yaml
+from stack.config.compose import compose, to_yaml
 from stack.config.multirun import job_id, read
 from stack.errors import LayoutError, StackError
 from stack.launch.sweep import jobs
@@ -387,8 +387,6 @@ COMMANDS = re.findall(r"^((?:\w+=\S+ )?stack train .*)$", DOCS, re.MULTILINE)
 @pytest.mark.usefixtures("salloc")
 def test_every_command_of_the_docs_sweeps(fakes, monkeypatch):
     for line in COMMANDS:
-        if "launch.backend" in line and node_of("launch.backend") is None:
-            continue
         if "sweeper=optuna" in line and importlib.util.find_spec("optuna") is None:
             continue
         setting, _, words = line.rpartition("stack train -m ")

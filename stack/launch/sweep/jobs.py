@@ -149,7 +149,7 @@ def command(job: Job, arguments: Sequence[str], stack: Sequence[str] = STACK) ->
     if not needs_allocation(job.cfg):
         return words
     size = [f"--nodes={job.nodes}", f"--ntasks-per-node={job.ranks_per_node}"]
-    options: list[str] = getattr(job.cfg.launch, "slurm", [])
+    options = job.cfg.launch.slurm
     return ["salloc", f"--job-name={job.cfg.run.name}-{job.id}", *size, *options, *words]
 
 
@@ -171,14 +171,14 @@ def _check_allocation(cfg: Config) -> None:
 
 def needs_allocation(cfg: Config) -> bool:
     """Whether a job waits for hosts that Slurm gives to it alone."""
-    return getattr(cfg.launch, "backend", None) == "slurm" and "SLURM_JOB_ID" not in os.environ
+    return cfg.launch.backend == "slurm" and "SLURM_JOB_ID" not in os.environ
 
 
 def shares_hosts(cfg: Config) -> bool:
     """Whether a job's hosts are those of all jobs: of a hostfile, or of the allocation that this command runs in."""
-    if getattr(cfg.launch, "backend", None) == "slurm":
+    if cfg.launch.backend == "slurm":
         return not needs_allocation(cfg)
-    return getattr(cfg.launch, "hostfile", None) is not None
+    return cfg.launch.hostfile is not None
 
 
 def is_elsewhere(cfg: Config) -> bool:

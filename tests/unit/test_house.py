@@ -1,6 +1,7 @@
 """The house: a room imports only rooms above it, and each library has one room that knows it."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 STACK = Path(__file__).parents[2] / "stack"
@@ -68,3 +69,10 @@ def test_only_two_files_touch_deepspeed():
 
 def test_no_file_has_outgrown_its_room():
     assert {f.name: n for f in _files() if (n := len(f.read_text().splitlines())) > LONGEST} == {}
+
+
+def test_every_package_is_installed():
+    project = tomllib.loads((STACK.parent / "pyproject.toml").read_text())
+    folders = {file.parent.relative_to(STACK.parent) for file in _files()}
+    named = {".".join(folder.parts) for folder in folders}
+    assert set(project["tool"]["setuptools"]["packages"]) == named | {"stack.conf", "hydra_plugins"}

@@ -111,6 +111,8 @@ class Scheduler:
 
     def _environment(self, job: Job, devices: list[str]) -> dict[str, str]:
         environment = {**os.environ, SWEEP_PID: str(os.getpid())}
+        # One run of `wandb agent` may be a sweep of ours; its jobs are not one run.
+        environment.pop("WANDB_RUN_ID", None)
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         elif self._max_parallel > 1 and not is_elsewhere(job.cfg):

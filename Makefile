@@ -1,7 +1,7 @@
 # `make train` and `make test` work on a fresh machine: the environment is made when it is missing or out of date.
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-all plan data train resume export eval verify doctor \
-	eval-harness bench bench-checkpoints bench-scaling bench-gpu clean
+.PHONY: help setup check test test-all plan data train sweep resume export eval verify doctor \
+	wandb-sync eval-harness bench bench-checkpoints bench-scaling bench-gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -54,6 +54,9 @@ data: $(READY) ## tokenize the corpus
 train: $(READY) ## train (ARGS="train.steps=50 parallel.zero=1")
 	$(BIN)/stack train $(ARGS)
 
+sweep: $(READY) ## train one run for each of several values (ARGS="optim.lr=1e-3,3e-3 run.seed=1,2")
+	$(BIN)/stack train -m $(ARGS)
+
 resume: $(READY) ## go on with a run (RUN=runs/NAME/ID ARGS="train.steps=200")
 	$(BIN)/stack resume $(RUN) $(ARGS)
 
@@ -68,6 +71,9 @@ verify: $(READY) ## read every checkpoint of a run in full (RUN=...)
 
 doctor: $(READY) ## look at hosts and links, and at a layout's numbers (ARGS="--parity parallel.pipeline=4")
 	$(BIN)/stack doctor $(ARGS)
+
+wandb-sync: $(READY) ## upload all of a run to Weights & Biases, once (RUN=...)
+	$(BIN)/stack wandb-sync $(RUN) $(ARGS)
 
 eval-harness: $(READY) ## EleutherAI's harness on an exported folder (OUT=... TASKS=...)
 	$(BIN)/pip install --quiet --progress-bar off -c constraints.txt -e '.[eval]'

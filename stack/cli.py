@@ -18,11 +18,13 @@ usage: stack VERB [ARGUMENTS] [OVERRIDES]
 
 {verbs}
 
-Overrides are Hydra's: key=value, or group=choice such as experiment=8b.
+Overrides are Hydra's: key=value, or group=choice such as experiment=8b. A sweep: stack train -m key=1,2
 Every key with its meaning: stack/config/schema.py
 Exit codes: 0 done, 2 usage, 3 config, 4 layout, 5 data, 6 checkpoint, 7 numerics, 8 hang, 9 a rank failed,
 128 + signal when it was stopped (130 for Ctrl-C)
 """
+#: Hydra's words for a sweep.
+_MULTIRUN = ("-m", "--multirun")
 #: What a shell reports for a command that SIGPIPE ended.
 _BROKEN_PIPE = 141
 
@@ -49,16 +51,24 @@ def data(overrides: Sequence[str]) -> int:
 
 
 def train(overrides: Sequence[str]) -> int:
-    """plan, prepare the data, launch and follow one run"""
-    from stack.launch import driver
+    """plan, prepare the data, launch and follow one run; with -m one for each of several values"""
+    if any(word in _MULTIRUN for word in overrides):
+        from stack.launch.sweep.sweep import sweep
 
+        return sweep([word for word in overrides if word not in _MULTIRUN])
+    from stack.launch import driver
+    from stack.launch.sweep.sweep import end_with_sweep
+
+    end_with_sweep()
     return driver.train(overrides)
 
 
 def resume(arguments: Sequence[str]) -> int:
     """go on with a run from its newest whole checkpoint, in any layout"""
     from stack.launch import driver
+    from stack.launch.sweep.sweep import end_with_sweep
 
+    end_with_sweep()
     return driver.resume(*_run_and_overrides("resume", arguments))
 
 
@@ -79,8 +89,11 @@ def export(arguments: Sequence[str]) -> int:
     if "=" in out:
         raise UsageError("stack export needs the folder to write to; write stack export RUN_DIR OUT")
     from stack.launch import checkpoints
+    from stack.train import tracking
 
-    return checkpoints.export(run, Path(out).resolve(), overrides)
+    code = checkpoints.export(run, Path(out).resolve(), overrides)
+    tracking.remember_export(run, Path(out).resolve())
+    return code
 
 
 def verify(arguments: Sequence[str]) -> int:
@@ -103,6 +116,14 @@ def doctor(arguments: Sequence[str]) -> int:
     return examine(overrides, parity=len(overrides) < len(arguments))
 
 
+def wandb_sync(arguments: Sequence[str]) -> int:
+    """upload all of a run to Weights & Biases; what is there already is not sent again"""
+    run, rest = _run_and_overrides("wandb-sync", arguments)
+    from stack.train import tracking
+
+    return tracking.sync(run, rest)
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": plan,
     "data": data,
@@ -112,6 +133,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": evaluate,
     "verify": verify,
     "doctor": doctor,
+    "wandb-sync": wandb_sync,
 }
 #: What comes ahead of the overrides.
 _ARGUMENTS = {
@@ -119,7 +141,9 @@ _ARGUMENTS = {
     "export": "RUN_DIR OUT ",
     "eval": "RUN_DIR|EXPORTED ",
     "verify": "RUN_DIR ",
+    "train": "[-m] ",
     "doctor": "[--parity] ",
+    "wandb-sync": "RUN_DIR ",
 }
 
 

@@ -35,7 +35,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         ConfigError: an override or a file of `conf/` is wrong; the message is one line.
     """
     conf = conf_folder()
-    groups = _groups(conf)
+    groups = groups_of(conf)
     parsed = _parse(overrides, groups)
     choices = [str(override.input_line) for override in parsed if override.key_or_group in groups]
     ConfigStore.instance().store(name="schema", node=asdict(Config()))
@@ -53,7 +53,7 @@ def from_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file cannot be read, is not a config of this schema, or an override is wrong.
     """
-    groups = _groups(conf_folder())
+    groups = groups_of(conf_folder())
     parsed = _parse(overrides, groups)
     for override in parsed:
         if override.key_or_group in groups:
@@ -113,7 +113,7 @@ def _first_words(error: Exception) -> str:
     return one_line(str(error).partition("Config search path")[0])
 
 
-def _groups(conf: Path) -> dict[str, list[str]]:
+def groups_of(conf: Path) -> dict[str, list[str]]:
     """Group -> its choices."""
     return {
         folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in conf.iterdir() if folder.is_dir()
@@ -122,16 +122,11 @@ def _groups(conf: Path) -> dict[str, list[str]]:
 
 def _parse(lines: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[Override]:
     """The overrides, each judged alone; what only the whole config can tell is left to `to_config`."""
-    parser = OverridesParser.create()
     first: dict[str, str] = {}
     parsed = []
     for line in lines:
         _check_words(line)
-        try:
-            override = parser.parse_override(line)
-        except HydraException as error:
-            why = f"not in Hydra's grammar ({one_line(error)})"
-            raise ConfigError(f"{show(line)}: {why}; quote a special value past the shell: 'key=\"value\"'") from error
+        override = parse_line(line)
         key = override.key_or_group
         if key in first:
             raise ConfigError(f"{show(line)}: {key} is given twice, first as {show(first[key])}; keep one")
@@ -146,13 +141,26 @@ def _parse(lines: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[Ov
     return parsed
 
 
+def parse_line(line: str) -> Override:
+    """One override by Hydra's grammar alone.
+
+    Raises:
+        ConfigError: it is not in that grammar.
+    """
+    try:
+        return OverridesParser.create().parse_override(line)
+    except HydraException as error:
+        why = f"not in Hydra's grammar ({one_line(error)})"
+        raise ConfigError(f"{show(line)}: {why}; quote a special value past the shell: 'key=\"value\"'") from error
+
+
 def _check_words(line: str) -> None:
     """Refuse what is not an override at all before Hydra's grammar calls it a token error."""
     key = re.split("[=@:]", line.lstrip("+~"), maxsplit=1)[0]
     if re.match(r"hydra($|[./])", key):
-        raise ConfigError(f"{show(line)}: hydra.* is not configurable here; drop it")
+        raise ConfigError(f"{show(line)}: hydra.* is for a sweep, which stack train -m starts; drop it")
     if line in ("-m", "--multirun"):
-        raise ConfigError(f"{line}: sweeps are not offered here; start one run at a time")
+        raise ConfigError(f"{line}: only stack train starts a sweep; drop it")
     if line.startswith("-"):
         raise ConfigError(f"{show(line)}: not an override; write key=value, for example train.steps=200")
     if "=" not in line and not line.startswith("~"):
@@ -170,7 +178,10 @@ def _check_choice(line: str, override: Override, choices: Sequence[str]) -> None
             raise ConfigError(f"{show(line)}: write ~{group} to compose without it")
         return
     if override.is_sweep_override() or isinstance(override.value(), dict | list):
-        raise ConfigError(f"{show(line)}: {group} takes one choice, its keys come one by one; choices are {listed}")
+        sweep = "; add -m to stack train for a sweep" if override.is_sweep_override() else ""
+        raise ConfigError(
+            f"{show(line)}: {group} takes one choice, its keys come one by one; choices are {listed}{sweep}"
+        )
     if override.value() is None:
         raise ConfigError(f"{show(line)}: write ~{group} to compose without it; choices are {listed}")
     name = show(override.value())
@@ -182,13 +193,15 @@ def _check_choice(line: str, override: Override, choices: Sequence[str]) -> None
 
 def _check_key(line: str, override: Override, groups: Mapping[str, Sequence[str]]) -> None:
     path = override.key_or_group
-    node = _node(path)
+    node = node_of(path)
     if node is None:
         unknown_key(path, show(line), groups)
     if override.is_sweep_override():
         is_list = isinstance(node, Spec) and node.is_list
-        hint = f"write {path}=[{line.partition('=')[2]}]" if is_list else "give one"
-        raise ConfigError(f"{show(line)}: several values are a sweep, and this is one run; {hint}")
+        hint = f"or write {path}=[{line.partition('=')[2]}]" if is_list else "or give one value"
+        raise ConfigError(
+            f"{show(line)}: several values are a sweep, and this is one run; add -m to stack train, {hint}"
+        )
     in_model = path.startswith("model.config.")
     if override.is_delete():
         if not in_model or override.value() is not None:
@@ -202,7 +215,8 @@ def _check_key(line: str, override: Override, groups: Mapping[str, Sequence[str]
         check_fragment(path, value, node)
 
 
-def _node(path: str) -> Spec | Tree | None:
+def node_of(path: str) -> Spec | Tree | None:
+    """What the schema has at a dotted key; None where there is no such key."""
     node: Any = schema_tree()
     for part in path.split("."):
         if not isinstance(node, Mapping) or part not in node:

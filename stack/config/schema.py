@@ -239,12 +239,15 @@ class Export:
 
 @dataclass
 class Wandb:
-    mode: str = _one_of("offline", "online", "offline", "disabled")
-    """`offline` writes W&B's files into the run directory for a later `wandb sync`."""
+    mode: str = _one_of("offline", "online", "offline", "shared", "disabled")
+    """`offline` writes W&B's files into the run directory, for `stack wandb-sync` later. `shared` is `online` with the
+    system metrics of every host instead of the first one's alone."""
     project: str = "stack"
     entity: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
+    timeout_s: float = _above(60.0, 0)
+    """Longest that the end of a run waits for W&B; half of it is what the server has to answer at the beginning."""
 
 
 @dataclass

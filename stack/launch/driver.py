@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from stack.launch.agents import SILENCE_S, agents
 from stack.launch.follow import follow
 from stack.launch.hosts import Host, forwarded
 from stack.launch.place import Place, meet
+from stack.launch.signals import stop_requests
 from stack.launch.verdict import Failure
 from stack.observe.console import Console
 from stack.plan.layout import Plan, make_plan
@@ -49,7 +50,7 @@ def train(overrides: Sequence[str]) -> int:
     plan = plan_of(cfg)
     corpus = _corpus(cfg, plan)
     _check_weights(cfg)
-    with _stop_requests() as requests:
+    with stop_requests() as requests:
         run = rundir.create(cfg, plan, corpus=corpus)
         with RunLock(run.path):
             return _launch(cfg, plan, run, requests)
@@ -70,7 +71,7 @@ def resume(run: RunDir, overrides: Sequence[str]) -> int:
         plan = plan_of(cfg)
         corpus = _corpus(cfg, plan, run.corpus if cfg.data == before.data else None)
         _check_goes_on(cfg, before, run, corpus)
-        with _stop_requests() as requests:
+        with stop_requests() as requests:
             rundir.begin_again(run, cfg, plan, corpus=corpus)
             return _launch(cfg, plan, run, requests)
 
@@ -97,7 +98,7 @@ def evaluate(folder: Path, overrides: Sequence[str]) -> int:
     corpus = _corpus(cfg, plan, known)
     if checkpoints is None:
         _check_weights(cfg)
-    with _stop_requests() as requests:
+    with stop_requests() as requests:
         evaluation = rundir.create_evaluation(parent, cfg, plan, corpus=corpus, checkpoints=checkpoints)
         return _launch(cfg, plan, evaluation, requests)
 
@@ -108,7 +109,7 @@ def check(cfg: Config, run: RunDir) -> int:
     Raises:
         LayoutError: this driver cannot start them.
     """
-    with _stop_requests() as requests:
+    with stop_requests() as requests:
         return _launch(cfg, plan_of(cfg), run, requests)
 
 
@@ -168,20 +169,6 @@ def _check_goes_on(cfg: Config, before: Config, run: RunDir, corpus: Path) -> No
                 f"add train.steps={2 * candidate}"
             )
         return
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[signal.Signals]]:
-    """The signals that asked the run to end, as they come in. They interrupt nothing: however often and whenever a
-    user asks, the run is stopped in good order. One that was ignored (nohup) stays ignored."""
-    requests: list[signal.Signals] = []
-    heard = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
-    previous = {s: signal.signal(s, lambda number, _: requests.append(signal.Signals(number))) for s in heard}
-    try:
-        yield requests
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _launch(cfg: Config, plan: Plan, run: RunDir, requests: list[signal.Signals]) -> int:

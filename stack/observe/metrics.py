@@ -7,7 +7,10 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 #: Fields that rows do without where there is nothing to say.
-_OPTIONAL = ("heldout_loss", "router_aux_loss", "loss_scale", "checkpoint_stall_s", "checkpoint_write_s")
+_OPTIONAL = (
+    *("heldout_loss", "router_aux_loss", "loss_scale", "checkpoint_stall_s", "checkpoint_write_s"),
+    "stage_busy_s",
+)
 #: JSON has no spelling for these, so they are strings of the kind `float()` reads; any JSON parser takes the file.
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
@@ -54,6 +57,8 @@ class StepRecord:
     """Seconds that training waited for the checkpoint of this step; absent where none was saved."""
     checkpoint_write_s: float | None = None
     """Seconds from the beginning of a save to the whole checkpoint; in the row of the first step after it was there."""
+    stage_busy_s: tuple[float, ...] | None = None
+    """Seconds of the step that each rank of the pipe computed, mean over its replicas; absent without a pipeline."""
 
     def to_dict(self) -> dict[str, Any]:
         """The row as a plain dict in the order of the fields."""
@@ -93,7 +98,11 @@ def _to_json_value(value: Any) -> Any:
     return "Infinity" if value > 0 else "-Infinity"
 
 
-def _from_json_value(name: str, kind: Any, value: Any) -> int | float | None:
+def _from_json_value(name: str, kind: Any, value: Any) -> int | float | tuple[float, ...] | None:
+    if kind == tuple[float, ...] | None:
+        if isinstance(value, list) and all(type(part) in (int, float) for part in value):
+            return tuple(map(float, value))
+        raise ValueError(f"its {name} is {value!r}")
     # `type(...) is`, because a bool is an int to isinstance.
     if kind is int:
         if type(value) is int:

@@ -49,7 +49,11 @@ class StepClock:
         """Seconds in which the stages waited for their neighbours. Needs `wait`."""
         if self._pipeline is None:
             return 0.0
-        return max(0.0, self._seconds(*self._pipeline) - sum(self._seconds(*span) for span in self._spans))
+        return max(0.0, self._seconds(*self._pipeline) - self.busy_s())
+
+    def busy_s(self) -> float:
+        """Seconds in forwards and backwards. Needs `wait`."""
+        return sum(self._seconds(*span) for span in self._spans)
 
     def _seconds(self, start: Any, end: Any) -> float:
         return start.elapsed_time(end) / 1e3 if self._cuda else end - start

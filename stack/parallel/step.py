@@ -21,6 +21,7 @@ class StepResult:
     lr: learning rate of the update.
     step_time_s: time of the slowest rank, on a GPU without what the host did beside it.
     bubble_fraction: share of the step in which a stage waited for its neighbours, mean over the ranks.
+    stage_busy_s: seconds of forwards and backwards of each rank of the pipe, mean over its replicas.
     memory_peak_bytes: largest peak of any rank since it started (device memory, or resident memory on the CPU).
     router_aux_loss: what a mixture of experts adds to the loss to balance its experts, coefficient included; None for
         other models.
@@ -34,6 +35,7 @@ class StepResult:
     step_time_s: float
     bubble_fraction: float
     memory_peak_bytes: int
+    stage_busy_s: tuple[float, ...]
     router_aux_loss: float | None = None
     loss_scale: float | None = None
 
@@ -80,7 +82,8 @@ class RunningStep:
         loss, auxiliary, grad_norm = self._numbers.tolist()
         took = self._clock.step_s()
         peak, idle = self._memory_peak(), self._clock.idle_s() / took
-        mine = torch.tensor([loss, idle, took, peak, auxiliary], dtype=torch.float64)
+        place, busy = self._mesh.pipe_rank, self._clock.busy_s()
+        mine = torch.tensor([loss, idle, took, peak, auxiliary, place, busy], dtype=torch.float64)
         flat = torch.empty(dist.get_world_size() * mine.numel(), dtype=mine.dtype)
         dist.all_gather_into_tensor(flat, mine, group=self._mesh.host_group)
         table = flat.view(-1, mine.numel())
@@ -93,6 +96,7 @@ class RunningStep:
             step_time_s=float(table[:, 2].max()),
             bubble_fraction=float(table[:, 1].mean()),
             memory_peak_bytes=int(table[:, 3].max()),
+            stage_busy_s=tuple(float(table[table[:, 5] == p, 6].mean()) for p in range(self._mesh.pipeline)),
             router_aux_loss=float(table[:, 4].sum()) / self._tokens if self._routed else None,
             loss_scale=self._loss_scale,
         )

@@ -110,4 +110,5 @@ def _row(
         loss_scale=result.loss_scale,
         checkpoint_stall_s=saved.stall_s if saved else None,
         checkpoint_write_s=saved.write_s if saved else None,
+        stage_busy_s=result.stage_busy_s if len(result.stage_busy_s) > 1 else None,
     )

@@ -1,6 +1,6 @@
 """Where the rows of a run go: metrics.jsonl always, the screen and W&B from rank 0, the picture at the end."""
 
-from dataclasses import asdict
+import os
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -11,16 +11,18 @@ from stack.observe.console import Console
 from stack.observe.curve import draw
 from stack.observe.jsonl import MetricsWriter, latest, read
 from stack.observe.metrics import StepRecord, mfu, peak_flops
-from stack.observe.wandb import WandbSink
+from stack.observe.wandb.sink import WandbSink, host_number
 from stack.parallel.engine import Engine
 from stack.parallel.step import StepResult
 from stack.plan.layout import Plan
 from stack.train import rundir
 from stack.train.rundir import RunDir
+from stack.train.tracking import facts
 
 
 class Recorder:
-    """Rank 0's outputs; on every other rank each method returns at once.
+    """Rank 0's outputs; on every other rank each method returns at once, but that the first rank of each host may have
+    the metrics of its system to send.
 
     `screen` is where lines for the user go, or None where a driver shows metrics.jsonl instead.
     """
@@ -30,21 +32,17 @@ class Recorder:
         self._writes = rank == 0
         self._peak = _device_peak(cfg.precision.dtype)
         self._first = True
+        self._wandb: WandbSink | None = None
         if not self._writes:
+            if host := host_number(dict(os.environ)):
+                self._wandb = WandbSink(facts(run, cfg), cfg.log.wandb, note=print, node=host)
             return
         rundir.write_json(run.ds_config, engine.ds_config)
         self._metrics = MetricsWriter(run.metrics)
         self._console = Console(cfg.train.steps, log_every=cfg.train.log_every, out=screen) if screen else None
         if self._console:
             self._console.start(f"run {run.path}")
-        self._wandb = WandbSink(
-            run.path,
-            **asdict(cfg.log.wandb),
-            name=run.run_id,
-            config={**asdict(cfg), "ds_config": engine.ds_config},
-            files=[run.config, run.ds_config, run.plan],
-            note=self.note,
-        )
+        self._wandb = WandbSink(facts(run, cfg), cfg.log.wandb, note=self.note)
 
     def __enter__(self) -> Self:
         return self
@@ -62,16 +60,19 @@ class Recorder:
             self._first = False
             print("dtypes: " + ", ".join(f"{name} {dtype}" for name, dtype in self._engine.dtypes.items()), flush=True)
         self._metrics.write(record)
-        self._wandb.log(record)
+        if self._wandb:
+            self._wandb.advance()
         if self._console:
             self._console.step(record)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._writes:
+            self._metrics.close()
+            self._draw()
+        if self._wandb:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
         if not self._writes:
             return
-        self._metrics.close()
-        self._draw()
-        self._wandb.finish(exit_code=0 if kind is None else 1)
         if self._console:
             self._console.close(f"curve {self._run.curve}" if kind is None else f"failed: {error}")
 

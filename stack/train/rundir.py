@@ -71,6 +71,11 @@ class RunDir:
         return self.path / "curve.png"
 
     @property
+    def exports(self) -> Path:
+        """Folders that the run was exported to, a JSON list; there after the first export."""
+        return self.path / "exports.json"
+
+    @property
     def notes(self) -> Path:
         """Lines for the user, one after another, as they came up."""
         return self.path / "notes.txt"
@@ -79,6 +84,15 @@ class RunDir:
     def attempt(self) -> int:
         """Number of this start of the run, the first being 1."""
         return 1 + sum(folder.name.isdigit() for folder in self.path.glob("attempts/*"))
+
+    @property
+    def started(self) -> float:
+        """Beginning of the first attempt in Unix seconds."""
+        first = self.path / "attempts" / "1" / "env.json"
+        found = read_json(first if first.exists() else self.path / "env.json")
+        if found is None:
+            raise UsageError(f"{self.path} has no env.json: the run directory is not whole; start a new run")
+        return float(found["time"])
 
     @property
     def evaluation(self) -> Path:
@@ -262,6 +276,7 @@ def versions() -> dict[str, str | None]:
 
 def _environment() -> dict[str, Any]:
     return {
+        "time": time.time(),
         "command": sys.argv,
         "host": socket.gethostname(),
         "platform": platform.platform(),

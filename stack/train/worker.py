@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from stack.config.compose import compose, from_yaml
 from stack.config.places import settled
@@ -27,6 +27,9 @@ from stack.train import cores, ranks, rundir
 from stack.train.inputs import open_batches
 from stack.train.lock import RunLock
 from stack.train.rundir import RunDir
+
+if TYPE_CHECKING:
+    from stack.parallel.mesh import Mesh
 
 #: Set by the agent of a host: the CUDA_VISIBLE_DEVICES that it found there.
 VISIBLE_DEVICES = "STACK_VISIBLE_DEVICES"
@@ -78,16 +81,11 @@ def main(argv: Sequence[str]) -> int:
 def _train(cfg: Config, plan: Plan, run: RunDir, *, rank: int, screen: TextIO | None) -> None:
     # Heavy imports come after everything that can be refused without them.
     from stack.parallel import zero
-    from stack.parallel.mesh import make_mesh
     from stack.train.loop import train
     from stack.train.recorder import Recorder
     from stack.train.restart import Restart
 
-    _quiet()
-    timeout = timedelta(seconds=cfg.health.hang_timeout_s)
-    zero.init_distributed(timeout=timeout)
-    mesh = make_mesh(plan, timeout=timeout)
-    print(mesh, flush=True)
+    mesh = _join(cfg, plan)
 
     restart = Restart(cfg, plan, run, mesh)
     engine = restart.engine()
@@ -119,14 +117,10 @@ def _train(cfg: Config, plan: Plan, run: RunDir, *, rank: int, screen: TextIO | 
 
 def _evaluate(cfg: Config, plan: Plan, run: RunDir, *, rank: int) -> None:
     from stack.parallel import zero
-    from stack.parallel.mesh import make_mesh
     from stack.train.loop import evaluate
     from stack.train.restart import weights
 
-    _quiet()
-    timeout = timedelta(seconds=cfg.health.hang_timeout_s)
-    zero.init_distributed(timeout=timeout)
-    mesh = make_mesh(plan, timeout=timeout)
+    mesh = _join(cfg, plan)
     engine, source = weights(cfg, plan, run, mesh)
     _, heldout = open_batches(cfg, plan, run.corpus)
     loss, tokens = evaluate(cfg, engine, heldout, mesh.replica)
@@ -149,6 +143,27 @@ def _check(cfg: Config, plan: Plan, run: RunDir, *, rank: int) -> None:
 
     _quiet()
     check(cfg, plan, run, rank)
+
+
+def _join(cfg: Config, plan: Plan) -> "Mesh":
+    """Meets the other ranks. Collective.
+
+    Raises:
+        HangError, HostError: a host differs from the others, or a link between them does not work.
+    """
+    from stack.health.ranks import check_ranks
+    from stack.parallel import zero
+    from stack.parallel.mesh import make_mesh
+
+    _quiet()
+    timeout = timedelta(seconds=cfg.health.hang_timeout_s)
+    zero.init_distributed(timeout=timeout)
+    mesh = make_mesh(plan, timeout=timeout)
+    print(mesh, flush=True)
+    if plan.nodes > 1:
+        # Ahead of the model, which takes its time.
+        print(check_ranks(mesh.device), flush=True)
+    return mesh
 
 
 def _quiet() -> None:

@@ -76,7 +76,7 @@ def test_the_screen_has_the_plan_and_aligned_columns(pp2_dp2):
     assert all(row == ends[0][: len(row)] and len(row) >= 8 for row in ends)
     assert [line.split()[0] for line in lines[header + 1 : header + 6]] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
     assert any(re.match(r"ZeRO stage +3 ", line) for line in lines[:header])
-    assert lines[header + 6].startswith("W&B run is on disk; upload it with: wandb sync ")
+    assert lines[header + 6].startswith("W&B run is on disk; upload it with: stack wandb-sync ")
     assert lines[header + 7 :] == [f"done: {pp2_dp2.run}", f"curve: {pp2_dp2.run / 'curve.png'}"]
     assert "Traceback" not in pp2_dp2.stdout + pp2_dp2.stderr
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,17 +30,21 @@ _T = TypeVar("_T")
 class Command:
     """A started command. It writes into `folder`: its output, and its runs below `runs/`."""
 
-    def __init__(self, command: Sequence[str], folder: Path):
+    def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None):
+        """
+        Args:
+            environment: in addition to this process's own, which it gets without what is for W&B.
+        """
         self.folder, self._mark = folder, uuid.uuid4().hex
         folder.mkdir(parents=True, exist_ok=True)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
         with self._output("stdout").open("wb") as out, self._output("stderr").open("wb") as err:
             self.process = subprocess.Popen(
                 list(command),
                 stdout=out,
                 stderr=err,
                 stdin=subprocess.DEVNULL,
-                env={**environment, "CUDA_VISIBLE_DEVICES": "", _MARK: self._mark},
+                env={**own, **(environment or {}), "CUDA_VISIBLE_DEVICES": "", _MARK: self._mark},
             )
 
     def _output(self, stream: str) -> Path:

@@ -1,7 +1,10 @@
 """`stack train` over two hosts: equal to one host, and the culprit named when a host fails."""
 
+import re
 import signal
 import time
+from importlib.metadata import distribution, version
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +65,52 @@ def test_two_hosts_train_as_one_does(start, hosts, tiny, tmp_path, backend):
     assert [two.json(f"ranks/{rank}/rank.json")["host"] for rank in (0, 1)] == hosts.names
     assert len(numbers(one)) == 5
     assert numbers(two) == numbers(one)
+
+
+def no_sshd(hosts, _folder):
+    hosts.stop_sshd("host-b")
+
+
+def no_cable(hosts, _folder):
+    hosts.cut()
+
+
+def no_name(hosts, _folder):
+    hosts.write_names({"host-a": "192.0.2.1"})
+
+
+def another_version(hosts, folder):
+    """A file that only host-b sees."""
+    metadata = Path(str(distribution("transformers").locate_file(f"transformers-{version('transformers')}.dist-info")))
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.0\n")
+    hosts.run("host-b", ["mount", "--bind", str(folder / "METADATA"), str(metadata / "METADATA")])
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (no_sshd, "host-b: ssh is refused; start sshd there"),
+        (no_cable, "host-b: cannot be reached; is it on"),
+        (no_name, "host-b: its name does not resolve here; correct the hostfile, or /etc/hosts"),
+        (another_version, "host-b has transformers 4.0.0, the others"),
+    ],
+)
+def test_a_host_that_cannot_be_used_is_named_before_anything_is_started(start, hosts, tmp_path, fault, message):
+    fault(hosts, tmp_path)
+    command = start(ENDLESS)
+
+    assert_failed(command, message, kind="HostError", within_s=40)
+    assert not list(command.run.glob("launchers/*"))
+    assert_nothing_left(hosts)
+
+
+def test_doctor_finds_two_hosts_well(start, hosts):
+    doctor = start(verb="doctor")
+
+    assert doctor.wait() == 0, doctor.stdout + doctor.stderr
+    assert re.search(r"host-b +ok +192.0.2.2 \(wire0\)", doctor.stdout), doctor.stdout
+    assert "FAULT" not in doctor.stdout
+    assert_nothing_left(hosts)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -77,12 +77,13 @@ experiment=8bb | no such choice; did you mean 8b? choices are 1b, 405b_plan, 70b
 precision=float64 | no such choice; choices are bf16, fp16, fp32
 experiment=[1b,8b] | experiment takes one choice, its keys come one by one; choices are 1b, 405b_plan, \
 70b, 8b, quickstart
-precision=bf16,fp32 | precision takes one choice, its keys come one by one; choices are bf16, fp16, fp32
+precision=bf16,fp32 | precision takes one choice, its keys come one by one; choices are bf16, fp16, fp32; \
+add -m to stack train for a sweep
 +experiment=8b | experiment has a choice already; drop the +
 experiment@x=8b | packages are not used here; drop @x
 precision=null | write ~precision to compose without it; choices are bf16, fp16, fp32
 ~precision=bf16 | write ~precision to compose without it
-log.wandb=3 | it is a section, not a value; its keys are mode, project, entity, group, tags
+log.wandb=3 | it is a section, not a value; its keys are mode, project, entity, group, tags, timeout_s
 # types, and what Hydra or OmegaConf would convert in silence
 batch.micro_size=abc | an integer is needed, for example 2
 batch.micro_size=1.5 | an integer is needed, for example 2
@@ -154,17 +155,17 @@ only with linear, llama3
 train.steps | not an override; write key=value, for example train.steps=100
 8b | not an override; write key=value, for example train.steps=200
 --config-name=x | not an override; write key=value, for example train.steps=200
--m | sweeps are not offered here; start one run at a time
-train.steps=1,2 | several values are a sweep, and this is one run; give one
-data.paths=a,b | several values are a sweep, and this is one run; write data.paths=[a,b]
+-m | only stack train starts a sweep; drop it
+train.steps=1,2 | several values are a sweep, and this is one run; add -m to stack train, or give one value
+data.paths=a,b | several values are a sweep, and this is one run; add -m to stack train, or write data.paths=[a,b]
 optim.betas=[0.9 | not in Hydra's grammar (no viable alternative at input '[0.9'); quote a special value past the \
 shell: 'key="value"'
 +parallel.pipeline=2 | parallel.pipeline exists already; drop the +
 ~parallel.pipeline | only ~model.config.KEY can be deleted; write parallel.pipeline=VALUE to change it
 ~model.config.head_dim | model.config.head_dim is not set; drop it
-hydra.run.dir=x | hydra.* is not configurable here; drop it
-+hydra.verbose=true | hydra.* is not configurable here; drop it
-hydra/launcher=joblib | hydra.* is not configurable here; drop it
+hydra.run.dir=x | hydra.* is for a sweep, which stack train -m starts; drop it
++hydra.verbose=true | hydra.* is for a sweep, which stack train -m starts; drop it
+hydra/launcher=joblib | hydra.* is for a sweep, which stack train -m starts; drop it
 # interpolation
 run.name=${run.nam} -> run.name | its interpolation leads nowhere (Interpolation key 'run.nam' not found)
 run.name=${run.name} -> run.name | its interpolation leads nowhere (Recursive interpolation detected)

@@ -1,0 +1,162 @@
+"""`stack train -m`: Hydra's sweeper makes jobs, and each is an ordinary `stack train` in a process tree of its own.
+
+Hydra is in this process alone: no rank, and no job, knows of it.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from stack.config import multirun
+from stack.config.multirun import Request
+from stack.config.places import settled
+from stack.errors import ConfigError, RankFailure, StackError, UsageError
+from stack.health.orphan import is_alive
+from stack.launch.follow import SIGNALLED
+from stack.launch.signals import stop_requests
+from stack.launch.sweep.board import Board
+from stack.launch.sweep.jobs import FAILED, STACK, Job, make_job
+from stack.launch.sweep.scheduler import SWEEP_PID, Scheduler
+from stack.launch.sweep.slots import Slots, check_room, devices_of_a_job
+from stack.train.lock import RunLock
+
+_WATCH_S = 1.0
+
+
+class _EndedEarlyError(StackError):
+    """Takes the sweeper's loop down where no more jobs are to be run; the board has told why."""
+
+
+def sweep(lines: Sequence[str], *, stack: Sequence[str] = STACK) -> int:
+    """Runs all jobs of a sweep that are not done.
+
+    Returns 0, or 9 if a job failed, or 128 + the signal that stopped the sweep.
+
+    Args:
+        lines: overrides, those with several values among them, and Hydra's own for its launcher and sweeper.
+        stack: the `stack` command that runs a job.
+
+    Raises:
+        StackError: some job's config or layout is wrong; nothing was started.
+    """
+    request = multirun.read(lines)
+    folder = _folder(request)
+    with _removed_if_unused(folder), RunLock(folder), stop_requests() as requests:
+        work = _Work(request, folder, requests, stack)
+        try:
+            multirun.multirun(request, folder, work.run_jobs)
+        except _EndedEarlyError:
+            pass
+        except ConfigError:
+            # Optuna has no best trial where all have failed, which the board tells better.
+            if not any(job.state == FAILED for job in work.board.jobs):
+                raise
+        finally:
+            with contextlib.suppress(OSError):
+                work.board.close(folder)
+    if requests:
+        return SIGNALLED + requests[0]
+    return RankFailure.exit_code if any(job.state == FAILED for job in work.board.jobs) else 0
+
+
+class _Work:
+    """What the jobs of one sweep share."""
+
+    def __init__(self, request: Request, folder: Path, requests: list[signal.Signals], stack: Sequence[str]) -> None:
+        self._request, self._folder, self._requests, self._stack = request, folder, requests, stack
+        self._known: dict[str, Job] = {}
+        self.board = Board()
+
+    def run_jobs(
+        self, jobs: list[list[str]], *, max_parallel: int, devices: Any, fail_fast: bool
+    ) -> list[float | None]:
+        """Runs one list of a sweeper's jobs, each once, and returns their objectives.
+
+        Raises:
+            StackError: one cannot work, and none was started; or no more are to be run.
+        """
+        if max_parallel < 1:
+            raise ConfigError(f"hydra.launcher.max_parallel={max_parallel}: at least one job at once; use 1")
+        slots = Slots()
+        each = devices_of_a_job(devices, slots)
+        asked = [make_job(self._request, swept, self._folder, each) for swept in jobs]
+        new = {job.id: job for job in asked if job.id not in self._known}
+        check_room(slots, list(new.values()), max_parallel)
+        if not self._known:
+            self.board.start(f"sweep {self._folder}")
+        self._known |= new
+        self.board.jobs += new.values()
+        scheduler = Scheduler(
+            slots, self._requests, self._tell, max_parallel=max_parallel, fail_fast=fail_fast, stack=self._stack
+        )
+        scheduler.run(list(new.values()))
+        if self._requests or (fail_fast and any(job.state == FAILED for job in new.values())):
+            raise _EndedEarlyError
+        return [self._known[job.id].objective for job in asked]
+
+    def _tell(self, job: Job) -> None:
+        with (self._folder / "sweep.jsonl").open("a") as file:
+            file.write(json.dumps({"time": time.time(), **job.row()}) + "\n")
+        # Whoever read the output may be gone; the jobs are not for that.
+        with contextlib.suppress(OSError):
+            self.board.changed(job)
+
+
+def end_with_sweep() -> None:
+    """Where this command is a sweep's job: starts a thread that asks it to stop once the sweep was killed, which tells
+    nobody. Else its ranks would hold devices that a repeated sweep gives to other jobs."""
+    pid = os.environ.get(SWEEP_PID)
+    if pid is None:
+        return
+
+    def watch() -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            above = psutil.Process(int(pid))
+            while is_alive(above):
+                time.sleep(_WATCH_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="sweep-watch").start()
+
+
+def _folder(request: Request) -> Path:
+    """Where the sweep lies: by what it is, so that the same sweep is found again.
+
+    Raises:
+        ConfigError: the first job's config is wrong, or gives no objective to a sweeper that needs one.
+    """
+    cfg = settled(request.example())
+    if request.is_optuna and cfg.train.eval_every == 0:
+        raise ConfigError("train.eval_every=0: Optuna needs each job's held-out loss; use train.eval_every=20")
+    if request.folder is not None:
+        return Path(request.folder).expanduser().absolute()
+    return Path(cfg.run.root) / cfg.run.name / "sweeps" / request.id
+
+
+@contextlib.contextmanager
+def _removed_if_unused(folder: Path) -> Iterator[None]:
+    """Makes a folder, and takes it away again where no job came to be."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or folder} cannot be created ({error.strerror}); sweep into a folder that can be written"
+        ) from error
+    try:
+        yield
+    finally:
+        if made and not (folder / "sweep.jsonl").exists():
+            for name in ("multirun.yaml", ".lock"):
+                (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                for path in made:
+                    path.rmdir()

@@ -1,0 +1,263 @@
+"""One W&B run, opened once: what it is given at its start, while it runs and at its end. It may wait, and raise."""
+
+import json
+import os
+import secrets
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stack.checkpoint import manifest
+from stack.config.schema import Wandb
+from stack.errors import CheckpointError, StackError
+from stack.observe.course import Course
+from stack.observe.jsonl import Follower
+from stack.observe.metrics import StepRecord
+from stack.observe.wandb import library
+
+#: Folder inside the W&B run. At its top W&B writes a config.yaml of its own.
+_FILES_FOLDER = "stack"
+#: Seconds between two updates of the summary while the run goes on.
+_SUMMARY_EVERY_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What W&B is to know of a run directory."""
+
+    folder: Path
+    """The run directory, absolute. The run's W&B id is in `wandb/run_id` there, whichever host writes to it."""
+    name: str
+    metrics: Path
+    """metrics.jsonl, which is all that rows are taken from."""
+    checkpoints: Path
+    """Folder in which checkpoints appear."""
+    exports: Path
+    """JSON list of the folders that `stack export` wrote, if there is such a file."""
+    files: tuple[Path, ...]
+    """Copied into the W&B run; they must exist."""
+    config: dict[str, Any]
+    started: float
+    """Beginning of the first attempt in Unix seconds."""
+    attempt: int
+    """This start of the run, the first being 1."""
+
+
+class Session:
+    """Sends metrics.jsonl to the W&B run, each row once.
+
+    A row is known by its (step, attempt). The server says which row it got last; what follows that in metrics.jsonl is
+    sent, also from attempts that never reached the server. Rows go in the order of the file, so there are no gaps.
+    An offline session writes the rows of its own attempt.
+    """
+
+    def __init__(self, facts: Facts, cfg: Wandb, *, note: Callable[[str], None]) -> None:
+        self.facts, self._cfg, self._note = facts, cfg, note
+        self.upload_command = f"stack wandb-sync {shlex.quote(str(facts.folder))}"
+        self.rows = 0
+        """Rows of metrics.jsonl that were read."""
+        self.sent = 0
+        """Rows that this session added to the W&B run."""
+        self._course = Course(facts.started)
+        self._follower = Follower(facts.metrics)
+        self._mode = cfg.mode
+        self.run: Any = None
+        self._first = 0
+        self._checkpoints: set[int] = set()
+        self._summary_due = 0.0
+
+    def open(self, *, fallback: bool = True) -> None:
+        """Opens the run in the config's mode; where the server cannot be reached or knows no key, offline, unless
+        `fallback` is off: then it raises what the library raised."""
+        if self._mode != "offline":
+            try:
+                self.run = self._open(self._mode)
+            except library.failures() as error:
+                if not fallback:
+                    raise
+                # Until its service is gone the library holds the run id to be in use.
+                library.teardown()
+                self._mode = "offline"
+                self._note(f"W&B goes on offline: {library.describe(error)}")
+            else:
+                self._note(f"W&B run: {self.run.url}")
+        if self.run is None:
+            self.run = self._open("offline")
+        if self._mode == "shared":
+            self._invite()
+        self.run.define_metric("*", step_metric="step")
+        self._save_files(self.facts.files)
+        known = self._follower.poll()
+        self._first = self._first_missing(known)
+        self._take(known)
+
+    def catch_up(self) -> None:
+        """Sends the rows that metrics.jsonl has got since the last call."""
+        new = self._follower.poll()
+        self._take(new)
+        if any(row.checkpoint_write_s is not None for row in new):
+            self._log_checkpoints()
+        if time.monotonic() >= self._summary_due:
+            self._summary_due = time.monotonic() + _SUMMARY_EVERY_S
+            self.run.summary.update(self._course.summary())
+
+    def end(self, exit_code: int) -> None:
+        """Sends what is known only now, and closes the run. Raises as `close`."""
+        self._log_checkpoints()
+        self._log_exports()
+        self._log_pictures()
+        figures: dict[str, Any] = {**self._course.summary(), **self._stage_table()}
+        if self._checkpoints:
+            figures["final_checkpoint"] = str(manifest.folder_of(self.facts.checkpoints, max(self._checkpoints)))
+        self.run.summary.update(figures)
+        self.close(exit_code)
+
+    def close(self, exit_code: int) -> None:
+        """Waits until all is uploaded, at most half of `log.wandb.timeout_s`.
+
+        Raises:
+            TimeoutError: it was not by then.
+        """
+        self.run.finish(exit_code=exit_code)
+        # Here and under the deadline, not in the library's exit hook.
+        library.teardown(exit_code)
+        if self._mode == "offline":
+            self._note(f"W&B run is on disk; upload it with: {self.upload_command}")
+
+    def _open(self, mode: str) -> Any:
+        shared = {"x_primary": True, "x_label": "node-0"} if mode == "shared" else {}
+        return library.init(
+            self._cfg,
+            self.facts.folder,
+            run_id(self.facts.folder),
+            mode=mode,
+            name=self.facts.name,
+            config=self.facts.config,
+            **shared,
+        )
+
+    def _invite(self) -> None:
+        """Tells the other hosts that the run is there."""
+        told = {"id": self.run.id, "entity": self.run.entity, "project": self.run.project}
+        write(invitation(self.facts), json.dumps(told) + "\n")
+
+    def _first_missing(self, rows: list[StepRecord]) -> int:
+        """Number of the first row that the W&B run has not got.
+
+        Raises:
+            StackError: W&B holds a row that metrics.jsonl has not.
+        """
+        if self._mode == "offline":
+            return sum(row.attempt < self.facts.attempt for row in rows)
+        last = self.run.summary.get("step"), self.run.summary.get("attempt")
+        if last == (None, None):
+            return 0
+        found = [number for number, row in enumerate(rows) if (row.step, row.attempt) == last]
+        if not found:
+            raise StackError(
+                f"W&B run {self.run.id} ends with step {last[0]} of attempt {last[1]}, which {self.facts.metrics} does "
+                f"not have; delete {_id_file(self.facts.folder)} to begin a new W&B run"
+            )
+        return found[-1] + 1
+
+    def _take(self, rows: list[StepRecord]) -> None:
+        for row in rows:
+            self._course.add(row)
+            if self.rows >= self._first:
+                self._log(self._values(row))
+                self.sent += 1
+            self.rows += 1
+
+    def _log(self, values: dict[str, Any]) -> None:
+        """W&B's own step is the number of the row. In shared mode only the library and the server number rows."""
+        self.run.log(values, **({} if self._mode == "shared" else {"step": self.rows}))
+
+    @staticmethod
+    def _values(row: StepRecord) -> dict[str, Any]:
+        values = {name: value for name, value in row.to_dict().items() if value is not None}
+        stages = values.pop("stage_busy_s", ())
+        return values | {f"stages/{stage}/busy_s": busy_s for stage, busy_s in enumerate(stages)}
+
+    def _save_files(self, files: tuple[Path, ...]) -> None:
+        """Copies, not the links that W&B makes of a path outside: the run's folder is whole, wherever it is moved."""
+        folder = Path(self.run.dir) / _FILES_FOLDER
+        folder.mkdir(exist_ok=True)
+        for file in files:
+            copy = shutil.copy(file, folder)
+            self.run.save(copy, base_path=self.run.dir, policy="now", glob=False)
+
+    def _log_pictures(self) -> None:
+        files = tuple(sorted(self.facts.folder.glob("*.png")))
+        self._save_files(files)
+        pictures = {f"pictures/{file.stem}": library.load().Image(str(file)) for file in files}
+        if pictures and self.sent and self._mode != "shared":
+            # A row is open until the next one: they become a part of the last.
+            self.rows -= 1
+            self._log(pictures)
+            self.rows += 1
+        else:
+            self.run.summary.update(pictures)
+
+    def _stage_table(self) -> dict[str, Any]:
+        lines = [[line.stage, line.busy_s, line.busy_fraction] for line in self._course.stages()]
+        columns = ["stage", "busy_s", "busy_fraction"]
+        return {"stages": library.load().Table(columns=columns, data=lines)} if lines else {}
+
+    def _log_checkpoints(self) -> None:
+        """Those that have appeared, by reference: W&B learns where they are, and gets none of their bytes."""
+        for step in sorted(set(manifest.steps(self.facts.checkpoints)) - self._checkpoints):
+            folder = manifest.folder_of(self.facts.checkpoints, step)
+            try:
+                about = manifest.read(folder)
+            except CheckpointError:
+                # Deleted meanwhile, to make room for a newer one; or damaged, and then no place to send people to.
+                continue
+            metadata = {"step": step, "heldout_loss": about.heldout_loss, "bytes": sum(f.bytes for f in about.files)}
+            self._log_reference("checkpoint", folder, f"step-{step}", metadata=metadata)
+            self._checkpoints.add(step)
+
+    def _log_exports(self) -> None:
+        exports = json.loads(self.facts.exports.read_text()) if self.facts.exports.exists() else []
+        for folder in map(Path, exports):
+            if folder.is_dir():
+                self._log_reference("export", folder, metadata={})
+
+    def _log_reference(self, kind: str, folder: Path, *aliases: str, metadata: dict[str, Any]) -> None:
+        artifact = library.load().Artifact(
+            f"{kind}-{self.run.id}", type=kind, metadata={**metadata, "folder": str(folder)}
+        )
+        # Without checksums, which would read every byte: the content has its own in the manifest.
+        artifact.add_reference(folder.as_uri(), checksum=False)
+        self.run.log_artifact(artifact, aliases=["latest", *aliases])
+
+
+def invitation(facts: Facts) -> Path:
+    """Where the first host tells the others that the W&B run of this attempt is there."""
+    return facts.folder / "wandb" / f"shared-{facts.attempt}.json"
+
+
+def _id_file(folder: Path) -> Path:
+    return folder / "wandb" / "run_id"
+
+
+def run_id(folder: Path) -> str:
+    """The W&B id of the run in `folder`, made at the first call and the same ever after. `wandb agent` names the runs
+    that it starts itself."""
+    path = _id_file(folder)
+    if path.exists() and (known := path.read_text(encoding="ascii").strip()):
+        return known
+    new = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)
+    write(path, new + "\n")
+    return new
+
+
+def write(path: Path, text: str) -> None:
+    """Writes all of a small file or, in a crash, nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text, encoding="ascii")
+    os.replace(draft, path)

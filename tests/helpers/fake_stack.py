@@ -1,0 +1,78 @@
+"""A stand-in for `stack train` and `stack resume`: makes a run directory and trains nothing, so that what a sweep does
+around its jobs is tested in milliseconds. Imports nothing of stack; what it needs to know is in $FAKE_STACK.
+
+The job's held-out loss is its optim.lr, and its act is looked up by it:
+    fail       exit code 7, no checkpoint
+    crash      a checkpoint, then exit code 9
+    interrupt  a checkpoint, then Ctrl-C to whoever runs the sweep, and waits to be stopped
+    wait       waits to be stopped, without a checkpoint
+Each act is for `train`; `resume` goes well.
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+import uuid
+from pathlib import Path
+
+_PATIENCE_S = 60
+
+
+def main() -> None:
+    verb, *arguments = sys.argv[1:]
+    plan = json.loads(Path(os.environ["FAKE_STACK"]).read_text())
+    if verb == "resume":
+        run = Path(arguments[0])
+        lr = (run / "lr").read_text()
+    else:
+        told = dict(argument.split("=", 1) for argument in arguments)
+        lr = told.get("optim.lr", "0.003")
+        run = Path(json.loads(told["run.root"]), "quickstart", f"{time.time_ns()}-{uuid.uuid4().hex[:4]}")
+        run.mkdir(parents=True)
+        (run / "lr").write_text(lr)
+        (run / "config.yaml").write_text(plan["config"])
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    about = {"lr": lr, "verb": verb, "arguments": arguments, "devices": devices, "run": str(run), "pid": os.getpid()}
+    _note(plan, {**about, "event": "began"})
+    _meet(plan)
+    _act(plan["acts"].get(lr) if verb == "train" else None, run)
+    row = {**plan["row"], "heldout_loss": float(lr)}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (run / "DONE.json").write_text("{}")
+    _note(plan, {**about, "event": "ended"})
+
+
+def _act(act: str | None, run: Path) -> None:
+    if act == "fail":
+        (run / "FAILED.json").write_text(json.dumps({"type": "NumericsError", "message": "the loss is nan"}))
+        sys.exit(7)
+    if act in ("crash", "interrupt"):
+        (run / "checkpoints" / "step-00000002").mkdir(parents=True)
+    if act == "crash":
+        sys.exit("RankFailure: rank 1 was killed")
+    if act in ("interrupt", "wait"):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        if act == "interrupt":
+            os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(_PATIENCE_S)
+
+
+def _meet(plan: dict) -> None:
+    """Goes on once so many jobs have begun as are to be seen beside each other."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while len(re.findall('"began"', Path(plan["journal"]).read_text())) < plan["together"]:
+        if time.monotonic() > deadline:
+            sys.exit("no other job began")
+        time.sleep(0.01)
+
+
+def _note(plan: dict, event: dict) -> None:
+    with open(plan["journal"], "a") as journal:
+        journal.write(json.dumps(event) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Hosts of a run: the hostfile, the Slurm allocation, what crosses to another host."""
+
+from dataclasses import replace
+
+import pytest
+
+from stack.config.compose import compose
+from stack.errors import LayoutError
+from stack.launch import backends
+from stack.launch.hosts import Host, forwarded, is_here, module_on
+from stack.launch.place import free_port
+from stack.plan.hosts import ranks_of_hosts, read_hostfile
+from stack.plan.layout import make_plan
+
+
+@pytest.fixture
+def hostfile(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# the first rack\nnode-0 slots=4\n\nnode-1   slots = 4  # spare cable\nnode-2 slots=2\n")
+    return path
+
+
+def test_a_hostfile_keeps_its_order_and_its_comments_to_itself(hostfile):
+    assert list(read_hostfile(hostfile).items()) == [("node-0", 4), ("node-1", 4), ("node-2", 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("node-0\n", "line 1: 'node-0' is no host"),
+        ("node-0 slots=0\n", "line 1: 'node-0 slots=0' is no host"),
+        ("a slots=1\na slots=2\n", "line 2: a is there twice"),
+        ("# nothing\n", "names no host"),
+    ],
+)
+def test_a_hostfile_that_is_none_is_refused_with_its_line(tmp_path, text, message):
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(LayoutError, match=message):
+        read_hostfile(tmp_path / "hosts")
+
+
+def test_the_first_hosts_of_the_file_are_used(hostfile):
+    cfg = compose([f"launch.hostfile={hostfile}", "launch.nodes=2"])
+    assert ranks_of_hosts(cfg) == (2, 4, "slots of the hostfile")
+    plan = make_plan(cfg)
+    assert (plan.nodes, plan.world_size) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], r"node-2 has 2 slots, others have more.*launch.ranks_per_node=2"),
+        (["launch.ranks_per_node=3"], r"node-2 has 2 slots.*use launch.ranks_per_node=2"),
+        (["launch.nodes=4"], r"launch.nodes=4: .* has 3; use launch.nodes=auto"),
+    ],
+)
+def test_what_the_hosts_do_not_have_is_refused(hostfile, overrides, message):
+    with pytest.raises(LayoutError, match=message):
+        make_plan(compose([f"launch.hostfile={hostfile}", *overrides]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["launch.nodes=2"], "launch.hostfile=FILE"),
+        (["launch.backend=slurm"], "no Slurm allocation here.*salloc --nodes=1 --ntasks-per-node=4 stack train"),
+        (["launch.backend=local", "launch.hostfile=hosts"], "use launch.backend=deepspeed"),
+        (["launch.backend=slurm", "launch.hostfile=hosts"], "use launch.hostfile=null"),
+    ],
+)
+def test_a_backend_without_what_it_needs_is_refused(overrides, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    (tmp_path / "hosts").write_text("localhost slots=4\n")
+    cfg = compose(["batch.global_size=64", *overrides])
+    with pytest.raises(LayoutError, match=message):
+        backends.check(cfg, make_plan(cfg))
+
+
+def test_slurm_tells_hosts_and_ranks(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "8")
+    cfg = compose(["launch.backend=slurm", "batch.global_size=64"])
+    assert ranks_of_hosts(cfg) == (2, 8, "the allocation's tasks per node")
+    # Only of Slurm's backend: any other inside an allocation is of this host.
+    assert ranks_of_hosts(replace(cfg, launch=replace(cfg.launch, backend="deepspeed")))[0] == 1
+
+
+def test_only_what_is_listed_crosses_to_another_host():
+    here = {"NCCL_DEBUG": "INFO", "WANDB_API_KEY": "x", "HOME": "/root", "nccl_debug": "no", "XNCCL_DEBUG": "no"}
+    assert forwarded(here, ["NCCL_*", "WANDB_*"]) == {"NCCL_DEBUG": "INFO", "WANDB_API_KEY": "x"}
+
+
+def test_ssh_asks_nothing_and_carries_no_value():
+    command = module_on(Host("node-1", 8, here=False), "stack.launch.agent")
+    assert command[0] == "ssh"
+    assert "BatchMode=yes" in command
+    assert command[-2] == "node-1"
+    assert command[-1].startswith("exec ")
+    assert command[-1].endswith(" -m stack.launch.agent")
+
+
+def test_this_machine_is_known_by_its_names():
+    assert is_here("localhost")
+    assert is_here("127.0.0.1")
+    assert not is_here("192.0.2.200")
+    assert not is_here("no-such-host.invalid")
+
+
+def test_a_free_port_is_one():
+    assert 0 < free_port() < 65536

@@ -48,14 +48,14 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 @pytest.fixture
 def start(hosts: Hosts, tiny: dict[str, object], tmp_path: Path) -> Iterator[Start]:
-    """`start({"key": value}, slots={"host-a": 1, "host-b": 1})` starts `stack train` on host-a, the tiny run."""
+    """`start({"key": value})` starts `stack train` on host-a: the tiny run, one stage on each host."""
     started: list[Command] = []
 
-    def start(settings: dict[str, object] | None = None, *, slots: dict[str, int] | None = None, verb: str = "train"):
-        hostfile = hosts.hostfile(slots or BOTH)
+    def start(settings: dict[str, object] | None = None) -> Command:
+        hostfile = hosts.hostfile(BOTH)
         overrides = {**tiny, "run.root": tmp_path / "runs", "launch.hostfile": hostfile, **(settings or {})}
         overrides.pop("launch.ranks_per_node")
-        started.append(Command(hosts.on("host-a", [STACK, verb, *as_overrides(overrides)]), tmp_path))
+        started.append(Command(hosts.on("host-a", [STACK, "train", *as_overrides(overrides)]), tmp_path))
         return started[-1]
 
     yield start

@@ -58,6 +58,12 @@ class RankFailure(StackError):
     exit_code = 9
 
 
+class Requeue(StackError):
+    """Nothing is wrong: the run was asked to end, has saved its state, and wants to be started again."""
+
+    exit_code = 75
+
+
 class HostError(StackError):
     """A host of the run cannot be used: ssh, versions, devices, clock or the run directory."""
 

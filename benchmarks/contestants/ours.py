@@ -42,11 +42,12 @@ def _train(engine: Engine, args: argparse.Namespace, cfg: Config, mesh: Mesh, cl
 
     with Prefetch(load, stop=len(steps), ahead=cfg.data.prefetch) as batches:
         clock.begin()
-        for result in results(
+        for result, _ in results(
             lambda step: engine.start_batch(batches.take(step), lr=cfg.optim.lr),
             steps,
             ahead=engine.runs_ahead,
             settle_after=lambda _: False,
+            asked=lambda: False,
         ):
             clock.lap()
             loss = result.loss

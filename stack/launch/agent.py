@@ -1,14 +1,15 @@
 """`python -m stack.launch.agent`: on each host of a run, starts the ranks, watches them, and ends with the driver.
 
 The driver holds the other end of its standard input, through ssh or not. The first line is an `Order`, then comes an
-empty line every few seconds, and `stop` when the ranks are to end. The end of the input without it, or silence, is a
-driver or a connection that is gone: nobody would know of the ranks, so they end too. On its standard output goes one
-line, a `Report`, when the first rank failed or the last one ended.
+empty line every few seconds; `save` when the ranks are to save and end, and `stop` when they are to end at once. The
+end of the input without a `stop`, or silence, is a driver or a connection that is gone: nobody would know of the ranks,
+so they end too. On its standard output goes one line, a `Report`, when the first rank failed or the last one ended.
 """
 
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -18,14 +19,14 @@ from pathlib import Path
 
 from stack.errors import RankFailure
 from stack.health.orphan import AGENT_PID
-from stack.launch.processes import Rank, end_session, local_ranks
+from stack.launch.processes import Rank, end_session, local_ranks, signal_ranks
 from stack.launch.verdict import Ended, Report, first_failure
 from stack.plan.policies import local_devices
 from stack.train import rundir
 from stack.train.rundir import RunDir
 from stack.train.worker import VISIBLE_DEVICES
 
-STOP = b"stop\n"
+SAVE, STOP = b"save\n", b"stop\n"
 _POLL_S = 0.2
 #: After a first sign of failure, time for the rank that is the cause of it to show it.
 _SETTLE_S = 2.0
@@ -64,6 +65,8 @@ class Lifeline:
         self._line, self._silence_s, self._heard = line, silence_s, time.monotonic()
         self.lost = False
         """The driver, or the connection to it, is gone."""
+        self.save = False
+        """The ranks are to save and end."""
 
     def holds(self, within_s: float) -> bool:
         """Whether the ranks are still wanted, after `within_s` seconds or as soon as they are not."""
@@ -71,6 +74,7 @@ class Lifeline:
             heard = self._line.read(4096) or b""
             self._heard = time.monotonic()
             self.lost = not heard
+            self.save = self.save or SAVE in heard
             return bool(heard) and STOP not in heard
         self.lost = self._silence_s is not None and time.monotonic() - self._heard > self._silence_s
         return not self.lost
@@ -82,14 +86,17 @@ def main() -> int:
         raw = json.loads(line.readline())
         order = Order(**{**raw, "commands": [Command(**command) for command in raw["commands"]]})
         run, lifeline = RunDir(Path(order.run)), Lifeline(line, order.silence_s)
+        ranks: dict[int, Rank] = {}
         try:
             launchers = _start(order)
-            report = _watch(order, run, launchers, lifeline)
+            report = _watch(order, run, launchers, lifeline, ranks)
             if report:
                 _tell(report)
             if lifeline.lost and 0 in order.ranks:
                 _record_lost_driver(run)
         finally:
+            # SIGTERM alone asks a rank that trains to save first.
+            signal_ranks(ranks.values(), signal.SIGINT)
             # Whoever started this made it the leader of a session: all that comes of it is found there.
             end_session(os.getsid(0), grace_s=order.grace_s)
     return 0
@@ -118,12 +125,20 @@ def _defaults(order: Order) -> dict[str, str]:
     return defaults if local_devices() else {**defaults, "DS_ACCELERATOR": "cpu"}
 
 
-def _watch(order: Order, run: RunDir, launchers: list[subprocess.Popen], lifeline: Lifeline) -> Report | None:
-    """Waits for the first failure, or for the end of all; None where the driver has no more use for the ranks."""
-    known: dict[int, Rank] = {}
+def _watch(
+    order: Order, run: RunDir, launchers: list[subprocess.Popen], lifeline: Lifeline, known: dict[int, Rank]
+) -> Report | None:
+    """Waits for the first failure, or for the end of all; None where the driver has no more use for the ranks.
+
+    Args:
+        known: takes the ranks of this host as they show up.
+    """
+    asked: set[int] = set()
     since: float | None = None
     while lifeline.holds(_POLL_S):
-        known = local_ranks(run, order.ranks, known)
+        known.update(local_ranks(run, order.ranks, known))
+        if lifeline.save:
+            _ask_to_save(run, order, known, launchers, asked)
         codes = [launcher.poll() for launcher in launchers]
         # The first that is not 0, once all have ended.
         code = None if None in codes else next(filter(None, codes), 0)
@@ -136,6 +151,19 @@ def _watch(order: Order, run: RunDir, launchers: list[subprocess.Popen], lifelin
             if sure or time.monotonic() - since > _SETTLE_S:
                 return report
     return None
+
+
+def _ask_to_save(
+    run: RunDir, order: Order, known: dict[int, Rank], launchers: list[subprocess.Popen], asked: set[int]
+) -> None:
+    """Asks each rank of this host once, as soon as it has said who it is; one that trains is enough for all."""
+    signal_ranks((rank for number, rank in known.items() if number not in asked), signal.SIGTERM)
+    asked |= known.keys()
+    if not asked and any((run.rank(rank) / "rank.json").exists() for rank in order.ranks):
+        # All are elsewhere, on hosts of Slurm's. Its srun kills the ranks on SIGTERM, and passes SIGUSR1 on to them.
+        for launcher in launchers:
+            launcher.send_signal(signal.SIGUSR1)
+        asked |= {*order.ranks}
 
 
 def _ended(run: RunDir, order: Order, known: dict[int, Rank], *, running: bool) -> list[Ended]:

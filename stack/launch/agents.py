@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stack.errors import HostError
-from stack.launch.agent import STOP, Order
+from stack.launch.agent import SAVE, STOP, Order
 from stack.launch.hosts import Host, module_on
 from stack.launch.processes import end_session
 from stack.launch.verdict import Ended, Failure, Report
@@ -59,6 +59,10 @@ class Agent:
         return Failure(
             "HostError", f"{self.host.name} {what}: {words}", HostError.exit_code, rank=None, host=self.host.name
         )
+
+    def save(self) -> None:
+        """Asks the ranks to save and end; returns at once."""
+        self._say(SAVE)
 
     def stop(self) -> None:
         """Asks for the end of the ranks; returns at once."""

@@ -13,12 +13,12 @@ from stack.config.compose import compose, from_yaml
 from stack.config.places import settled
 from stack.config.schema import Config
 from stack.data import shards
-from stack.errors import CheckpointError, StackError, UsageError
+from stack.errors import CheckpointError, Requeue, StackError, UsageError
 from stack.health.stopped import SIGNALLED
 from stack.launch import backends
 from stack.launch.agent import Order
 from stack.launch.agents import SILENCE_S, agents
-from stack.launch.follow import follow
+from stack.launch.follow import follow, interrupted
 from stack.launch.hosts import Host, forwarded
 from stack.launch.place import Place, meet
 from stack.launch.signals import stop_requests
@@ -194,10 +194,13 @@ def _launch(cfg: Config, plan: Plan, run: RunDir, requests: list[signal.Signals]
 def _follow(cfg: Config, plan: Plan, run: RunDir, console: Console, requests: list[signal.Signals]) -> Failure | None:
     """Starts the ranks, shows the run until it ends, and leaves no process behind."""
     place = meet(cfg, plan, run.path)
+    if requests:
+        return interrupted(requests[0])
     console.note(f"starting {plan.world_size} ranks with {_STARTERS[cfg.launch.backend]} on {place.shown}")
     orders = [(host, _order(cfg, run, place, node)) for node, host in enumerate(place.hosts)]
     with agents(orders, run) as started:
-        return follow(started, run, console, requests, grace_s=cfg.launch.grace_s)
+        saves = cfg.checkpoint.every > 0 and not run.evaluation.exists() and not run.check.exists()
+        return follow(started, run, console, requests, grace_s=cfg.launch.grace_s, saves=saves)
 
 
 def _order(cfg: Config, run: RunDir, place: Place, node: int) -> Order:
@@ -225,20 +228,23 @@ def _environment(cfg: Config, host: Host, interface: str | None) -> dict[str, st
 
 
 def _close(run: RunDir, console: Console, failure: Failure | None) -> int:
-    """Writes FAILED.json if need be, tells the user, and returns the exit code."""
+    """Writes FAILED.json or SAVED.json if need be, tells the user, and returns the exit code."""
     if failure is None or run.done.exists():
         console.close(_told(run))
         return 0
     _record(run, failure)
     culprit, where = "", ""
-    if failure.rank is not None:
+    if failure.exit_code == Requeue.exit_code:
+        where = f"\ncurve: {run.curve}"
+    elif failure.rank is not None:
         culprit, where = f"rank {failure.rank}: ", f"\nlog: {run.rank(failure.rank) / 'log.txt'}"
     elif failure.host is not None:
         where = f"\nlog: {run.launcher_log(failure.host)}"
     first_line = failure.message.strip().splitlines()[0]
     # The reader of the output may have ended first, by the same Ctrl-C.
     with contextlib.suppress(OSError):
-        console.close(f"{failure.type}: {culprit}{first_line}{where}")
+        kind = "" if failure.exit_code == Requeue.exit_code else f"{failure.type}: "
+        console.close(f"{kind}{culprit}{first_line}{where}")
     return failure.exit_code
 
 
@@ -259,4 +265,4 @@ def _told(run: RunDir) -> str:
 def _record(run: RunDir, failure: Failure) -> None:
     # On a full disk the exit code says it.
     with contextlib.suppress(OSError):
-        rundir.write_json(run.failed, {**asdict(failure), "time": time.time()})
+        rundir.write_json(run.ended_early(failure.exit_code), {**asdict(failure), "time": time.time()})

@@ -18,29 +18,53 @@ _SETTLE_S = 20.0
 
 
 def follow(
-    agents: Sequence[Agent], run: RunDir, console: Console, requests: list[signal.Signals], *, grace_s: float
+    agents: Sequence[Agent],
+    run: RunDir,
+    console: Console,
+    requests: list[signal.Signals],
+    *,
+    grace_s: float,
+    saves: bool,
 ) -> Failure | None:
-    """Shows the run until it ends. The outcome is what the ranks say; a launcher's exit code has been seen to lie."""
+    """Shows the run until it ends. The outcome is what the ranks say; a launcher's exit code has been seen to lie.
+
+    Args:
+        requests: signals as they come in. Each ends the run; but where it `saves`, a first SIGTERM has the ranks save
+            and end.
+    """
     # Of earlier attempts the user has seen the rows.
     metrics, notes = Follower(run.metrics, from_end=True), Tail(run.notes, from_end=True)
     doubt: float | None = None
+    saving = False
     while True:
+        if saves and not saving and requests[:1] == [signal.SIGTERM]:
+            saving = True
+            console.note("SIGTERM: the run is saved after this step, and ends; another signal ends it at once")
+            for agent in agents:
+                agent.save()
+        interrupts = requests[1:] if saving else requests
         ended = all(agent.ended for agent in agents)
         failure, sure = _failure(agents, run)
         doubt = (doubt or time.monotonic()) if failure else None
         # A terminal that was closed takes no lines.
-        if not requests:
+        if not interrupts:
             _show(notes, metrics, console)
         if run.done.exists():
             if ended or _is_overdue(run, grace_s):
                 return None
-        elif requests:
-            return Failure("Interrupted", f"stopped by {_name(requests[0])}", SIGNALLED + requests[0])
+        elif interrupts:
+            return interrupted(interrupts[0])
         elif failure and (sure or ended or (doubt and time.monotonic() - doubt > _SETTLE_S)):
-            return failure
+            # Ranks that did not train yet had nothing to save, and ended at once.
+            return failure if sure or not saving else interrupted(signal.SIGTERM)
         elif ended:
             return None
         time.sleep(_POLL_S)
+
+
+def interrupted(number: signal.Signals) -> Failure:
+    """Why a run ended that was told to end."""
+    return Failure("Interrupted", f"stopped by {_name(number)}", SIGNALLED + number)
 
 
 def _failure(agents: Sequence[Agent], run: RunDir) -> tuple[Failure | None, bool]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterable
@@ -45,6 +46,15 @@ def _process(pid: int) -> psutil.Process | None:
         return psutil.Process(pid)
     except psutil.NoSuchProcess:
         return None
+
+
+def signal_ranks(ranks: Iterable[Rank], number: signal.Signals) -> None:
+    """Sends a signal to those that are still there."""
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if rank.process is not None:
+                # Compares the start time first, so that nobody else with its process id is hit.
+                rank.process.send_signal(number)
 
 
 def end_session(leader: int, *, grace_s: float) -> None:

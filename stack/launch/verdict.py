@@ -10,7 +10,7 @@ from stack.health.lost_peer import is_lost_peer
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run ended early; becomes FAILED.json."""
+    """Why a run ended early; becomes FAILED.json, or SAVED.json."""
 
     type: str
     message: str

@@ -26,6 +26,7 @@ class StepResult:
     router_aux_loss: what a mixture of experts adds to the loss to balance its experts, coefficient included; None for
         other models.
     loss_scale: what fp16 multiplied the loss by in this step; None for other dtypes.
+    stop: whether any rank was asked to end when it read this.
     """
 
     loss: float
@@ -38,6 +39,7 @@ class StepResult:
     stage_busy_s: tuple[float, ...]
     router_aux_loss: float | None = None
     loss_scale: float | None = None
+    stop: bool = False
 
     @property
     def skipped(self) -> bool:
@@ -73,17 +75,20 @@ class RunningStep:
         self._numbers.copy_(numbers, non_blocking=True)
         clock.end()
 
-    def result(self) -> StepResult:
+    def result(self, stop: bool = False) -> StepResult:
         """One small all-gather: every rank learns the loss, the idle time and the peak of all. Collective.
 
         It runs on the host: on the device it would wait behind the step that follows.
+
+        Args:
+            stop: whether this rank was asked to end; all learn of it in the same step.
         """
         self._clock.wait()
         loss, auxiliary, grad_norm = self._numbers.tolist()
         took = self._clock.step_s()
         peak, idle = self._memory_peak(), self._clock.idle_s() / took
         place, busy = self._mesh.pipe_rank, self._clock.busy_s()
-        mine = torch.tensor([loss, idle, took, peak, auxiliary, place, busy], dtype=torch.float64)
+        mine = torch.tensor([loss, idle, took, peak, auxiliary, place, busy, stop], dtype=torch.float64)
         flat = torch.empty(dist.get_world_size() * mine.numel(), dtype=mine.dtype)
         dist.all_gather_into_tensor(flat, mine, group=self._mesh.host_group)
         table = flat.view(-1, mine.numel())
@@ -99,6 +104,7 @@ class RunningStep:
             stage_busy_s=tuple(float(table[table[:, 5] == p, 6].mean()) for p in range(self._mesh.pipeline)),
             router_aux_loss=float(table[:, 4].sum()) / self._tokens if self._routed else None,
             loss_scale=self._loss_scale,
+            stop=bool(table[:, 7].any()),
         )
 
     def _memory_peak(self) -> float:

@@ -1,18 +1,29 @@
 """Doing the next thing while the device works: the next batch is made, and the last step's numbers are read."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
 T = TypeVar("T")
-R_co = TypeVar("R_co", covariant=True)
+
+
+class Result(Protocol):
+    """What a step gave."""
+
+    @property
+    def stop(self) -> bool:
+        """Whether training is to end, and every rank knows it."""
+
+
+R_co = TypeVar("R_co", bound=Result, covariant=True)
 
 
 class Running(Protocol[R_co]):
     """A step whose result may not be there yet."""
 
-    def result(self) -> R_co: ...
+    def result(self, stop: bool, /) -> R_co: ...
 
 
 class Prefetch(Generic[T]):
@@ -49,23 +60,30 @@ class Prefetch(Generic[T]):
 
 
 def results(
-    start: Callable[[int], Running[R_co]], steps: range, *, ahead: bool, settle_after: Callable[[int], bool]
-) -> Iterator[R_co]:
-    """The results of steps in their order.
+    start: Callable[[int], Running[R_co]],
+    steps: range,
+    *,
+    ahead: bool,
+    settle_after: Callable[[int], bool],
+    asked: Callable[[], bool],
+) -> Iterator[tuple[R_co, bool]]:
+    """The results of steps in their order, each with whether it is the last one: of `steps`, or because one said stop.
 
     Args:
         start: hands a step to the device.
         ahead: start a step before the result of the one before it is read, so that the device never waits for the host.
         settle_after: whether a step must be over before the next one starts.
+        asked: whether this process was asked to end.
     """
-    running: Running[R_co] | None = None
+    running: deque[Running[R_co]] = deque()
+    stop = False
     for step in steps:
-        following = start(step)
-        if running is not None:
-            yield running.result()
-        running = following
-        if not ahead or settle_after(step):
-            yield running.result()
-            running = None
-    if running is not None:
-        yield running.result()
+        running.append(start(step))
+        end = step == steps[-1]
+        beside = 1 if ahead and not end and not settle_after(step) else 0
+        while len(running) > (0 if stop else beside):
+            result = running.popleft().result(asked())
+            stop = stop or result.stop
+            yield result, not running and (stop or end)
+        if stop:
+            return

@@ -23,11 +23,13 @@ def train(
     training: Batches,
     heldout: Batches,
     saver: Saver,
+    asked: Callable[[], bool],
     replica: int,
     mfu: Callable[[StepResult], float | None],
     record: Callable[[StepRecord], None],
 ) -> TrainState:
-    """Trains from `state` to `cfg.train.steps`. Collective; `record` gets one row a step, on every rank.
+    """Trains from `state` to `cfg.train.steps`, or to the step, saved with it, after which any rank was `asked` to end.
+    Collective; `record` gets one row a step, on every rank.
 
     Raises:
         NumericsError: the loss or the gradient norm stopped being finite.
@@ -43,16 +45,17 @@ def train(
             engine.seed(step)
             return engine.start_batch(batches.take(step), lr=lr)
 
-        for result in results(
+        for result, last in results(
             start,
             steps,
             ahead=engine.runs_ahead,
-            settle_after=lambda step: _eval_due(cfg, step + 1) or save_due(cfg, step + 1),
+            settle_after=lambda step: _eval_due(cfg, step + 1) or _save_due(cfg, step + 1),
+            asked=asked,
         ):
             state = state.advance(tokens=result.tokens, sequences=cfg.batch.global_size, skipped=result.skipped)
             check_finite(step=state.step, loss=result.loss, grad_norm=result.grad_norm, loss_scale=result.loss_scale)
             heldout_loss = evaluate(cfg, engine, heldout, replica)[0] if _eval_due(cfg, state.step) else None
-            saved = _save(cfg, saver, state, heldout_loss) if save_due(cfg, state.step) else None
+            saved = _save(saver, state, heldout_loss, last=last) if _save_due(cfg, state.step, last=last) else None
             record(_row(state, result, mfu=mfu(result), heldout_loss=heldout_loss, saved=saved or saver.finished()))
     return state
 
@@ -71,20 +74,20 @@ def evaluate(cfg: Config, engine: Engine, heldout: Batches, replica: int) -> tup
 
 def _eval_due(cfg: Config, step: int) -> bool:
     # What is to be the best checkpoint must be known to be.
-    return _due(cfg.train.eval_every, cfg, step) or (cfg.checkpoint.keep_best > 0 and save_due(cfg, step))
+    return _due(cfg.train.eval_every, cfg, step) or (cfg.checkpoint.keep_best > 0 and _save_due(cfg, step))
 
 
-def save_due(cfg: Config, step: int) -> bool:
-    """Whether the state after `step` is saved."""
-    return _due(cfg.checkpoint.every, cfg, step)
+def _save_due(cfg: Config, step: int, *, last: bool = False) -> bool:
+    """Whether the state after `step` is saved, which is the `last` one of this attempt."""
+    return _due(cfg.checkpoint.every, cfg, step) or (last and cfg.checkpoint.every > 0)
 
 
 def _due(every: int, cfg: Config, step: int) -> bool:
     return every > 0 and (step % every == 0 or step == cfg.train.steps)
 
 
-def _save(cfg: Config, saver: Saver, state: TrainState, heldout_loss: float | None) -> Saved:
-    return saver.save(state.step, state.saved(), heldout_loss=heldout_loss, last=state.step == cfg.train.steps)
+def _save(saver: Saver, state: TrainState, heldout_loss: float | None, *, last: bool) -> Saved:
+    return saver.save(state.step, state.saved(), heldout_loss=heldout_loss, last=last)
 
 
 def _row(

@@ -7,6 +7,7 @@ from typing import Self, TextIO
 import torch
 
 from stack.config.schema import Config
+from stack.errors import Requeue
 from stack.observe.console import Console
 from stack.observe.curve import draw
 from stack.observe.jsonl import MetricsWriter, latest, read
@@ -65,16 +66,17 @@ class Recorder:
         if self._console:
             self._console.step(record)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._writes:
             self._metrics.close()
             self._draw()
         if self._wandb:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+            self._wandb.finish(exit_code=getattr(error, "exit_code", 1) if error else 0)
         if not self._writes:
             return
         if self._console:
-            self._console.close(f"curve {self._run.curve}" if kind is None else f"failed: {error}")
+            failed = error and not isinstance(error, Requeue)
+            self._console.close(f"failed: {error}" if failed else str(error or f"curve {self._run.curve}"))
 
     def _draw(self) -> None:
         try:

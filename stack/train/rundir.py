@@ -16,7 +16,7 @@ from typing import Any
 
 from stack.config.compose import to_yaml
 from stack.config.schema import Config
-from stack.errors import ConfigError, DataError, UsageError
+from stack.errors import ConfigError, DataError, Requeue, UsageError
 from stack.plan.layout import Plan
 from stack.plan.report import render
 
@@ -25,7 +25,7 @@ _RECORDED = ("stack", "torch", "deepspeed", "transformers", "datasets", "tokeniz
 #: What belongs to one attempt, and is kept apart when the next one begins.
 _OF_AN_ATTEMPT = (
     *("plan.json", "plan.txt", "env.json", "ds_config.json", "launchers", "ranks"),
-    *("DONE.json", "FAILED.json", "curve.png"),
+    *("DONE.json", "SAVED.json", "FAILED.json", "curve.png"),
 )
 
 
@@ -116,6 +116,15 @@ class RunDir:
     @property
     def failed(self) -> Path:
         return self.path / "FAILED.json"
+
+    @property
+    def saved(self) -> Path:
+        """There where the run ended since it was asked to, and is to go on."""
+        return self.path / "SAVED.json"
+
+    def ended_early(self, exit_code: int) -> Path:
+        """The file that says why the run ended early."""
+        return self.saved if exit_code == Requeue.exit_code else self.failed
 
     def launcher_log(self, host: str) -> Path:
         """What the launcher of a host printed, and ssh on the way to it."""

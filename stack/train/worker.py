@@ -18,10 +18,10 @@ from stack.config.compose import compose, from_yaml
 from stack.config.places import settled
 from stack.config.schema import Config
 from stack.data.manifest import locate
-from stack.errors import HangError, NumericsError, RankFailure, StackError, UsageError
+from stack.errors import HangError, NumericsError, RankFailure, Requeue, StackError, UsageError
 from stack.health.lost_peer import is_lost_peer
 from stack.health.orphan import AGENT_PID, exit_with_parent
-from stack.health.stopped import tell_when_stopped
+from stack.health.stopped import Stop
 from stack.plan.layout import Plan, make_plan
 from stack.train import cores, ranks, rundir
 from stack.train.inputs import open_batches
@@ -61,13 +61,14 @@ def main(argv: Sequence[str]) -> int:
                 cfg = replace(cfg, checkpoint=replace(cfg.checkpoint, step="auto"))
             run = _agree_on_run(cfg, plan, rank, run)
         assert run is not None
+        stop = _stop(run.rank(rank))
         screen = _own_output(run, rank, shown=config_path is None and rank == 0)
         if run.evaluation.exists():
             _evaluate(cfg, plan, run, rank=rank)
         elif run.check.exists():
             _check(cfg, plan, run, rank=rank)
         else:
-            _train(cfg, plan, run, rank=rank, screen=screen)
+            _train(cfg, plan, run, stop, rank=rank, screen=screen)
         # A rank that is gone without this, an error.json or a stopped.json was killed.
         rundir.write_json(run.rank(rank) / "done.json", {"time": time.time()})
     except StackError as error:
@@ -78,7 +79,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _train(cfg: Config, plan: Plan, run: RunDir, *, rank: int, screen: TextIO | None) -> None:
+def _train(cfg: Config, plan: Plan, run: RunDir, stop: Stop, *, rank: int, screen: TextIO | None) -> None:
+    """
+    Raises:
+        Requeue: somebody asked for the end of the run, and it is saved.
+    """
     # Heavy imports come after everything that can be refused without them.
     from stack.parallel import zero
     from stack.train.loop import train
@@ -94,6 +99,8 @@ def _train(cfg: Config, plan: Plan, run: RunDir, *, rank: int, screen: TextIO | 
             state = restart.state(engine, tell=recorder.note)
             training, heldout = open_batches(cfg, plan, run.corpus, before=restart.before(state))
             with restart.saver(engine, tell=recorder.note) as saver:
+                if cfg.checkpoint.every:
+                    stop.wait_for_step()
                 state = train(
                     cfg,
                     state,
@@ -101,13 +108,17 @@ def _train(cfg: Config, plan: Plan, run: RunDir, *, rank: int, screen: TextIO | 
                     training=training,
                     heldout=heldout,
                     saver=saver,
+                    asked=stop.asked,
                     replica=mesh.replica,
                     mfu=recorder.mfu,
                     record=recorder.record,
                 )
+            if state.step < cfg.train.steps:
+                saved = f"saved on request after step {state.step} of {cfg.train.steps}"
+                raise Requeue(f"{saved}; to go on: stack resume {run.path}")
             # Nobody is done before everybody is; and no rank waits in a group for rank 0's W&B.
             zero.close()
-    except NumericsError:
+    except (NumericsError, Requeue):
         # Every rank is here. The launcher ends all when one ends, and rank 0 has the curve and W&B to finish before.
         zero.close()
         raise
@@ -215,7 +226,6 @@ def _own_output(run: RunDir, rank: int, *, shown: bool) -> TextIO | None:
     """
     folder = run.rank(rank)
     folder.mkdir(parents=True, exist_ok=True)
-    tell_when_stopped(lambda: rundir.write_json(folder / "stopped.json", {"time": time.time()}))
     rundir.write_json(folder / "rank.json", {"pid": os.getpid(), "host": socket.gethostname()})
     screen = os.fdopen(os.dup(sys.stdout.fileno()), "w") if shown else None
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -225,6 +235,10 @@ def _own_output(run: RunDir, rank: int, *, shown: bool) -> TextIO | None:
     os.close(log)
     faulthandler.enable()
     return screen
+
+
+def _stop(folder: Path) -> Stop:
+    return Stop(lambda: rundir.write_json(folder / "stopped.json", {"time": time.time()}))
 
 
 def _as_hang(error: Exception) -> HangError | None:
@@ -257,7 +271,8 @@ def _failed(run: RunDir | None, rank: int, error: Exception, exit_code: int) -> 
     rundir.write_json(run.rank(rank) / "error.json", told)
     if AGENT_PID not in os.environ:
         # Nobody else is there to say how the run ended. What says most is kept.
-        known = rundir.read_json(run.failed)
+        file = run.ended_early(exit_code)
+        known = rundir.read_json(file)
         if known is None or (is_lost_peer(known["message"]) and not is_lost_peer(told["message"])):
-            rundir.write_json(run.failed, told)
+            rundir.write_json(file, told)
     return exit_code

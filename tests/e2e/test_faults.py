@@ -89,13 +89,6 @@ def test_a_rank_that_hangs_is_a_hang(running):
     assert_failed(command, 8, "HangError", "did not answer within health.hang_timeout_s")
 
 
-def test_a_run_that_is_told_to_end_ends(running):
-    command = running(OFFLINE)
-    command.send(signal.SIGTERM)
-
-    assert_failed(command, 143, "Interrupted", "stopped by SIGTERM")
-
-
 def test_ctrl_c_again_and_again_leaves_nothing_behind(running):
     command = running({"launch.grace_s": 2})
     command.rank(1).suspend()  # does not see SIGTERM: only SIGKILL ends it

@@ -137,13 +137,14 @@ def test_a_cut_cable_names_the_host_that_is_gone(running, hosts):
     assert_nothing_left(hosts, within_s=30)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_told_to_end_ends_on_both_hosts(running, hosts, number):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_run_that_is_told_to_end_ends_on_both_hosts(running, hosts, number, code):
     [driver] = [p for p in hosts.processes("host-a", "bin/stack train") if "python" in p.name() or "stack" in p.name()]
     driver.send_signal(number)
 
-    assert running.wait(15) == 128 + number, running.stdout + running.stderr
+    assert running.wait(15) == code, running.stdout + running.stderr
     assert_nothing_left(hosts)
+    assert bool(running.json("SAVED.json")) == (code == 75)
 
 
 def test_no_rank_outlives_a_killed_driver(running, hosts):

@@ -8,36 +8,62 @@ from stack.train.ahead import Prefetch, results
 
 
 class Step:
-    """A step that says when it was started and when it was asked for its result."""
+    """A step that says when it was started and when it was asked for its result, and is its own result."""
 
     def __init__(self, number: int, seen: list[str]):
-        self.number, self._seen = number, seen
+        self.number, self.stop, self._seen = number, False, seen
         seen.append(f"start {number}")
 
-    def result(self) -> int:
+    def result(self, stop: bool) -> "Step":
         self._seen.append(f"result {self.number}")
-        return self.number
+        self.stop = stop
+        return self
 
 
-def run(*, ahead: bool, settle_after: int | None = None, first: int = 0) -> list[str]:
+def run(*, ahead: bool, settle_after: int | None = None, first: int = 0, asked_at: int | None = None) -> list[str]:
+    """What happened, for steps up to 3.
+
+    Args:
+        asked_at: the number of results that there are when the end is asked for.
+    """
     seen: list[str] = []
-    for number in results(
-        lambda step: Step(step, seen), range(first, 4), ahead=ahead, settle_after=lambda step: step == settle_after
+    for result, last in results(
+        lambda step: Step(step, seen),
+        range(first, 4),
+        ahead=ahead,
+        settle_after=lambda step: step == settle_after,
+        asked=lambda: sum(line.startswith("row") for line in seen) == asked_at,
     ):
-        seen.append(f"row {number}")
+        seen.append(f"row {result.number}")
+        if last:
+            seen.append("last")
     return seen
 
 
 def test_without_running_ahead_each_step_ends_before_the_next_starts():
     expected = [f"{what} {step}" for step in range(4) for what in ("start", "result", "row")]
-    assert run(ahead=False) == expected
+    assert run(ahead=False) == [*expected, "last"]
 
 
 def test_a_step_is_started_before_the_one_before_it_is_read():
     assert run(ahead=True, first=1) == [
         *("start 1", "start 2", "result 1", "row 1"),
-        *("start 3", "result 2", "row 2", "result 3", "row 3"),
+        *("start 3", "result 2", "row 2", "result 3", "row 3", "last"),
     ]
+
+
+def test_asked_to_end_it_ends_with_the_step_that_is_running():
+    assert run(ahead=False, asked_at=1)[-4:] == ["start 1", "result 1", "row 1", "last"]
+
+
+def test_ahead_it_ends_with_the_step_that_was_started_already():
+    # Asked when the result of step 1 is read: step 2 is on the device, and its state is what can be saved.
+    assert run(ahead=True, asked_at=1)[-5:] == ["result 1", "row 1", "result 2", "row 2", "last"]
+    assert "start 3" not in run(ahead=True, asked_at=1)
+
+
+def test_asked_at_the_very_end_nothing_is_different():
+    assert run(ahead=True, asked_at=3) == run(ahead=True)
 
 
 def test_nothing_is_started_while_a_step_settles():

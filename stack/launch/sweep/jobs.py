@@ -202,7 +202,7 @@ def objective(job: Job) -> float | None:
 def why_failed(job: Job) -> str:
     """One line: what the run says of itself, else the last thing that was printed."""
     run = job.run
-    told = read_json(run.failed) if run else None
+    told = read_json(run.failed) or read_json(run.saved) if run else None
     if told:
         return f"{told['type']}: {told['message'].strip().splitlines()[0]}"
     lines = job.log.read_text(errors="replace").strip().splitlines() if job.log.exists() else []

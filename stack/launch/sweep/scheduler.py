@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from stack.errors import StackError
+from stack.errors import Requeue, StackError
 from stack.launch.sweep.jobs import (
     DONE,
     FAILED,
@@ -25,6 +25,8 @@ from stack.launch.sweep.slots import Slots
 #: Tells a job's `stack train` which process it must not outlive.
 SWEEP_PID = "STACK_SWEEP_PID"
 _POLL_S = 0.1
+#: What a job that is not to go on has for saving, before it is told to stop.
+_SAVE_S = 1.0
 #: A job that is told to stop gives its ranks `launch.grace_s`, up to three times, and then tells how it ended.
 _LAST_WORDS_S = 15.0
 
@@ -126,25 +128,27 @@ class Scheduler:
             code = started.process.poll()
             if code is not None:
                 self._leave(started)
-                self._end(started.job, code if code >= 0 else 128 - code)
+                self._end(started.job, code)
 
     def _leave(self, started: _Started) -> None:
         self._started.remove(started)
         self._slots.give_back(started.devices)
 
-    def _end(self, job: Job, code: int) -> None:
-        """Takes in how a job ended by itself."""
-        job.exit_code, job.ended = code, None if job.how == "skipped" else time.time()
-        job.state = DONE if code == 0 else FAILED
+    def _end(self, job: Job, code: int, *, stopped: bool = False) -> None:
+        """Takes in how a job ended, by itself or `stopped`."""
+        job.exit_code, job.ended = code if code >= 0 else 128 - code, None if job.how == "skipped" else time.time()
+        job.state = DONE if code == 0 else STOPPED if stopped or code == Requeue.exit_code else FAILED
         job.objective = objective(job) if code == 0 else None
         self._report(job)
 
     def _stop(self) -> None:
-        """All jobs at once: each stops its own ranks, and what does not end is killed."""
-        for started in self._started:
-            if started.process.poll() is None:
-                # The group holds an salloc as well, and none of the ranks.
-                os.killpg(started.process.pid, signal.SIGTERM)
+        """All jobs at once: each stops its own ranks, and what does not end is killed. Where the sweep got SIGTERM they
+        have all the time that they need to save, until it gets another signal."""
+        self._terminate()
+        began = time.monotonic()
+        while self._running() and (self._requests == [signal.SIGTERM] or time.monotonic() - began < _SAVE_S):
+            time.sleep(_POLL_S)
+        self._terminate()
         for started in list(self._started):
             grace_s = started.job.cfg.launch.grace_s
             try:
@@ -154,9 +158,13 @@ class Scheduler:
                 os.killpg(started.process.pid, signal.SIGKILL)
                 code = started.process.wait()
             self._leave(started)
-            if code == 0:
-                self._end(started.job, code)
-                continue
-            started.job.state, started.job.ended = STOPPED, time.time()
-            started.job.exit_code = code if code >= 0 else 128 - code
-            self._report(started.job)
+            self._end(started.job, code, stopped=True)
+
+    def _running(self) -> list[_Started]:
+        return [started for started in self._started if started.process.poll() is None]
+
+    def _terminate(self) -> None:
+        """The first SIGTERM asks a job to save and end, the second one ends it."""
+        for started in self._running():
+            # The group holds an salloc as well, which passes it on, and none of the ranks.
+            os.killpg(started.process.pid, signal.SIGTERM)

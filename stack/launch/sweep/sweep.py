@@ -18,7 +18,7 @@ import psutil
 from stack.config import multirun
 from stack.config.multirun import Request
 from stack.config.places import settled
-from stack.errors import ConfigError, RankFailure, StackError, UsageError
+from stack.errors import ConfigError, RankFailure, Requeue, StackError, UsageError
 from stack.health.orphan import is_alive
 from stack.launch.follow import SIGNALLED
 from stack.launch.signals import stop_requests
@@ -38,7 +38,8 @@ class _EndedEarlyError(StackError):
 def sweep(lines: Sequence[str], *, stack: Sequence[str] = STACK) -> int:
     """Runs all jobs of a sweep that are not done.
 
-    Returns 0, or 9 if a job failed, or 128 + the signal that stopped the sweep.
+    Returns 0, or 9 if a job failed, or 75 if jobs were asked to end and have saved, or 128 + the signal that stopped
+    the sweep.
 
     Args:
         lines: overrides, those with several values among them, and Hydra's own for its launcher and sweeper.
@@ -62,9 +63,12 @@ def sweep(lines: Sequence[str], *, stack: Sequence[str] = STACK) -> int:
         finally:
             with contextlib.suppress(OSError):
                 work.board.close(folder)
-    if requests:
+    saved = any(job.exit_code == Requeue.exit_code for job in work.board.jobs)
+    if requests and not (saved and requests == [signal.SIGTERM]):
         return SIGNALLED + requests[0]
-    return RankFailure.exit_code if any(job.state == FAILED for job in work.board.jobs) else 0
+    if any(job.state == FAILED for job in work.board.jobs):
+        return RankFailure.exit_code
+    return Requeue.exit_code if saved else 0
 
 
 class _Work:

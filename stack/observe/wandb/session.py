@@ -13,7 +13,7 @@ from typing import Any
 
 from stack.checkpoint import manifest
 from stack.config.schema import Wandb
-from stack.errors import CheckpointError, StackError
+from stack.errors import CheckpointError, Requeue, StackError
 from stack.observe.course import Course
 from stack.observe.jsonl import Follower
 from stack.observe.metrics import StepRecord
@@ -122,6 +122,8 @@ class Session:
         Raises:
             TimeoutError: it was not by then.
         """
+        if exit_code == Requeue.exit_code:
+            self.run.mark_preempting()
         self.run.finish(exit_code=exit_code)
         # Here and under the deadline, not in the library's exit hook.
         library.teardown(exit_code)

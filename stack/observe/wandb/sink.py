@@ -57,7 +57,7 @@ class WandbSink:
     def finish(self, *, exit_code: int = 0) -> None:
         """Ends the W&B run within `log.wandb.timeout_s`, whatever the library does; later calls do nothing.
 
-        `exit_code` other than 0 marks the run as failed.
+        `exit_code` other than 0 marks the run as failed, that of `Requeue` as preempted.
         """
         if not self._open:
             return

@@ -21,7 +21,7 @@ usage: stack VERB [ARGUMENTS] [OVERRIDES]
 Overrides are Hydra's: key=value, or group=choice such as experiment=8b. A sweep: stack train -m key=1,2
 Every key with its meaning: stack/config/schema.py
 Exit codes: 0 done, 2 usage, 3 config, 4 layout, 5 data, 6 checkpoint, 7 numerics, 8 hang, 9 a rank failed,
-128 + signal when it was stopped (130 for Ctrl-C)
+75 saved on SIGTERM and to be started again, 128 + signal when it was ended at once (130 for Ctrl-C)
 """
 #: Hydra's words for a sweep.
 _MULTIRUN = ("-m", "--multirun")

@@ -6,6 +6,7 @@ The job's held-out loss is its optim.lr, and its act is looked up by it:
     crash      a checkpoint, then exit code 9
     interrupt  a checkpoint, then Ctrl-C to whoever runs the sweep, and waits to be stopped
     wait       waits to be stopped, without a checkpoint
+    save       a checkpoint, then SIGTERM to whoever runs the sweep, and saves on the one that it gets itself
 Each act is for `train`; `resume` goes well.
 """
 
@@ -49,14 +50,14 @@ def _act(act: str | None, run: Path) -> None:
     if act == "fail":
         (run / "FAILED.json").write_text(json.dumps({"type": "NumericsError", "message": "the loss is nan"}))
         sys.exit(7)
-    if act in ("crash", "interrupt"):
+    if act in ("crash", "interrupt", "save"):
         (run / "checkpoints" / "step-00000002").mkdir(parents=True)
     if act == "crash":
         sys.exit("RankFailure: rank 1 was killed")
-    if act in ("interrupt", "wait"):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        if act == "interrupt":
-            os.kill(os.getppid(), signal.SIGINT)
+    if act in ("interrupt", "wait", "save"):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75 if act == "save" else 143))
+        if act != "wait":
+            os.kill(os.getppid(), signal.SIGTERM if act == "save" else signal.SIGINT)
         time.sleep(_PATIENCE_S)
 
 

@@ -192,6 +192,14 @@ def test_ctrl_c_stops_all_jobs_and_the_next_sweep_resumes_them(fakes, capsys):
     assert [row["state"] for row in fakes.last.values()] == ["done"] * 3
 
 
+def test_sigterm_lets_the_jobs_save_and_the_next_sweep_resumes_them(fakes):
+    assert fakes("optim.lr=0.1,0.2", acts={"0.1": "save"}) == 75
+    assert [(row["state"], row["exit_code"]) for row in fakes.last.values()] == [("stopped", 75)]
+
+    assert fakes("optim.lr=0.1,0.2") == 0
+    assert fakes.began[1:] == [("resume", "0.1"), ("train", "0.2")]
+
+
 def test_a_job_ends_with_the_sweep_that_was_killed():
     script = "import time; from stack.launch.sweep.sweep import end_with_sweep; end_with_sweep(); time.sleep(60)"
     killed = subprocess.Popen([sys.executable, "-c", "pass"])

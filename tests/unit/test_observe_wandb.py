@@ -301,6 +301,14 @@ def test_online_sends_rows_files_figures_pictures_and_references(started: Starte
     assert not any(body == b"weights" for path, body in server.requests if path.startswith("/upload"))
 
 
+def test_a_run_that_was_asked_to_end_is_preempted(started: Started) -> None:
+    started.begin("offline").steps(1)
+    started.finish(exit_code=75)
+    found = records(started.run.path / "wandb")
+    assert found["preempting"] == [{}]
+    assert found["exit"][0]["exit_code"] == 75
+
+
 def test_attempts_that_never_reached_the_server_come_with_the_next_one(started: Started, server: WandbServer) -> None:
     started.begin("disabled").steps(1, 2, 3)
     started.finish(exit_code=1)

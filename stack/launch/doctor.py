@@ -10,12 +10,12 @@ from rich.table import Table
 
 from stack.config.compose import compose
 from stack.config.places import settled
-from stack.config.schema import Config
 from stack.errors import HostError
+from stack.health.stopped import SIGNALLED
 from stack.launch import driver, preflight
 from stack.launch.hosts import hosts
 from stack.launch.preflight import Report
-from stack.plan.layout import Plan
+from stack.launch.signals import stop_requests
 from stack.plan.miniature import miniature
 from stack.train import rundir
 
@@ -37,16 +37,20 @@ def examine(overrides: Sequence[str], *, parity: bool) -> int:
     cfg = settled(compose(overrides))
     plan = driver.plan_of(cfg)
     folder = Path(cfg.run.root) / CHECKS
-    if cfg.launch.backend != "slurm" and not _hosts_are_well(cfg, plan, folder):
-        return HostError.exit_code
+    if cfg.launch.backend != "slurm":
+        with stop_requests() as requests:
+            reports = preflight.examine(hosts(cfg, plan), folder, requests=requests)
+        if requests:
+            return SIGNALLED + requests[0]
+        if not _are_well(reports):
+            return HostError.exit_code
     dtypes = _DTYPES[cfg.precision.dtype] if parity else []
     checked = miniature(cfg, plan) if parity else cfg
     return driver.check(checked, rundir.create_check(folder, checked, driver.plan_of(checked), parity=dtypes))
 
 
-def _hosts_are_well(cfg: Config, plan: Plan, folder: Path) -> bool:
+def _are_well(reports: Sequence[Report]) -> bool:
     """Prints the table of hosts, then every fault and note."""
-    reports = preflight.examine(hosts(cfg, plan), folder)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("host", "", "address", "devices", "memory free", "python", "torch", "deepspeed", "transformers"):
         table.add_column(column, overflow="fold")

@@ -181,7 +181,8 @@ def _launch(cfg: Config, plan: Plan, run: RunDir, requests: list[signal.Signals]
     except BrokenPipeError:
         failure = Failure("Interrupted", "nobody reads the output any more", SIGNALLED + signal.SIGPIPE)
     except StackError as error:
-        failure = Failure(type(error).__name__, str(error), error.exit_code)
+        # A host whose answer was not waited for has no fault.
+        failure = interrupted(requests[0]) if requests else Failure(type(error).__name__, str(error), error.exit_code)
     except Exception as error:
         _record(run, Failure(type(error).__name__, f"stack failed: {error}", StackError.exit_code))
         raise
@@ -193,7 +194,7 @@ def _launch(cfg: Config, plan: Plan, run: RunDir, requests: list[signal.Signals]
 
 def _follow(cfg: Config, plan: Plan, run: RunDir, console: Console, requests: list[signal.Signals]) -> Failure | None:
     """Starts the ranks, shows the run until it ends, and leaves no process behind."""
-    place = meet(cfg, plan, run.path)
+    place = meet(cfg, plan, run.path, requests)
     if requests:
         return interrupted(requests[0])
     console.note(f"starting {plan.world_size} ranks with {_STARTERS[cfg.launch.backend]} on {place.shown}")

@@ -3,8 +3,10 @@
 import contextlib
 import os
 import random
+import signal
 import socket
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,11 +46,12 @@ class Place:
         return f"{names}; master {self.address}:{self.port}, interface {interfaces}"
 
 
-def meet(cfg: Config, plan: Plan, folder: Path) -> Place:
+def meet(cfg: Config, plan: Plan, folder: Path, requests: Sequence[signal.Signals] = ()) -> Place:
     """Finds the hosts of a run and where they meet; looks at each before anything is started on it.
 
     Args:
         folder: the run directory, which all of them are to see.
+        requests: signals that asked this process to end, as they come in; nobody is waited for after the first.
 
     Raises:
         HostError: a host cannot be used.
@@ -63,7 +66,7 @@ def meet(cfg: Config, plan: Plan, folder: Path) -> Place:
     if len(found) == 1:
         port = free_port() if found[0].here else random.choice(_PORTS)
         return Place(found, 1, "127.0.0.1", port, [None])
-    reports = check_hosts(found, folder)
+    reports = check_hosts(found, folder, requests=requests)
     port = free_port() if found[0].here else random.choice(_PORTS)
     return Place(found, len(found), reports[0].address, port, [report.interface for report in reports])
 

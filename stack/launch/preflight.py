@@ -5,6 +5,7 @@ import ipaddress
 import json
 import os
 import secrets
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -67,13 +68,15 @@ class Report:
         return self.about.route.interface if self.about and self.about.route else None
 
 
-def check_hosts(hosts: Sequence[Host], folder: Path, *, timeout_s: float = 30.0) -> list[Report]:
+def check_hosts(
+    hosts: Sequence[Host], folder: Path, *, timeout_s: float = 30.0, requests: Sequence[signal.Signals] = ()
+) -> list[Report]:
     """`examine`, for a launch: a report of each host, in their order, none with a fault.
 
     Raises:
         HostError: a host cannot be used; the message is the first fault, and says how many more there are.
     """
-    reports = examine(hosts, folder, timeout_s=timeout_s)
+    reports = examine(hosts, folder, timeout_s=timeout_s, requests=requests)
     faults = [fault for report in reports for fault in report.faults]
     if faults:
         more = f" (and {len(faults) - 1} more; stack doctor lists them)" if len(faults) > 1 else ""
@@ -81,12 +84,15 @@ def check_hosts(hosts: Sequence[Host], folder: Path, *, timeout_s: float = 30.0)
     return reports
 
 
-def examine(hosts: Sequence[Host], folder: Path, *, timeout_s: float = 30.0) -> list[Report]:
+def examine(
+    hosts: Sequence[Host], folder: Path, *, timeout_s: float = 30.0, requests: Sequence[signal.Signals] = ()
+) -> list[Report]:
     """Asks every host what it is, all at the same time, and compares.
 
     Args:
         folder: where the run directory will be made; made if it is not there.
         timeout_s: after which a host that has not answered counts as one that cannot be used.
+        requests: signals that asked this process to end, as they come in; nobody is waited for after the first.
 
     Raises:
         HostError: this host cannot write to the folder.
@@ -96,7 +102,7 @@ def examine(hosts: Sequence[Host], folder: Path, *, timeout_s: float = 30.0) -> 
             Question(str(folder), token, f"{token}.{number}", _peer(hosts, number), min(_VISIBLE_S, timeout_s / 2))
             for number in range(len(hosts))
         ]
-        reports = list(pool.map(lambda host, question: _ask(host, question, timeout_s), hosts, questions))
+        reports = list(pool.map(lambda host, question: _ask(host, question, timeout_s, requests), hosts, questions))
         reports = [
             _seen_from_here(report, folder / question.answer)
             for report, question in zip(reports, questions, strict=True)
@@ -129,7 +135,7 @@ def _tokens(folder: Path) -> Iterator[str]:
             file.unlink(missing_ok=True)
 
 
-def _ask(host: Host, question: Question, timeout_s: float) -> Report:
+def _ask(host: Host, question: Question, timeout_s: float, requests: Sequence[signal.Signals]) -> Report:
     """Runs the probe on a host."""
     command = module_on(host, "stack.launch.probe")
     began = time.time()
@@ -148,7 +154,7 @@ def _ask(host: Host, question: Question, timeout_s: float) -> Report:
         return Report(host, None, faults=(f"{host.name}: {command[0]} cannot be started here ({error.strerror})",))
     with process:
         try:
-            told, complaint = process.communicate(json.dumps(asdict(question)) + "\n", timeout=timeout_s)
+            told, complaint = _listen(process, json.dumps(asdict(question)) + "\n", timeout_s, requests)
         except subprocess.TimeoutExpired:
             process.kill()
             return Report(host, None, faults=(f"{host.name}: no answer within {timeout_s:g} s; is it overloaded?",))
@@ -158,6 +164,24 @@ def _ask(host: Host, question: Question, timeout_s: float) -> Report:
         why = _why_no_answer(host, process.returncode, complaint)
         return Report(host, None, faults=(f"{host.name}: {why}",))
     return Report(host, about, skew_s=_skew(about, began, ended))
+
+
+def _listen(
+    process: subprocess.Popen, question: str, timeout_s: float, requests: Sequence[signal.Signals]
+) -> tuple[str, str]:
+    """
+    Raises:
+        TimeoutExpired: it did not answer in time, or a request came before.
+    """
+    text: str | None = question
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return process.communicate(text, timeout=_POLL_S)
+        except subprocess.TimeoutExpired:
+            if requests or time.monotonic() > deadline:
+                raise
+            text = None
 
 
 def _answer(told: str) -> About | None:

@@ -1,7 +1,10 @@
 """What the driver finds out about hosts; ssh is played by a script that runs the real probe on this machine."""
 
 import json
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -45,10 +48,10 @@ def examine(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{ssh.parent}:/usr/bin:/bin")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
-    def run(plays: dict, *, slots: int = 2, timeout_s: float = 60.0, check=preflight.examine):
+    def run(plays: dict, *, slots: int = 2, timeout_s: float = 60.0, check=preflight.examine, requests=()):
         (tmp_path / "bin/plays.json").write_text(json.dumps(plays))
         hosts = [_HERE, *(Host(name, slots, here=False) for name in plays)]
-        reports = check(hosts, tmp_path / "runs", timeout_s=timeout_s)
+        reports = check(hosts, tmp_path / "runs", timeout_s=timeout_s, requests=requests)
         assert list((tmp_path / "runs").iterdir()) == []
         return reports
 
@@ -93,6 +96,14 @@ def test_a_host_that_does_not_answer_says_why(examine, play, fault):
 def test_a_host_that_is_silent_is_not_waited_for(examine):
     _, second = examine({"b": {"sleep": 600}}, timeout_s=5)
     assert second.faults == ("b: no answer within 5 s; is it overloaded?",)
+
+
+def test_nobody_is_waited_for_after_ctrl_c(examine):
+    began = time.monotonic()
+    requests = []
+    threading.Timer(1, requests.append, [signal.SIGINT]).start()
+    examine({"b": {"sleep": 600}}, requests=requests)
+    assert time.monotonic() - began < 10
 
 
 def test_the_odd_version_is_named(examine, tmp_path):

@@ -41,10 +41,8 @@ def find(root: Path, step: int | str, mesh: Mesh, *, tell: Callable[[str], None]
     listed: list[list[int]] = [manifests.steps(root)[::-1] if mesh.rank == 0 else []]
     dist.broadcast_object_list(listed, src=0, group=mesh.host_group)
     [candidates] = listed
+    manifests.check_step(step, candidates, where=root)
     if step != "auto":
-        if step not in candidates:
-            there = ", ".join(map(str, candidates)) or "none"
-            raise CheckpointError(f"checkpoint.step={step}: there is no such checkpoint in {root}; there are {there}")
         candidates = [int(step)]
     why = ""
     for candidate in candidates:

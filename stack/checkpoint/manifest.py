@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -140,6 +141,20 @@ def steps(root: Path) -> list[int]:
     except OSError as error:
         raise CheckpointError(f"{root} cannot be read as a folder of checkpoints: {error.strerror}") from error
     return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+
+
+def check_step(step: int | str, there: Sequence[int], *, where: Path) -> None:
+    """Whether `checkpoint.step` can be had; `auto` can.
+
+    Args:
+        there: steps of the checkpoints in `where`.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    if step != "auto" and step not in there:
+        listed = ", ".join(map(str, sorted(there))) or "none"
+        raise CheckpointError(f"checkpoint.step={step}: no such checkpoint in {where}; there are {listed}")
 
 
 def read(folder: Path) -> Manifest:

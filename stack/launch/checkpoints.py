@@ -110,9 +110,9 @@ def _newest(root: Path, step: int | str) -> tuple[Path, Manifest]:
         CheckpointError: there is none, or its manifest or a file has a fault. An older one is not taken in silence.
     """
     there = manifests.steps(root)
-    if not there or (step != "auto" and step not in there):
-        listed = ", ".join(map(str, there)) or "none"
-        raise CheckpointError(f"checkpoint.step={step}: no such checkpoint in {root}; there are {listed}")
+    if not there:
+        raise CheckpointError(f"{root} holds no checkpoint; train with checkpoint.every=50")
+    manifests.check_step(step, there, where=root)
     folder = manifests.folder_of(root, there[-1] if step == "auto" else int(step))
     return folder, manifests.read(folder)
 

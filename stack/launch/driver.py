@@ -147,10 +147,7 @@ def _check_goes_on(cfg: Config, before: Config, run: RunDir, corpus: Path) -> No
     if not there and root != old and manifest.steps(old):
         raise CheckpointError(f"{root} holds no checkpoint, {old} does; move that folder there, or keep its path")
     step = cfg.checkpoint.step
-    if step != "auto" and step not in there:
-        raise CheckpointError(
-            f"checkpoint.step={step}: no such checkpoint in {root}; there are {', '.join(map(str, there)) or 'none'}"
-        )
+    manifest.check_step(step, there, where=root)
     for candidate in reversed(there) if step == "auto" else [step]:
         folder = manifest.folder_of(root, candidate)
         try:

@@ -196,7 +196,7 @@ def test_a_step_that_was_asked_for_is_taken_or_refused(ranks, root):
     assert [answer[0] for answer in ranks(2).run(find_on_rank, root, 1)] == [1, 1]
     [(step, _, error), _] = ranks(2).run(find_on_rank, root, 7)
     assert step is None
-    assert error == f"checkpoint.step=7: there is no such checkpoint in {root}; there are 2, 1"
+    assert error == f"checkpoint.step=7: no such checkpoint in {root}; there are 1, 2"
 
 
 def test_verify_has_a_line_for_every_file(root):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stack.config.schema import Config
-from stack.errors import LayoutError
+from stack.errors import HostError, LayoutError
 from stack.launch.hosts import LOCALHOST, Host, hosts
 from stack.launch.preflight import check_hosts
 from stack.plan.layout import Plan
@@ -72,10 +72,16 @@ def meet(cfg: Config, plan: Plan, folder: Path, requests: Sequence[signal.Signal
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody listens on now."""
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    """A TCP port of this host that nobody listens on now, and that Linux will not give to anybody who asks for any.
+
+    Raises:
+        HostError: all are taken.
+    """
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise HostError(f"ports {_PORTS.start} to {_PORTS.stop - 1} are all taken on this host; end what listens there")
 
 
 def _allocated() -> list[str]:

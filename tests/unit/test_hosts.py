@@ -1,12 +1,14 @@
 """Hosts of a run: the hostfile, the Slurm allocation, what crosses to another host."""
 
+import contextlib
+import socket
 from dataclasses import replace
 
 import pytest
 
 from stack.config.compose import compose
-from stack.errors import LayoutError
-from stack.launch import backends
+from stack.errors import HostError, LayoutError
+from stack.launch import backends, place
 from stack.launch.hosts import Host, forwarded, is_here, module_on
 from stack.launch.place import free_port
 from stack.plan.hosts import ranks_of_hosts, read_hostfile
@@ -107,5 +109,11 @@ def test_this_machine_is_known_by_its_names():
     assert not is_here("no-such-host.invalid")
 
 
-def test_a_free_port_is_one():
-    assert 0 < free_port() < 65536
+def test_a_port_that_is_taken_is_passed_over(monkeypatch):
+    with contextlib.closing(socket.create_server(("", 0))) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(place, "_PORTS", range(port, port + 20))
+        assert free_port() in range(port + 1, port + 20)
+        monkeypatch.setattr(place, "_PORTS", range(port, port + 1))
+        with pytest.raises(HostError, match=f"ports {port} to {port} are all taken"):
+            free_port()

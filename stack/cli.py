@@ -159,8 +159,12 @@ def _run_and_overrides(verb: str, arguments: Sequence[str]) -> tuple["RunDir", l
         raise UsageError(f"stack {verb} needs a run directory; write stack {verb} runs/NAME/RUN_ID")
     path, *rest = arguments
     # Resolved: checkpoints may be kept elsewhere by the name that the folder really has.
-    run = RunDir(Path(path).resolve())
-    if not run.config.is_file() or run.evaluation.exists():
+    try:
+        run = RunDir(Path(path).resolve())
+        is_run = run.config.is_file() and not run.evaluation.exists()
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"{path[:200]} cannot be looked up ({error}); write stack {verb} runs/NAME/RUN_ID") from error
+    if not is_run:
         inside = sorted(Path(path).glob("*/config.yaml")) or sorted(Path(path).glob("*/*/config.yaml"))
         hint = f"; did you mean {inside[-1].parent}?" if inside else "; its path is what stack train prints first"
         raise UsageError(f"{path} is no run directory, it has no config.yaml{hint}")
@@ -181,11 +185,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except (RuntimeError, ImportError) as error:
+        # An interrupt inside an import comes out as whatever that makes of it.
+        if not _was_interrupted(error):
+            raise
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader is gone, as after `| head`; what is left in the buffer goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return code or _BROKEN_PIPE
     return code
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _open_closed_streams() -> None:

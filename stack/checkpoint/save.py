@@ -182,11 +182,12 @@ class Saver:
 
     def _prepare(self, folder: Path, need: int) -> None:
         """On rank 0: room for `need` bytes, and an empty folder."""
-        self._root.mkdir(parents=True, exist_ok=True)
+        # A run directory that was removed is not made again.
+        self._root.mkdir(parents=self._cfg.path is not None, exist_ok=True)
         retention.clear(self._root)
         free = shutil.disk_usage(self._root).free
         if need > free:
-            raise OSError(f"{need / 1e9:.2f} GB are needed in {self._root}, and {free / 1e9:.2f} GB are free")
+            raise OSError(f"{need / 1e6:,.1f} MB are needed in {self._root}, and {free / 1e6:,.1f} MB are free")
         folder.mkdir()
 
     def _commit(

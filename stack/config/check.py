@@ -12,6 +12,7 @@ from stack.config.families import FAMILIES, base_fields
 from stack.config.kernels import check_kernels
 from stack.config.model_fields import Tree, check_fields, check_rope, union
 from stack.config.model_folder import check_weights
+from stack.config.places import settled
 from stack.config.schema import Config
 from stack.config.values import Spec, check_value, closest_path, refuse, show, spec_of
 from stack.errors import ConfigError
@@ -136,6 +137,11 @@ def _build(cls: type[_T], values: Mapping[str, Any]) -> _T:
     )
 
 
+def _place_rules(config: Config) -> None:
+    # For its errors; the paths stay as they were written until a run is made.
+    settled(config)
+
+
 def _run_rules(config: Config) -> None:
     name = config.run.name
     if "/" in name or "\\" in name:
@@ -250,6 +256,7 @@ def _schedule_rules(config: Config) -> None:
 
 
 _RULES: tuple[Callable[[Config], None], ...] = (
+    _place_rules,
     _run_rules,
     _model_rules,
     _pretrained_rules,

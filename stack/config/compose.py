@@ -76,16 +76,23 @@ def from_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _typed(OmegaConf.create(asdict(saved)), parsed) if parsed else saved
 
 
-def saved_value(path: str | Path, key: str) -> Any:
-    """One value of a saved config by its dotted key, whatever else is in the file; None where it is not there.
+def saved_value(path: str | Path, key: str) -> str | None:
+    """One value, text or null, of a saved config by its dotted key, whatever else is in the file.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or lacks it.
     """
     try:
-        return OmegaConf.select(OmegaConf.load(path), key)
+        value: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        for name in key.split("."):
+            value = value[name]
+    except (KeyError, TypeError, IndexError) as error:
+        raise ConfigError(f"{path}: not a saved config, it has no {key}") from error
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a saved config ({_first_words(error)})") from error
+    if not isinstance(value, str | None):
+        raise ConfigError(f"{path}: not a saved config, its {key}={show(value)} is no text")
+    return value
 
 
 def to_yaml(config: Config) -> str:

@@ -6,6 +6,7 @@ it as strictly as for a single run.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,8 +16,7 @@ from typing import Any
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.types import IntervalSweep, Override
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from omegaconf.errors import OmegaConfBaseException
 
 from stack.config.check import unknown_key
@@ -30,6 +30,8 @@ _ALLOWED = re.compile(r"hydra([./](launcher|sweeper)([./].*)?|\.sweep\.dir)$")
 #: Settings that say how many jobs there are to be, not which sweep this is.
 _SIZES = ("hydra.sweeper.n_trials", "hydra.sweeper.n_jobs", "hydra.sweeper.max_failure_rate")
 _DIGITS = 8
+#: Jobs of a sweep, and values of one range; more is a slip of the keyboard.
+_MOST = 10_000
 
 #: Runs jobs, each being its swept overrides, and returns an objective for each; also gets the launcher's settings.
 RunJobs = Callable[..., list[float | None]]
@@ -95,6 +97,7 @@ def read(lines: Sequence[str]) -> Request:
             shared.append(line)
             continue
         _check_swept(line, override, groups)
+        _check_values(line, override)
         swept.append(line)
     request = Request(tuple(shared), tuple(swept), tuple(hydra), folder)
     _check_sweeper(request)
@@ -130,9 +133,15 @@ def multirun(request: Request, folder: Path, run_jobs: RunJobs) -> None:
         *map(_open, request.swept),
     ]
 
+    own: list[Exception] = []
+
     def task(jobs: list[list[str]], **settings: Any) -> list[float | None]:
-        # What was opened for Hydra's tree; ours is strict about it.
-        return run_jobs([[line.lstrip("+") for line in job] for job in jobs], **settings)
+        try:
+            # What was opened for Hydra's tree; ours is strict about it.
+            return run_jobs([[line.lstrip("+") for line in job] for job in jobs], **settings)
+        except Exception as error:
+            own.append(error)
+            raise
 
     try:
         with initialize_config_dir(str(conf_folder()), job_name="stack", version_base="1.3"):
@@ -142,16 +151,10 @@ def multirun(request: Request, folder: Path, run_jobs: RunJobs) -> None:
         hydra.multirun("config", task, lines, with_log_configuration=False)
     except StackError:
         raise
-    # Sweepers tell of mistakes in whatever way they like. Optuna's tells of a grid's last job, if that failed, in this.
-    except (
-        HydraException,
-        OmegaConfBaseException,
-        ValueError,
-        TypeError,
-        AssertionError,
-        ImportError,
-        RuntimeError,
-    ) as error:
+    # Sweepers, and the libraries below them, tell of mistakes in whatever way they like.
+    except Exception as error:
+        if own:
+            raise
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         raise ConfigError(f"{' '.join([*request.hydra, *request.swept])}: {one_line(cause)}") from error
 
@@ -188,14 +191,33 @@ def _check_swept(line: str, override: Override, groups: dict[str, list[str]]) ->
         unknown_key(key, show(line), groups)
 
 
+def _check_values(line: str, override: Override) -> None:
+    """Counts them where they are not written out, without making them."""
+    value = override.value()
+    if isinstance(value, Glob):
+        raise ConfigError(f"{show(line)}: a pattern is not looked up here; list the values")
+    if isinstance(value, RangeSweep):
+        assert value.start is not None
+        assert value.stop is not None
+        count = max(0, math.ceil((value.stop - value.start) / value.step))
+        if count == 0:
+            raise ConfigError(f"{show(line)}: there is no value in that range; give at least one")
+        if count > _MOST:
+            raise ConfigError(f"{show(line)}: {count:,} values; a sweep has at most {_MOST:,} jobs")
+
+
 def _check_sweeper(request: Request) -> None:
     if request.is_optuna:
         return
+    jobs = 1
     for line in request.swept:
         if not parse_line(line).is_discrete_sweep():
             raise ConfigError(
                 f"{show(line)}: the basic sweeper takes lists; add hydra/sweeper=optuna, or list the values"
             )
+        jobs *= len(_values(parse_line(line)))
+    if jobs > _MOST:
+        raise ConfigError(f"{' '.join(request.swept)}: {jobs:,} jobs; a sweep has at most {_MOST:,}")
 
 
 def _values(override: Override) -> list[str]:

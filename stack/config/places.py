@@ -1,9 +1,11 @@
 """Paths of a config, made to mean the same from any folder."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from stack.config.schema import Config
+from stack.errors import ConfigError
 
 
 def settled(cfg: Config) -> Config:
@@ -13,31 +15,43 @@ def settled(cfg: Config) -> Config:
     """
     return replace(
         cfg,
-        run=replace(cfg.run, root=_absolute(cfg.run.root)),
-        model=replace(cfg.model, name=_folder(cfg.model.name)),
+        run=replace(cfg.run, root=absolute("run.root", cfg.run.root)),
+        model=replace(cfg.model, name=_folder("model.name", cfg.model.name)),
         data=replace(
             cfg.data,
-            root=_absolute(cfg.data.root),
-            paths=[_absolute(path) for path in cfg.data.paths],
-            name=_folder(cfg.data.name) if cfg.data.name else None,
-            tokenizer=_folder(cfg.data.tokenizer),
+            root=absolute("data.root", cfg.data.root),
+            paths=[absolute("data.paths", path) for path in cfg.data.paths],
+            name=_folder("data.name", cfg.data.name) if cfg.data.name else None,
+            tokenizer=_folder("data.tokenizer", cfg.data.tokenizer),
         ),
         parallel=replace(
             cfg.parallel,
-            offload=replace(cfg.parallel.offload, folder=_optional(cfg.parallel.offload.folder)),
+            offload=replace(
+                cfg.parallel.offload, folder=_optional("parallel.offload.folder", cfg.parallel.offload.folder)
+            ),
         ),
-        checkpoint=replace(cfg.checkpoint, path=_optional(cfg.checkpoint.path)),
-        launch=replace(cfg.launch, hostfile=_optional(cfg.launch.hostfile)),
+        checkpoint=replace(cfg.checkpoint, path=_optional("checkpoint.path", cfg.checkpoint.path)),
+        launch=replace(cfg.launch, hostfile=_optional("launch.hostfile", cfg.launch.hostfile)),
     )
 
 
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+def absolute(key: str, path: str) -> str:
+    """The path that a key means, from any folder.
+
+    Raises:
+        ConfigError: it begins with the home of a user who is not there, or is empty.
+    """
+    if not path:
+        raise ConfigError(f"{key}= is empty; name a folder, or . for this one")
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as error:
+        raise ConfigError(f"{key}={path}: there is no such user here; write the whole path") from error
 
 
-def _optional(path: str | None) -> str | None:
-    return _absolute(path) if path is not None else None
+def _optional(key: str, path: str | None) -> str | None:
+    return absolute(key, path) if path is not None else None
 
 
-def _folder(name: str) -> str:
-    return _absolute(name) if Path(name).expanduser().is_dir() else name
+def _folder(key: str, name: str) -> str:
+    return found if os.path.isdir(found := absolute(key, name)) else name

@@ -25,6 +25,11 @@ def _above(default: Any, above: float) -> Any:
     return field(default=default, metadata={"above": above})
 
 
+def _seconds(default: float) -> Any:
+    # Twelve days. A longest wait that is longer is none, and the libraries count it in 32 bits of milliseconds.
+    return field(default=default, metadata={"above": 0, "high": 1e6})
+
+
 @dataclass
 class Run:
     root: str = "runs"
@@ -227,7 +232,7 @@ class Checkpoint:
     allow: list[str] = field(default_factory=list, metadata={"choices": ("batch", "data", "model")})
     """What a resumed run may have another of than its checkpoint: `batch` (its size), `data` (corpus, sequence length,
     packing or seed; the new data are read from their beginning), `model` (settings that change no shape)."""
-    timeout_s: float = _above(1800.0, 0)
+    timeout_s: float = _seconds(1800.0)
     """Longest wait of the ranks for each other within one save."""
 
 
@@ -246,7 +251,7 @@ class Wandb:
     entity: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
-    timeout_s: float = _above(60.0, 0)
+    timeout_s: float = _seconds(60.0)
     """Longest that the end of a run waits for W&B; half of it is what the server has to answer at the beginning."""
 
 
@@ -262,10 +267,10 @@ class Launch:
     `stack` itself, on this host."""
     hostfile: str | None = field(default=None, metadata={"example": "hosts"})
     """File with a line `NAME slots=RANKS` for each host, reached by ssh without a password; null is this host."""
-    nodes: Any = field(default="auto", metadata={"auto": int, "low": 1, "example": 2})
+    nodes: Any = field(default="auto", metadata={"auto": int, "low": 1, "high": 100_000, "example": 2})
     """Hosts to use, the first ones of the hostfile; `auto` is all of them, those of the Slurm allocation, or this one.
     A bare launcher's ranks are counted as they come up."""
-    ranks_per_node: Any = field(default="auto", metadata={"auto": int, "low": 1, "example": 8})
+    ranks_per_node: Any = field(default="auto", metadata={"auto": int, "low": 1, "high": 1024, "example": 8})
     """Ranks on each host; `auto` is its slots, its NVIDIA GPUs, or 4 on a host without any."""
     env: list[str] = field(
         default_factory=lambda: ["NCCL_*", "GLOO_*", "TORCH_*", "HF_*", "WANDB_*", "OMP_NUM_THREADS", "PYTHONPATH"]
@@ -276,13 +281,13 @@ class Launch:
     """More options for Slurm's srun, or for the salloc of each job of a sweep."""
     bind_cores: bool = False
     """Keep each rank on its share of its host's cores, where there is one for each."""
-    grace_s: float = _above(10.0, 0)
+    grace_s: float = _seconds(10.0)
     """Seconds between SIGTERM and SIGKILL when a run is stopped."""
 
 
 @dataclass
 class Health:
-    hang_timeout_s: float = _above(600.0, 0)
+    hang_timeout_s: float = _seconds(600.0)
     """Longest wait in one collective before the ranks give up with exit code 8."""
 
 

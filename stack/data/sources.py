@@ -202,6 +202,10 @@ def _expand(item: str) -> list[Path]:
         if not matches:
             raise DataError(f"data.paths has {item}, which matches no file; {_nearest_path(path)}")
     else:
+        if path.exists():
+            raise DataError(
+                f"data.paths has {item}, which is neither a file nor a folder; use a file, or copy it to one"
+            )
         raise DataError(f"data.paths has {item}, which does not exist; {_nearest_path(path)}")
     files = [match for match in matches if _kind(match) in SUFFIXES]
     if not files:

@@ -39,6 +39,8 @@ class Command:
     argv: list[str]
     environment: dict[str, str]
     """Variables beside the host's own."""
+    rank: int | None = None
+    """The rank that the process is, where no launcher is between."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,9 @@ def _watch(
         if lifeline.save:
             _ask_to_save(run, order, known, launchers, asked)
         codes = [launcher.poll() for launcher in launchers]
-        # The first that is not 0, once all have ended.
-        code = None if None in codes else next(filter(None, codes), 0)
-        report = Report(order.host, len(order.ranks), _ended(run, order, known, running=code is None), code)
+        # The first that is not 0; the others may never end.
+        code = next(filter(None, codes), None if None in codes else 0)
+        report = Report(order.host, len(order.ranks), _ended(run, order, known, launchers), code)
         if report.well:
             return report
         if code is not None or any(rank.outcome != "done" for rank in report.ranks):
@@ -166,9 +168,12 @@ def _ask_to_save(
         asked |= {*order.ranks}
 
 
-def _ended(run: RunDir, order: Order, known: dict[int, Rank], *, running: bool) -> list[Ended]:
+def _ended(run: RunDir, order: Order, known: dict[int, Rank], launchers: list[subprocess.Popen]) -> list[Ended]:
     """The ranks that are no more, those of other hosts (Slurm's) once nothing runs any more."""
-    alive = {rank for rank in order.ranks if (known[rank].alive if rank in known else running)}
+    own = {command.rank: launcher for command, launcher in zip(order.commands, launchers, strict=True)}
+    running = any(launcher.poll() is None for launcher in launchers)
+    unseen = {rank: own[rank].poll() is None if rank in own else running for rank in order.ranks}
+    alive = {rank for rank in order.ranks if (known[rank].alive if rank in known else unseen[rank])}
     ended = []
     for rank in order.ranks:
         outcome = run.outcome(rank)
@@ -179,7 +184,7 @@ def _ended(run: RunDir, order: Order, known: dict[int, Rank], *, running: bool) 
         ended.append(
             Ended(
                 rank,
-                pid=about["pid"] if about else None,
+                pid=about["pid"] if about else own[rank].pid if rank in own else None,
                 outcome=outcome,
                 error=rundir.read_json(run.rank(rank) / "error.json"),
                 hung=outcome is None and _was_hung(run.rank(rank) / "log.txt"),

@@ -117,6 +117,8 @@ def agents(orders: Sequence[tuple[Host, Order]], run: RunDir) -> Iterator[list[A
 
 def last_line(log: Path) -> str:
     """What was printed last, the launchers' own account of what they start and stop left out."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    # With its run directory the log may be gone.
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    lines = [line.strip() for line in text.splitlines()]
     told = [line for line in lines if line and not any(words in line for words in _CHATTER)]
     return told[-1] if told else "it printed no error"

@@ -84,6 +84,8 @@ def evaluate(folder: Path, overrides: Sequence[str]) -> int:
     """
     run = RunDir(folder)
     exported = (folder / EXPORTED).is_file()
+    if exported and any(override.lstrip("+").startswith("checkpoint.step=") for override in overrides):
+        raise UsageError(f"checkpoint.step: {folder} is an export of one checkpoint and has no others; drop it")
     cfg = settled(from_yaml(folder / EXPORTED if exported else run.config, newest(overrides)))
     checkpoints, known = None, None
     if exported:

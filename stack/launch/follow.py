@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from stack.errors import RankFailure
 from stack.health.stopped import SIGNALLED
 from stack.launch.agents import Agent, last_line
 from stack.launch.verdict import Failure, first_failure
@@ -54,6 +55,8 @@ def follow(
                 return None
         elif interrupts:
             return interrupted(interrupts[0])
+        elif not run.config.exists():
+            return Failure("RankFailure", f"{run.path} was removed; its ranks end with it", RankFailure.exit_code)
         elif failure and (sure or ended or (doubt and time.monotonic() - doubt > _SETTLE_S)):
             # Ranks that did not train yet had nothing to save, and ended at once.
             return failure if sure or not saving else interrupted(signal.SIGTERM)

@@ -50,7 +50,7 @@ def is_here(name: str) -> bool:
         return True
     try:
         found = {about[4][0] for about in socket.getaddrinfo(name, None)}
-    except OSError:
+    except (OSError, UnicodeError):
         # ssh may know it, under a name of its own; and says so where it does not.
         return False
     return bool(found & {address.address for addresses in psutil.net_if_addrs().values() for address in addresses})

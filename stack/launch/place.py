@@ -63,9 +63,8 @@ def meet(cfg: Config, plan: Plan, folder: Path, requests: Sequence[signal.Signal
         here = Host(LOCALHOST, plan.world_size, here=True)
         return Place([here], plan.nodes, address, random.choice(_PORTS), [None], cfg.launch.slurm)
     found = hosts(cfg, plan)
-    if len(found) == 1:
-        port = free_port() if found[0].here else random.choice(_PORTS)
-        return Place(found, 1, "127.0.0.1", port, [None])
+    if len(found) == 1 and found[0].here:
+        return Place(found, 1, "127.0.0.1", free_port(), [None])
     reports = check_hosts(found, folder, requests=requests)
     port = free_port() if found[0].here else random.choice(_PORTS)
     return Place(found, len(found), reports[0].address, port, [report.interface for report in reports])

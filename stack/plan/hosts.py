@@ -10,7 +10,7 @@ from stack.plan.policies import local_devices
 
 #: Ranks on a host without a GPU: pp2 x dp2, the smallest layout in which nothing is trivial.
 CPU_RANKS = 4
-_LINE = re.compile(r"(?P<name>[^\s=]+)\s+slots\s*=\s*(?P<slots>[1-9]\d*)")
+_LINE = re.compile(r"(?P<name>\w[\w.:%@-]*)\s+slots\s*=\s*(?P<slots>[1-9]\d*)")
 _EXAMPLE = "a line is NAME slots=RANKS, for example node-0 slots=8"
 
 

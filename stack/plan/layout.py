@@ -10,7 +10,7 @@ from stack.config.schema import Config, Parallel
 from stack.errors import LayoutError
 from stack.plan.hosts import ranks_of_hosts
 from stack.plan.policies import SCHEDULES, check_policies
-from stack.plan.shape import ModelShape, model_shape
+from stack.plan.shape import ModelShape, divisors, model_shape
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def make_plan(cfg: Config, world_size: int | None = None, nodes: int = 1) -> Pla
 
 def _replicas(parallel: Parallel, world_size: int) -> int:
     if world_size % parallel.pipeline:
-        legal = [str(d) for d in range(1, world_size + 1) if world_size % d == 0]
+        legal = [str(d) for d in divisors(world_size)]
         raise LayoutError(f"parallel.pipeline={parallel.pipeline} does not divide {world_size} ranks; use {_or(legal)}")
     replicas = world_size // parallel.pipeline
     if parallel.data not in ("auto", replicas):

@@ -1,5 +1,6 @@
 """The model as arithmetic: parameters and FLOPs of each part, from its Hugging Face config, without torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 from stack.config.families import FAMILIES, Family, base_fields
 from stack.config.schema import Model
 from stack.errors import LayoutError
+
+#: The planner takes a time that grows with their square.
+_MOST_LAYERS = 2000
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,8 @@ def _windows(fields: Mapping[str, Any], family: Family) -> tuple[int | None, int
 
 def _check_layers(fields: Mapping[str, Any]) -> None:
     layers = fields["num_hidden_layers"]
+    if layers > _MOST_LAYERS:
+        raise LayoutError(f"model.config.num_hidden_layers={layers}: no model is so deep; use at most {_MOST_LAYERS}")
     for key in ("layer_types", "no_rope_layers"):
         if (listed := fields.get(key)) is not None and len(listed) != layers:
             raise LayoutError(
@@ -214,5 +220,10 @@ def _mean_reach(seq_len: int, window: int | None) -> float:
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return min(divisors, key=lambda d: abs(d - wanted))
+    return min(divisors(number), key=lambda d: abs(d - wanted))
+
+
+def divisors(number: int) -> list[int]:
+    """Of a positive number, the smallest first."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})

@@ -144,7 +144,9 @@ class RunLock:
         holder = _parse(content)
         near = holder is not None and holder.place == self._holder.place
         if not (holder.is_gone if holder and near else age_s > self._stale_s):
-            who = f"process {holder.pid} on host {holder.host} since {_time(holder.since)}" if holder else "a process"
+            if holder is None:
+                raise UsageError(f"{self._path} is damaged, and may be that of a process at work; wait a minute")
+            who = f"process {holder.pid} on host {holder.host} since {_time(holder.since)}"
             raise UsageError(f"{self._run} is in use by {who}; wait for it, or start another run")
         # Renamed before it is removed: only one taker gets it.
         aside = mine.with_name(f"{mine.name}.stale")

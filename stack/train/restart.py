@@ -103,15 +103,19 @@ def weights(cfg: Config, plan: Plan, run: RunDir, mesh: Mesh) -> tuple[Engine, s
     """An engine to evaluate with, and where its weights come from. Collective over all ranks.
 
     Raises:
-        CheckpointError: there is no whole checkpoint, or it is of another model.
+        CheckpointError: there is no checkpoint, or it is not whole, or of another model. An older one is not taken in
+            silence.
     """
     asked = rundir.read_json(run.evaluation)
     if asked is None or asked["checkpoints"] is None:
         return Engine(cfg, plan, mesh), cfg.model.name
     root = Path(asked["checkpoints"])
-    found = loading.find(root, cfg.checkpoint.step, mesh, tell=lambda line: print(line, flush=True))
+    passed_over: list[str] = []
+    found = loading.find(root, cfg.checkpoint.step, mesh, tell=passed_over.append)
     if found is None:
         raise CheckpointError(f"{root} holds no checkpoint; train with checkpoint.every=50")
+    if passed_over:
+        raise CheckpointError(f"{passed_over[0]}; the newest whole one: checkpoint.step={found.manifest.step}")
     manifest.check_same_model(found.manifest, parameter_shapes(cfg), where=found.folder)
     engine = Engine(cfg, plan, mesh, empty=True)
     loading.load(found, engine.rank_engine, weights_only=True)

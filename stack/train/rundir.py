@@ -56,8 +56,10 @@ class RunDir:
         """The prepared corpus this run reads, as it was found when the run was started."""
         try:
             found = read_json(self.path / "corpus.json")
-        except ValueError as error:
-            raise DataError(f"{self.path / 'corpus.json'} is damaged, it is not JSON; start a new run") from error
+            if found is not None and not isinstance(found["folder"], str):
+                raise ValueError("no path")
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{self.path / 'corpus.json'} is damaged, it names no folder; start a new run") from error
         if found is None:
             raise DataError(f"{self.path / 'corpus.json'} is missing: the run directory is not whole; start a new run")
         return Path(found["folder"])

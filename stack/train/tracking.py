@@ -8,7 +8,7 @@ from pathlib import Path
 from stack.checkpoint import manifest
 from stack.config.compose import from_yaml
 from stack.config.schema import Config
-from stack.errors import StackError, UsageError
+from stack.errors import Requeue, StackError, UsageError
 from stack.observe.jsonl import read
 from stack.observe.wandb import library
 from stack.observe.wandb.session import Facts, Session
@@ -52,7 +52,7 @@ def sync(run: RunDir, overrides: list[str]) -> int:
     # A run that was shared stays so: there the server numbers its rows.
     mode = "shared" if cfg.log.wandb.mode == "shared" else "online"
     settings = replace(cfg.log.wandb, mode=mode)
-    exit_code = 0 if run.done.exists() else 1
+    exit_code = 0 if run.done.exists() else Requeue.exit_code if run.saved.exists() else 1
     with RunLock(run.path):
         uploading = Session(facts(run, cfg), settings, note=print)
         sent = _send(uploading, lambda: uploading.end(exit_code))
@@ -88,10 +88,9 @@ def _send(session: Session, close: Callable[[], None]) -> int:
 
 def remember_export(run: RunDir, folder: Path) -> None:
     """Notes a folder that the run was exported to, for W&B. A run directory that cannot be written stays as it is."""
-    known = json.loads(run.exports.read_text()) if run.exports.exists() else []
-    if str(folder) in known:
-        return
     try:
-        rundir.write_text(run.exports, json.dumps([*known, str(folder)]) + "\n")
-    except OSError as error:
-        print(f"the export is whole, but {run.exports} cannot be written ({error.strerror}): W&B will not know of it")
+        known = json.loads(run.exports.read_text()) if run.exports.exists() else []
+        if str(folder) not in known:
+            rundir.write_text(run.exports, json.dumps([*known, str(folder)]) + "\n")
+    except (OSError, ValueError, TypeError) as error:
+        print(f"the export is whole, but {run.exports} cannot be added to ({error}): W&B will not know of it")

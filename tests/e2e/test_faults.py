@@ -52,6 +52,30 @@ def test_a_killed_rank_is_named(running, rank):
     assert_failed(command, 9, "RankFailure", f"process {killed.pid} was killed or crashed", rank=rank)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_before_it_says_who_it_is_is_named(start, rank):
+    command = start({**ENDLESS, "launch.backend": "local"})
+
+    def ranks():
+        found = [p for p in command.processes() if "--config" in p.info["cmdline"]]
+        return found if len(found) == 2 else None
+
+    killed = sorted(command.wait_for(ranks, "two ranks"), key=lambda process: process.pid)[rank]
+    killed.kill()
+
+    assert_failed(command, 9, "RankFailure", f"process {killed.pid} was killed or crashed", rank=rank)
+
+
+def test_a_run_directory_that_is_removed_ends_its_ranks(running):
+    command = running()
+    shutil.rmtree(command.run)
+
+    assert command.wait(20) == 9, command.stdout + command.stderr
+    command.assert_nothing_left(within_s=0)
+    assert "was removed; its ranks end with it" in command.stdout
+    assert "Traceback" not in command.stdout + command.stderr
+
+
 def test_a_rank_that_raises_is_named(start):
     command = start(ENDLESS)
     command.wait_for((command.run / "ranks/1").is_dir, "the folder of rank 1")

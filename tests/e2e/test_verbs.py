@@ -109,6 +109,28 @@ def test_what_resume_refuses_it_leaves_as_it_was(run, tmp_path, change, code, wo
     assert before == ((run / "config.yaml").read_bytes(), len(list(run.glob("attempts/*"))))
 
 
+def test_eval_takes_no_older_checkpoint_in_silence(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    shard = next(copy.glob("checkpoints/step-*4/rank-00000.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    done = stack(tmp_path, "eval", copy)
+    assert done.returncode == 6, done.stdout + done.stderr
+    assert "checkpoint of step 4 is passed over" in done.stdout
+    assert "the newest whole one: checkpoint.step=2" in done.stdout
+
+
+@pytest.mark.parametrize("text", ["", "checkpoint: 3\n", "checkpoint: {path: 5}\n"])
+def test_verify_does_not_guess_where_checkpoints_are(run, tmp_path, text):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "config.yaml").write_text(text)
+    done = stack(tmp_path, "verify", copy)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert done.stderr.startswith("ConfigError: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_an_export_is_evaluated_wherever_it_lies(run, tmp_path):
     place = tmp_path / "ex, a (1) $b{x"
     shutil.copytree(out(run), place)
@@ -159,11 +181,16 @@ def test_a_run_at_work_is_left_alone_and_goes_on_after_a_kill(start, tmp_path):
         (["verify", "RUN", "x=1"], 2, "stack verify takes a run directory and nothing else"),
         (["eval", "train.steps=1"], 2, "stack eval needs a run directory"),
         (["eval", "RUN", "checkpoint.step=77"], 6, "checkpoint.step=77"),
+        (["eval", "EXPORT", "checkpoint.step=2"], 2, "is an export of one checkpoint"),
+        (["verify", "x" * 5000], 2, "cannot be looked up"),
+        (["plan", 'run.root="~nouser/x"'], 3, "there is no such user here"),
+        (["plan", "health.hang_timeout_s=1e300"], 3, "must be at most 1e+06"),
         (["export", "RUN", "OUT", "checkpoint.step=77"], 6, "checkpoint.step=77: no such checkpoint"),
     ],
 )
 def test_a_mistake_costs_one_line(run, tmp_path, arguments, code, words):
-    done = stack(tmp_path, *[{"RUN": run, "OUT": tmp_path / "new"}.get(word, word) for word in arguments])
+    places = {"RUN": run, "OUT": tmp_path / "new", "EXPORT": out(run)}
+    done = stack(tmp_path, *[places.get(word, word) for word in arguments])
     assert done.returncode == code, done.stderr
     assert words in done.stdout + done.stderr
     assert "Traceback" not in done.stderr

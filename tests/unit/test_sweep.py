@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import yaml
 from stack.cli import main
 from stack.config.compose import compose, to_yaml
 from stack.config.multirun import job_id, read
-from stack.errors import LayoutError, StackError
+from stack.errors import ConfigError, LayoutError, StackError
 from stack.launch.sweep import jobs
 from stack.launch.sweep import sweep as sweep_module
 from stack.launch.sweep.board import _TITLES
@@ -27,7 +28,7 @@ from stack.launch.sweep.scheduler import SWEEP_PID
 from stack.launch.sweep.slots import Slots, check_room
 from stack.launch.sweep.sweep import sweep
 from tests.helpers import fake_stack
-from tests.unit.test_observe_console import row
+from tests.helpers.rows import row
 
 REPOSITORY = Path(__file__).parents[2]
 FAKE = (sys.executable, fake_stack.__file__)
@@ -163,6 +164,38 @@ def test_a_run_that_cannot_be_read_fails_alone(fakes, capsys):
     assert fakes("optim.lr=0.5,0.1") == 9
     assert "exit code 3: ConfigError" in capsys.readouterr().out
     assert [row["state"] for row in fakes.last.values()] == ["failed", "done"]
+
+
+def test_a_job_whose_files_are_damaged_fails_alone(fakes, capsys):
+    assert fakes("optim.lr=0.1,0.2,0.3,0.4") == 0
+    runs = [Path(row["run"]) for row in fakes.last.values()]
+    (runs[0] / "metrics.jsonl").write_text("{\n")
+    shutil.rmtree(runs[1].parents[1])
+    runs[1].parents[1].write_text("no folder")
+    log = runs[2].parents[1] / "log.txt"
+    log.unlink()
+    log.mkdir()
+    capsys.readouterr()
+
+    assert fakes("optim.lr=0.1,0.2,0.3,0.4") == 9
+    assert [row["state"] for row in fakes.last.values()] == ["failed", "failed", "failed", "done"]
+    told = capsys.readouterr().out
+    for words in ("metrics.jsonl:1 is not", "FileExistsError", "IsADirectoryError"):
+        assert words in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("run.seed=range(0,0)", "there is no value in that range"),
+        ("run.seed=range(0,1000000000)", "1,000,000,000 values; a sweep has at most 10,000 jobs"),
+        ("run.seed=range(0,200) optim.lr=range(1,100)", "19,800 jobs; a sweep has at most 10,000"),
+        ("run.seed=glob(*)", "list the values"),
+    ],
+)
+def test_values_that_are_none_or_too_many_are_refused_at_once(words, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read(words.split())
 
 
 def test_fail_fast_starts_no_more(fakes):

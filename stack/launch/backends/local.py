@@ -13,4 +13,4 @@ def commands(place: Place, run: RunDir, node: int) -> list[Command]:
     shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     shared |= {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port)}
     argv = [sys.executable, "-u", "-m", "stack.train", "--config", str(run.config)]
-    return [Command(argv, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
+    return [Command(argv, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, rank) for rank in range(size)]

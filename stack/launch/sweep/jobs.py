@@ -45,6 +45,8 @@ class Job:
     """Whether this command `started` or `resumed` it, or `skipped` it since it was done before."""
     exit_code: int | None = None
     objective: float | None = None
+    fault: str | None = None
+    """Why it failed, where that was seen from outside."""
     started: float | None = None
     ended: float | None = None
 
@@ -201,11 +203,13 @@ def objective(job: Job) -> float | None:
 
 def why_failed(job: Job) -> str:
     """One line: what the run says of itself, else the last thing that was printed."""
+    if job.fault:
+        return job.fault
     run = job.run
     told = read_json(run.failed) or read_json(run.saved) if run else None
     if told:
         return f"{told['type']}: {told['message'].strip().splitlines()[0]}"
-    lines = job.log.read_text(errors="replace").strip().splitlines() if job.log.exists() else []
+    lines = job.log.read_text(errors="replace").strip().splitlines() if job.log.is_file() else []
     return lines[-1] if lines else "it printed nothing"
 
 

@@ -6,8 +6,9 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
-from stack.errors import Requeue, StackError
+from stack.errors import RankFailure, Requeue, StackError
 from stack.launch.sweep.jobs import (
     DONE,
     FAILED,
@@ -81,12 +82,16 @@ class Scheduler:
         """False where it must wait for devices."""
         try:
             arguments = look(job)
-        except StackError as error:
-            # What an earlier command left is damaged: this job's alone.
-            with job.log.open("a") as log:
-                log.write(f"{type(error).__name__}: {error}\n")
-            self._end(job, error.exit_code)
+            job.folder.mkdir(exist_ok=True)
+            log = job.log.open("ab")
+        except (StackError, OSError) as error:
+            # What an earlier command left is damaged, or the disk is full: this job's alone.
+            self._refuse(job, error)
             return True
+        with log:
+            return self._start_process(job, arguments, log)
+
+    def _start_process(self, job: Job, arguments: list[str] | None, log: BinaryIO) -> bool:
         if arguments is None:
             job.how = "skipped"
             self._end(job, 0)
@@ -94,17 +99,15 @@ class Scheduler:
         devices = [] if is_elsewhere(job.cfg) else self._slots.take(job.devices)
         if devices is None:
             return False
-        job.folder.mkdir(exist_ok=True)
-        with job.log.open("ab") as log:
-            # A session of its own: Ctrl-C reaches the sweep alone, which then stops its jobs in good order.
-            process = subprocess.Popen(
-                command(job, arguments, self._stack),
-                env=self._environment(job, devices),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        # A session of its own: Ctrl-C reaches the sweep alone, which then stops its jobs in good order.
+        process = subprocess.Popen(
+            command(job, arguments, self._stack),
+            env=self._environment(job, devices),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         self._started.append(_Started(job, process, devices))
         job.how = "resumed" if arguments[0] == "resume" else "started"
         job.state, job.started = RUNNING, time.time()
@@ -138,7 +141,17 @@ class Scheduler:
         """Takes in how a job ended, by itself or `stopped`."""
         job.exit_code, job.ended = code if code >= 0 else 128 - code, None if job.how == "skipped" else time.time()
         job.state = DONE if code == 0 else STOPPED if stopped or code == Requeue.exit_code else FAILED
-        job.objective = objective(job) if code == 0 else None
+        try:
+            job.objective = objective(job) if code == 0 else None
+        except (StackError, OSError) as error:
+            self._refuse(job, error)
+            return
+        self._report(job)
+
+    def _refuse(self, job: Job, error: Exception) -> None:
+        """A job that failed here, before its own command could say why."""
+        job.state, job.exit_code = FAILED, error.exit_code if isinstance(error, StackError) else RankFailure.exit_code
+        job.fault = f"{type(error).__name__}: {error}"
         self._report(job)
 
     def _stop(self) -> None:

@@ -17,7 +17,7 @@ import psutil
 
 from stack.config import multirun
 from stack.config.multirun import Request
-from stack.config.places import settled
+from stack.config.places import absolute, settled
 from stack.errors import ConfigError, RankFailure, Requeue, StackError, UsageError
 from stack.health.orphan import is_alive
 from stack.launch.follow import SIGNALLED
@@ -107,9 +107,9 @@ class _Work:
         return [self._known[job.id].objective for job in asked]
 
     def _tell(self, job: Job) -> None:
-        with (self._folder / "sweep.jsonl").open("a") as file:
+        # Whoever read the output may be gone, or the disk be full; the jobs are not for that.
+        with contextlib.suppress(OSError), (self._folder / "sweep.jsonl").open("a") as file:
             file.write(json.dumps({"time": time.time(), **job.row()}) + "\n")
-        # Whoever read the output may be gone; the jobs are not for that.
         with contextlib.suppress(OSError):
             self.board.changed(job)
 
@@ -141,7 +141,7 @@ def _folder(request: Request) -> Path:
     if request.is_optuna and cfg.train.eval_every == 0:
         raise ConfigError("train.eval_every=0: Optuna needs each job's held-out loss; use train.eval_every=20")
     if request.folder is not None:
-        return Path(request.folder).expanduser().absolute()
+        return Path(absolute("hydra.sweep.dir", request.folder))
     return Path(cfg.run.root) / cfg.run.name / "sweeps" / request.id
 
 

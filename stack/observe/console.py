@@ -88,8 +88,8 @@ class Console:
         self._print(_join(_cells(record, self._total_steps, self._step_width)))
 
     def _print(self, text: str, style: str = "") -> None:
-        # A stream has none where it is text in memory.
-        encoding = self._out.encoding or "utf-8"
+        # What a stream cannot show must not end a run.
+        encoding = self._out.encoding or "ascii"
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         if self._rich is not None:
             self._rich.print(Text(text, style=style), soft_wrap=True)

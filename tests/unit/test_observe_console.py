@@ -90,6 +90,13 @@ def test_every_line_is_flushed() -> None:
     assert out.seen.endswith("a note\n")
 
 
+@pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "runs/\u00fcn\u00ef"), ("ascii", "runs/\\xfcn\\xef")])
+def test_a_path_is_shown_as_the_stream_can(encoding, shown) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    Console(10, log_every=1, out=out).note("runs/\u00fcn\u00ef")
+    assert out.buffer.getvalue().decode(encoding) == f"{shown}\n"
+
+
 def test_a_terminal_gets_a_bar_with_an_eta_and_ends_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")

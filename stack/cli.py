@@ -145,6 +145,31 @@ _ARGUMENTS = {
     "doctor": "[--parity] ",
     "wandb-sync": "RUN_DIR ",
 }
+#: What `stack VERB --help` shows, with the keys that one most likely looks for.
+_EXAMPLES = {
+    "plan": ["stack plan experiment=70b", "stack plan parallel.pipeline=4 parallel.zero=3 launch.ranks_per_node=8"],
+    "data": ["stack data data.source=files data.paths=[texts]", "stack data data.source=hf data.name=ORG/NAME"],
+    "train": [
+        "stack train train.steps=500 precision.dtype=bf16",
+        "stack train launch.hostfile=hosts run.root=/shared/runs",
+        "stack train -m optim.lr=1e-3,3e-3 hydra.launcher.max_parallel=2",
+    ],
+    "resume": [
+        "stack resume RUN_DIR parallel.pipeline=1      # in another layout",
+        "stack resume RUN_DIR train.steps=1000         # to another end",
+        "stack resume RUN_DIR checkpoint.step=400      # from an earlier checkpoint",
+        "stack resume RUN_DIR batch.global_size=64 checkpoint.allow=[batch]",
+    ],
+    "export": ["stack export RUN_DIR OUT export.dtype=bf16", "stack export RUN_DIR OUT checkpoint.step=400"],
+    "eval": [
+        "stack eval RUN_DIR train.eval_sequences=1000",
+        "stack eval RUN_DIR checkpoint.step=400",
+        "stack eval OUT",
+    ],
+    "verify": ["stack verify RUN_DIR"],
+    "doctor": ["stack doctor launch.hostfile=hosts", "stack doctor --parity parallel.pipeline=4"],
+    "wandb-sync": ["stack wandb-sync RUN_DIR log.wandb.timeout_s=600"],
+}
 
 
 def _run_and_overrides(verb: str, arguments: Sequence[str]) -> tuple["RunDir", list[str]]:
@@ -156,7 +181,8 @@ def _run_and_overrides(verb: str, arguments: Sequence[str]) -> tuple["RunDir", l
     from stack.train.rundir import RunDir
 
     if not arguments or "=" in arguments[0]:
-        raise UsageError(f"stack {verb} needs a run directory; write stack {verb} runs/NAME/RUN_ID")
+        out = " OUT" if verb == "export" else ""
+        raise UsageError(f"stack {verb} needs a run directory; write stack {verb} runs/NAME/RUN_ID{out}")
     path, *rest = arguments
     # Resolved: checkpoints may be kept elsewhere by the name that the folder really has.
     try:
@@ -167,7 +193,8 @@ def _run_and_overrides(verb: str, arguments: Sequence[str]) -> tuple["RunDir", l
     if not is_run:
         inside = sorted(Path(path).glob("*/config.yaml")) or sorted(Path(path).glob("*/*/config.yaml"))
         hint = f"; did you mean {inside[-1].parent}?" if inside else "; its path is what stack train prints first"
-        raise UsageError(f"{path} is no run directory, it has no config.yaml{hint}")
+        what = "no run directory and no export" if verb == "eval" else "no run directory"
+        raise UsageError(f"{path} is {what}, it has no config.yaml{hint}")
     return run, rest
 
 
@@ -225,7 +252,8 @@ def _dispatch(arguments: list[str]) -> int:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         raise UsageError(f"{verb}: no such verb; use {close[0] if close else ', '.join(VERBS)}")
     if any(word in ("-h", "--help") for word in overrides):
-        print(f"usage: stack {verb} {_ARGUMENTS.get(verb, '')}[OVERRIDES]\n\n{VERBS[verb].__doc__}")
+        print(f"usage: stack {verb} {_ARGUMENTS.get(verb, '')}[OVERRIDES]\n\n{VERBS[verb].__doc__}\n")
+        print("\n".join(f"  {example}" for example in _EXAMPLES[verb]))
         return 0
     return VERBS[verb](overrides)
 

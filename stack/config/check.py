@@ -248,7 +248,8 @@ def _split_rules(config: Config) -> None:
 def _schedule_rules(config: Config) -> None:
     steps, schedule = config.train.steps, config.schedule
     if schedule.warmup_steps > steps:
-        refuse("schedule.warmup_steps", schedule.warmup_steps, f"more than train.steps={steps}; at most {steps}")
+        why = f"more than train.steps={steps}; add schedule.warmup_steps={steps // 10}, at most {steps}"
+        refuse("schedule.warmup_steps", schedule.warmup_steps, why)
     left = steps - schedule.warmup_steps
     if schedule.decay_steps > left:
         why = f"more than the steps after warm-up, train.steps={steps} less schedule.warmup_steps="

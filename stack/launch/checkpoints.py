@@ -111,7 +111,7 @@ def _newest(root: Path, step: int | str) -> tuple[Path, Manifest]:
     """
     there = manifests.steps(root)
     if not there:
-        raise CheckpointError(f"{root} holds no checkpoint; train with checkpoint.every=50")
+        raise CheckpointError(f"{root} holds no checkpoint; train further, or save more often (checkpoint.every)")
     manifests.check_step(step, there, where=root)
     folder = manifests.folder_of(root, there[-1] if step == "auto" else int(step))
     return folder, manifests.read(folder)

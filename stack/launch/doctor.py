@@ -46,7 +46,10 @@ def examine(overrides: Sequence[str], *, parity: bool) -> int:
             return HostError.exit_code
     dtypes = _DTYPES[cfg.precision.dtype] if parity else []
     checked = miniature(cfg, plan) if parity else cfg
-    return driver.check(checked, rundir.create_check(folder, checked, driver.plan_of(checked), parity=dtypes))
+    code = driver.check(checked, rundir.create_check(folder, checked, driver.plan_of(checked), parity=dtypes))
+    if code == 0:
+        print(f"all is well: {plan.world_size} ranks on {plan.nodes} {'host' if plan.nodes == 1 else 'hosts'}")
+    return code
 
 
 def _are_well(reports: Sequence[Report]) -> bool:
@@ -64,7 +67,8 @@ def _are_well(reports: Sequence[Report]) -> bool:
     faults = [line for report in reports for line in report.faults]
     for line in faults:
         print(f"HostError: {line}", file=sys.stderr)
-    print(flush=True)
+    if not faults:
+        print(flush=True)
     return not faults
 
 

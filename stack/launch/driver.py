@@ -30,6 +30,7 @@ from stack.plan.report import render
 from stack.train import rundir
 from stack.train.inputs import course, open_batches
 from stack.train.lock import RunLock
+from stack.train.lr import learning_rate
 from stack.train.rundir import RunDir
 
 #: A run's config in a folder that `stack export` wrote.
@@ -70,9 +71,13 @@ def resume(run: RunDir, overrides: Sequence[str]) -> int:
     with RunLock(run.path):
         plan = plan_of(cfg)
         corpus = _corpus(cfg, plan, run.corpus if cfg.data == before.data else None)
-        _check_goes_on(cfg, before, run, corpus)
+        step = _check_goes_on(cfg, before, run, corpus)
         with stop_requests() as requests:
             rundir.begin_again(run, cfg, plan, corpus=corpus)
+            if step and (note := jump(cfg, before, step)):
+                with run.notes.open("a") as notes:
+                    notes.write(f"{note}\n")
+                print(note)
             return _launch(cfg, plan, run, requests)
 
 
@@ -94,7 +99,7 @@ def evaluate(folder: Path, overrides: Sequence[str]) -> int:
     else:
         checkpoints, parent = manifest.root_of(cfg.checkpoint.path, run.path), folder / EVALUATIONS
         if not manifest.steps(checkpoints):
-            raise CheckpointError(f"{folder} has no checkpoint to evaluate; train with checkpoint.every=50")
+            raise CheckpointError(f"{folder} has saved no checkpoint to evaluate; train further, or save more often")
         known = run.corpus if cfg.data == from_yaml(run.config).data else None
     plan = plan_of(cfg)
     corpus = _corpus(cfg, plan, known)
@@ -142,8 +147,26 @@ def _check_weights(cfg: Config) -> None:
         open_weights(cfg)
 
 
-def _check_goes_on(cfg: Config, before: Config, run: RunDir, corpus: Path) -> None:
-    """What can be refused before anything is changed. The ranks then read the checkpoint itself."""
+def jump(cfg: Config, before: Config, step: int) -> str | None:
+    """What becomes of the learning rate after `step` where a run goes on to another end, or with another schedule; None
+    where it goes on as it would have."""
+
+    def rate(of: Config, number: int) -> float:
+        return learning_rate(number, of.train.steps, optim=of.optim, schedule=of.schedule)
+
+    last, now = rate(before, step - 1), rate(cfg, step)
+    if now == (rate(before, step) if step < before.train.steps else last):
+        return None
+    ends = f"{cfg.schedule.kind} schedule to step {cfg.train.steps} after one to {before.train.steps}"
+    return f"{ends}: the learning rate goes from {last:.2e} to {now:.2e}; schedule=constant or wsd goes on evenly"
+
+
+def _check_goes_on(cfg: Config, before: Config, run: RunDir, corpus: Path) -> int | None:
+    """What can be refused before anything is changed. The ranks then read the checkpoint itself.
+
+    Returns:
+        The step of the checkpoint, as far as it can be seen from here; None where there is none.
+    """
     root, old = (manifest.root_of(c.checkpoint.path, run.path) for c in (cfg, before))
     there = manifest.steps(root)
     if not there and root != old and manifest.steps(old):
@@ -167,14 +190,15 @@ def _check_goes_on(cfg: Config, before: Config, run: RunDir, corpus: Path) -> No
                 f"{run.path} is at step {candidate} and train.steps={cfg.train.steps}: nothing is left to do; to go on "
                 f"add train.steps={2 * candidate}"
             )
-        return
+        return candidate
+    return None
 
 
 def _launch(cfg: Config, plan: Plan, run: RunDir, requests: list[signal.Signals]) -> int:
     """Starts the ranks, follows them to their end, and returns the exit code."""
     console = Console(cfg.train.steps, log_every=cfg.train.log_every)
     try:
-        print(render(plan, cfg), end="\n\n")
+        print(render(plan, cfg) if _trains(run) else plan.summary, end="\n\n")
         console.start(f"run {run.path}")
         failure = _follow(cfg, plan, run, console, requests)
     except BrokenPipeError:
@@ -188,7 +212,7 @@ def _launch(cfg: Config, plan: Plan, run: RunDir, requests: list[signal.Signals]
     finally:
         with contextlib.suppress(OSError):
             console.close()
-    return _close(run, console, failure)
+    return _close(cfg, run, console, failure)
 
 
 def _follow(cfg: Config, plan: Plan, run: RunDir, console: Console, requests: list[signal.Signals]) -> Failure | None:
@@ -199,8 +223,12 @@ def _follow(cfg: Config, plan: Plan, run: RunDir, console: Console, requests: li
     console.note(f"starting {plan.world_size} ranks with {_STARTERS[cfg.launch.backend]} on {place.shown}")
     orders = [(host, _order(cfg, run, place, node)) for node, host in enumerate(place.hosts)]
     with agents(orders, run) as started:
-        saves = cfg.checkpoint.every > 0 and not run.evaluation.exists() and not run.check.exists()
+        saves = cfg.checkpoint.every > 0 and _trains(run)
         return follow(started, run, console, requests, grace_s=cfg.launch.grace_s, saves=saves)
+
+
+def _trains(run: RunDir) -> bool:
+    return not run.evaluation.exists() and not run.check.exists()
 
 
 def _order(cfg: Config, run: RunDir, place: Place, node: int) -> Order:
@@ -227,7 +255,7 @@ def _environment(cfg: Config, host: Host, interface: str | None) -> dict[str, st
     return {**{name: interface for name in names if name not in os.environ}, **given}
 
 
-def _close(run: RunDir, console: Console, failure: Failure | None) -> int:
+def _close(cfg: Config, run: RunDir, console: Console, failure: Failure | None) -> int:
     """Writes FAILED.json or SAVED.json if need be, tells the user, and returns the exit code."""
     if failure is None or run.done.exists():
         console.close(_told(run))
@@ -240,6 +268,9 @@ def _close(run: RunDir, console: Console, failure: Failure | None) -> int:
         culprit, where = f"rank {failure.rank}: ", f"\nlog: {run.rank(failure.rank) / 'log.txt'}"
     elif failure.host is not None:
         where = f"\nlog: {run.launcher_log(failure.host)}"
+    elif failure.type == "Interrupted" and _trains(run):
+        kept = manifest.steps(manifest.root_of(cfg.checkpoint.path, run.path))
+        where = f"\nto go on from step {kept[-1]}: stack resume {run.path}" if kept else ""
     first_line = failure.message.strip().splitlines()[0]
     # The reader of the output may have ended first, by the same Ctrl-C.
     with contextlib.suppress(OSError):

@@ -78,10 +78,9 @@ def _send(session: Session, close: Callable[[], None]) -> int:
         # The library's exit hook would go on waiting for the server.
         library.kill()
         if isinstance(error, library.failures()):
-            raise StackError(
-                f"W&B did not take the run: {library.describe(error)}; check WANDB_API_KEY and WANDB_BASE_URL, or give "
-                "it more time with log.wandb.timeout_s=600"
-            ) from error
+            late = isinstance(error, TimeoutError)
+            help_ = "give it more time with log.wandb.timeout_s=600" if late else "check WANDB_API_KEY, WANDB_BASE_URL"
+            raise StackError(f"W&B did not take the run ({library.describe(error)}); {help_}") from error
         raise
     return session.sent
 

@@ -1,5 +1,6 @@
 """Whatever ends a run early: the exit code and FAILED.json say why, and no process is left."""
 
+import re
 import shutil
 import signal
 import time
@@ -114,13 +115,14 @@ def test_a_rank_that_hangs_is_a_hang(running):
 
 
 def test_ctrl_c_again_and_again_leaves_nothing_behind(running):
-    command = running({"launch.grace_s": 2})
+    command = running({"launch.grace_s": 2, "checkpoint.every": 2, "checkpoint.async_save": False})
     command.rank(1).suspend()  # does not see SIGTERM: only SIGKILL ends it
     for _ in range(5):
         command.send(signal.SIGINT)
         time.sleep(0.3)
 
     assert_failed(command, 130, "Interrupted", "stopped by Ctrl-C")
+    assert re.search(rf"to go on from step \d+: stack resume {command.run}", command.stdout)
 
 
 def test_ctrl_c_before_the_ranks_are_up(start):

@@ -80,6 +80,8 @@ def test_resume_in_another_layout_goes_on(run, tmp_path):
     done = stack(tmp_path, "resume", run, "train.steps=6", "parallel.pipeline=1", "parallel.zero=2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from" in done.stdout
+    assert "cosine schedule to step 6 after one to 4: the learning rate goes from 3.00e-04 to" in done.stdout
+    assert "cosine schedule to step 6" in (run / "notes.txt").read_text()
     rows = latest(read(run / "metrics.jsonl"))
     assert [(row.step, row.attempt) for row in rows] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2)]
     assert rows[-1].tokens_total == 6 * 8 * 32

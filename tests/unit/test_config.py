@@ -144,7 +144,7 @@ data.source=files -> data.paths=[] | data.source=files needs some, for example d
 data.source=hf -> data.name=null | data.source=hf needs one, for example data.name=HuggingFaceFW/fineweb-edu
 data.paths=[a.txt] | not read with data.source=python_stdlib; add data.source=files
 data.name=c4 | not read with data.source=python_stdlib; add data.source=hf
-schedule.warmup_steps=201 | more than train.steps=200; at most 200
+schedule.warmup_steps=201 | more than train.steps=200; add schedule.warmup_steps=20, at most 200
 schedule.decay_steps=190 | more than the steps after warm-up, train.steps=200 less schedule.warmup_steps=20; at most 180
 model.attention=flash_attention_2 | its kernels have no fp32; add precision=bf16, or use model.attention=sdpa
 model.config.max_position_embeddings=128 -> data.seq_len=256 | longer than model.config.max_position_embeddings=128; \

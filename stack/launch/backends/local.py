@@ -1,4 +1,4 @@
-"""No launcher: the ranks of this host, one process each. The fastest start, and the one to copy for a new backend."""
+"""No launcher: the ranks of this host, one process each. The one to copy for a new backend."""
 
 import sys
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from stack.checkpoint import manifest
 from stack.observe.jsonl import latest, read
 from tests.helpers.runs import STACK, Command
 
@@ -114,12 +115,13 @@ def test_what_resume_refuses_it_leaves_as_it_was(run, tmp_path, change, code, wo
 def test_eval_takes_no_older_checkpoint_in_silence(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    shard = next(copy.glob("checkpoints/step-*4/rank-00000.safetensors"))
+    before, newest = manifest.steps(copy / "checkpoints")[-2:]
+    shard = manifest.folder_of(copy / "checkpoints", newest) / "rank-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     done = stack(tmp_path, "eval", copy)
     assert done.returncode == 6, done.stdout + done.stderr
-    assert "checkpoint of step 4 is passed over" in done.stdout
-    assert "the newest whole one: checkpoint.step=2" in done.stdout
+    assert f"checkpoint of step {newest} is passed over" in done.stdout
+    assert f"the newest whole one: checkpoint.step={before}" in done.stdout
 
 
 @pytest.mark.parametrize("text", ["", "checkpoint: 3\n", "checkpoint: {path: 5}\n"])

@@ -10,6 +10,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -160,12 +161,13 @@ def _ask_to_save(
 ) -> None:
     """Asks each rank of this host once, as soon as it has said who it is; one that trains is enough for all."""
     signal_ranks((rank for number, rank in known.items() if number not in asked), signal.SIGTERM)
-    asked |= known.keys()
-    if not asked and any((run.rank(rank) / "rank.json").exists() for rank in order.ranks):
-        # All are elsewhere, on hosts of Slurm's. Its srun kills the ranks on SIGTERM, and passes SIGUSR1 on to them.
+    asked.update(known)
+    places = [about["host"] for rank in order.ranks if (about := rundir.read_json(run.rank(rank) / "rank.json"))]
+    if not asked and places and socket.gethostname() not in places:
+        # They are elsewhere, on hosts of Slurm's. Its srun kills the ranks on SIGTERM, and passes SIGUSR1 on to them.
         for launcher in launchers:
             launcher.send_signal(signal.SIGUSR1)
-        asked |= {*order.ranks}
+        asked.update(order.ranks)
 
 
 def _ended(run: RunDir, order: Order, known: dict[int, Rank], launchers: list[subprocess.Popen]) -> list[Ended]:

@@ -19,7 +19,8 @@ def test_hosts_ranks_and_parity(tmp_path):
     header, host = done.stdout.splitlines()[:2]
     assert header.split()[:2] == ["host", "address"]
     assert host.split()[:2] == ["localhost", "ok"]
-    links, fp32, bf16 = done.stdout.splitlines()[-3:]
+    links, fp32, bf16, verdict = done.stdout.splitlines()[-4:]
+    assert verdict == "all is well: 2 ranks on 1 host"
     assert links.startswith("2 ranks on 1 host (gloo): ring ")
     assert fp32.startswith("parity fp32, PP2 x DP1, ZeRO-3, 1f1b: worst relative difference ")
     assert fp32.endswith(": ok")

@@ -28,7 +28,8 @@ def test_parity_of_one_stage_on_each_host(doctor, hosts):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split()[:4] for line in done.stdout.splitlines()[1:3]]
     assert rows == [["host-a", "ok", "192.0.2.1", "(wire0)"], ["host-b", "ok", "192.0.2.2", "(wire0)"]]
-    links, parity = done.stdout.splitlines()[-2:]
+    links, parity, verdict = done.stdout.splitlines()[-3:]
+    assert verdict == "all is well: 2 ranks on 2 hosts"
     assert links.startswith("2 ranks on 2 hosts (gloo): ring ")
     assert parity.startswith("parity fp32, PP2 x DP1, ZeRO-3, 1f1b")
     assert parity.endswith(": ok")

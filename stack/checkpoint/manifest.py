@@ -10,7 +10,6 @@ was damaged later. Nothing here imports torch: the driver reads manifests before
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from typing import Any, Self
 
 from stack.config.schema import Config
 from stack.config.values import show
+from stack.disk import checksum
 from stack.errors import CheckpointError
 
 FORMAT = 1
@@ -80,7 +80,7 @@ class Manifest:
     def to_json(self) -> str:
         """The content of manifest.json, with a checksum over all of it."""
         content = json.loads(json.dumps(dataclasses.asdict(self)))
-        return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
+        return json.dumps({**content, "checksum": checksum(content)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:
@@ -95,10 +95,10 @@ class Manifest:
             raise CheckpointError("is damaged, it is not JSON") from error
         if not isinstance(content, dict):
             raise CheckpointError("is damaged, it is not a manifest")
-        checksum = content.pop("checksum", None)
+        stored = content.pop("checksum", None)
         if type(content.get("format")) is int and content["format"] > FORMAT:
             raise CheckpointError(f"has format {content['format']}, and this version reads {FORMAT}; use a newer stack")
-        if checksum != _checksum(content) or content.get("format") != FORMAT:
+        if stored != checksum(content) or content.get("format") != FORMAT:
             raise CheckpointError("is damaged, its checksum does not match")
         content["files"] = tuple(File(**file) for file in content["files"])
         content["parameters"] = {
@@ -236,8 +236,3 @@ def check_same_course(
                 f"{name}={show(now)} is not the {show(before)} of {where}; use {name}={show(before)}, "
                 f"or add checkpoint.allow=[{group}] to go on with another"
             )
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-    return hashlib.blake2b(text, digest_size=16).hexdigest()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stack.checkpoint.manifest import folder_of
 from stack.config.schema import Checkpoint
+from stack.disk import sync
 from stack.errors import CheckpointError
 
 #: Begins the names of folders that are being made or deleted.
@@ -70,12 +71,3 @@ def set_aside(root: Path, step: int, name: str) -> Path:
     except OSError as error:
         raise CheckpointError(f"{folder_of(root, step)} cannot be renamed ({error.strerror}), and must be") from error
     return aside
-
-
-def sync(folder: Path) -> None:
-    """Brings the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,5 @@
 """Saving: the state of all ranks as one checkpoint, at once or in the background; a failed save loses nothing."""
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from stack.checkpoint.load import reason
 from stack.checkpoint.manifest import File, Manifest, Parameter
 from stack.checkpoint.storage import SaveSlices, Slice, Writer, slices_of
 from stack.config.schema import Checkpoint
+from stack.disk import sync
 from stack.errors import CheckpointError
 from stack.parallel.rank_engine import RankEngine
 
@@ -197,16 +197,14 @@ class Saver:
         parameters = {name: Parameter(shape, tuple(sorted(places[name]))) for name, shape in self._shapes.items()}
         manifest = Manifest(**facts, time=time.time(), files=tuple(files), parameters=parameters)
         path = folder / manifests.MANIFEST
-        with path.open("w") as file:
-            file.write(manifest.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        retention.sync(folder)
+        path.write_text(manifest.to_json())
+        sync(path)
+        sync(folder)
         self._phase("save.before_rename", manifest.step)
         if manifests.folder_of(self._root, manifest.step).exists():
             retention.delete(self._root, manifest.step)
         folder.rename(manifests.folder_of(self._root, manifest.step))
-        retention.sync(self._root)
+        sync(self._root)
         self._retain()
 
     def _retain(self) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from stack.config.schema import Data
 from stack.data import sources, tokenizer
+from stack.disk import checksum
 from stack.errors import DataError
 
 FORMAT = 1
@@ -45,7 +46,7 @@ def made_from(cfg: Data, *, seed: int) -> dict[str, Any]:
 
 def fingerprint(recipe: dict[str, Any]) -> str:
     """32 hexadecimal digits of BLAKE2b over `recipe` (what `made_from` returns)."""
-    return hashlib.blake2b(_canonical(recipe), digest_size=16).hexdigest()
+    return checksum(recipe)
 
 
 def folder_of(cfg: Data, recipe: dict[str, Any]) -> Path:
@@ -84,7 +85,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} is damaged, it is not JSON; {AGAIN}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{path} is damaged or of another format than {FORMAT}; {AGAIN}")
-    if manifest.pop("checksum", None) != _checksum(manifest):
+    if manifest.pop("checksum", None) != checksum(manifest):
         raise DataError(f"{path} is damaged, its checksum does not match; {AGAIN}")
     for file in manifest["files"]:
         part = folder / file["path"]
@@ -110,7 +111,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes `manifest.json`, with a checksum over its own content."""
-    text = json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1)
+    text = json.dumps({**manifest, "checksum": checksum(manifest)}, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -118,14 +119,6 @@ def hash_file(path: Path) -> str:
     """BLAKE2b of a file's content, 32 hexadecimal digits."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    return hashlib.blake2b(_canonical(manifest), digest_size=16).hexdigest()
 
 
 def _label(cfg: Data) -> str:

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import hashlib
-import os
 import secrets
 import shutil
 from array import array
@@ -20,6 +19,7 @@ from stack.config.schema import Data
 from stack.data import manifest, sources, tokenizer
 from stack.data.manifest import locate
 from stack.data.progress import Meter, say
+from stack.disk import sync, sync_tree
 from stack.errors import DataError
 
 __all__ = ["locate", "prepare"]
@@ -118,29 +118,15 @@ def _make(cfg: Data, recipe: dict[str, Any], target: Path, *, progress: bool) ->
         _write(cfg, recipe, folder, progress=progress)
         if manifest.made_from(cfg, seed=recipe["seed"]) != recipe:
             raise DataError(f"data.source={cfg.source} changed while it was read; let it rest and {manifest.AGAIN}")
-        _fsync_tree(folder)
+        sync_tree(folder)
         if target.exists():
             damaged = _temporary(target)
             target.rename(damaged)
             shutil.rmtree(damaged)
         folder.rename(target)
-        _fsync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _fsync_tree(folder: Path) -> None:
-    for place, _, names in os.walk(folder):
-        for path in (*(Path(place, name) for name in names), Path(place)):
-            _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # Documents to shards

@@ -18,6 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from stack.config.families import FAMILIES
 from stack.config.model_folder import INDEX, SINGLE, local_folder
 from stack.config.schema import Config
+from stack.disk import sync, sync_tree
 from stack.errors import UsageError
 from stack.models import tensorfile
 from stack.models.build import whole_model
@@ -187,24 +188,15 @@ def _whole_folder(out: Path, size: int) -> Iterator[Path]:
                 f"{out} needs {size / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB; name one elsewhere"
             )
         yield partial
-        for path in (*partial.rglob("*"), partial):
-            _sync(path)
+        sync_tree(partial)
         partial.replace(out)
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise UsageError(f"{out} cannot be written ({error.strerror}); name a folder that can be") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

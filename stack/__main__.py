@@ -2,7 +2,7 @@
 
 import sys
 
-from stack.cli import main
+from stack.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -204,7 +204,7 @@ def test_the_printed_plan_gives_a_reason_for_each_number():
 
 def test_planning_imports_neither_torch_nor_deepspeed():
     code = (
-        "import sys; from stack.cli import main; main(['plan', 'experiment=405b_plan']);"
+        "import sys; from stack.cli.main import main; main(['plan', 'experiment=405b_plan']);"
         "print({'torch', 'deepspeed', 'transformers'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

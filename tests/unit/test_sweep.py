@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from stack.cli import main
+from stack.cli.main import main
 from stack.config.compose import compose, to_yaml
 from stack.config.multirun import job_id, read
 from stack.errors import ConfigError, LayoutError, StackError

@@ -232,7 +232,13 @@ def check_same_course(
         now, before = course.get(name), manifest.course.get(name)
         group = "batch" if name == "batch.global_size" else "model" if name.startswith("model.") else "data"
         if now != before and group not in cfg.checkpoint.allow:
+            # The text is named by its fingerprint, and a family by its class: neither is what a user would set.
+            use = {
+                "data.source": "the data settings of its run",
+                "model.config.model_type": "the model.name of its run",
+            }
             raise CheckpointError(
-                f"{name}={show(now)} is not the {show(before)} of {where}; use {name}={show(before)}, "
-                f"or add checkpoint.allow=[{group}] to go on with another"
+                f"{name}={show(now)} is not the {show(before)} of {where}; "
+                f"use {use.get(name, f'{name}={show(before)}')}, "
+                f"or add checkpoint.allow={show([*cfg.checkpoint.allow, group])} to go on with another"
             )

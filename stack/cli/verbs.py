@@ -3,12 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from stack.cli.arguments import is_path, run_and_overrides
 from stack.errors import UsageError
-
-if TYPE_CHECKING:
-    from stack.train.rundir import RunDir
 
 #: Hydra's words for a sweep.
 _MULTIRUN = ("-m", "--multirun")
@@ -113,11 +110,11 @@ def train(overrides: Sequence[str]) -> int:
 )
 def resume(arguments: Sequence[str]) -> int:
     """go on with a run from its newest whole checkpoint, in any layout"""
-    from stack.launch import driver
+    from stack.launch import resume
     from stack.launch.sweep.sweep import end_with_sweep
 
     end_with_sweep()
-    return driver.resume(*_run_and_overrides("resume", arguments))
+    return resume.resume(*run_and_overrides("resume", arguments, "RUN_DIR"))
 
 
 @_verb(
@@ -130,10 +127,13 @@ def resume(arguments: Sequence[str]) -> int:
 )
 def export(arguments: Sequence[str]) -> int:
     """write a checkpoint as a Hugging Face folder"""
-    run, rest = _run_and_overrides("export", arguments)
-    out, *overrides = rest or ["="]
-    if "=" in out:
-        raise UsageError("stack export needs the folder to write to; write stack export RUN_DIR OUT")
+    run, rest = run_and_overrides("export", arguments, "RUN_DIR OUT")
+    if not rest or not is_path(rest[0]):
+        raise UsageError(
+            "stack export needs the folder to write to ahead of the overrides; write stack export RUN_DIR OUT (./OUT "
+            "for one that is named like a key of the config)"
+        )
+    out, *overrides = rest
     from stack.launch import checkpoints
     from stack.train import tracking
 
@@ -144,21 +144,26 @@ def export(arguments: Sequence[str]) -> int:
 
 @_verb(
     "eval",
-    "RUN_DIR|EXPORTED",
+    "RUN_DIR|MODEL",
     examples=[
         "stack eval RUN_DIR train.eval_sequences=1000",
         "stack eval RUN_DIR checkpoint.step=400",
-        "stack eval OUT",
+        "stack eval OUT                                # what stack export wrote, on the text of its run",
+        "stack eval FOLDER data.source=files data.paths=[texts] data.seq_len=1024",
     ],
 )
 def evaluate(arguments: Sequence[str]) -> int:
-    """held-out loss and perplexity of a run's checkpoint or of an exported folder"""
-    from stack.launch import driver
+    """held-out loss and perplexity of a run's checkpoint, or of a Hugging Face folder or hub name"""
+    from stack.config.model_folder import is_hub_name
+    from stack.launch import evaluate
 
-    if arguments and (Path(arguments[0]) / driver.EXPORTED).is_file():
-        return driver.evaluate(Path(arguments[0]).resolve(), arguments[1:])
-    run, overrides = _run_and_overrides("eval", arguments)
-    return driver.evaluate(run.path, overrides)
+    if arguments and is_path(arguments[0]):
+        path, *overrides = arguments
+        if is_hub_name(path):
+            return evaluate.evaluate_folder(path, overrides)
+        if (Path(path) / "config.json").is_file():
+            return evaluate.evaluate_folder(str(Path(path).resolve()), overrides)
+    return evaluate.evaluate_run(*run_and_overrides("eval", arguments, "RUN_DIR"))
 
 
 @_verb(
@@ -170,7 +175,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 )
 def verify(arguments: Sequence[str]) -> int:
     """read every checkpoint of a run in full and compare it with its manifest"""
-    run, rest = _run_and_overrides("verify", arguments)
+    run, rest = run_and_overrides("verify", arguments, "RUN_DIR")
     if rest:
         raise UsageError(f"{rest[0]}: stack verify takes a run directory and nothing else")
     from stack.launch import checkpoints
@@ -205,33 +210,7 @@ def doctor(arguments: Sequence[str]) -> int:
 )
 def wandb_sync(arguments: Sequence[str]) -> int:
     """upload all of a run to Weights & Biases; what is there already is not sent again"""
-    run, rest = _run_and_overrides("wandb-sync", arguments)
+    run, rest = run_and_overrides("wandb-sync", arguments, "RUN_DIR")
     from stack.train import tracking
 
     return tracking.sync(run, rest)
-
-
-def _run_and_overrides(verb: str, arguments: Sequence[str]) -> tuple["RunDir", list[str]]:
-    """The run that a verb is about, and what follows it.
-
-    Raises:
-        UsageError: there is no run directory.
-    """
-    from stack.train.rundir import RunDir
-
-    if not arguments or "=" in arguments[0]:
-        out = " OUT" if verb == "export" else ""
-        raise UsageError(f"stack {verb} needs a run directory; write stack {verb} runs/NAME/RUN_ID{out}")
-    path, *rest = arguments
-    # Resolved: checkpoints may be kept elsewhere by the name that the folder really has.
-    try:
-        run = RunDir(Path(path).resolve())
-        is_run = run.config.is_file() and not run.evaluation.exists()
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"{path[:200]} cannot be looked up ({error}); write stack {verb} runs/NAME/RUN_ID") from error
-    if not is_run:
-        inside = sorted(Path(path).glob("*/config.yaml")) or sorted(Path(path).glob("*/*/config.yaml"))
-        hint = f"; did you mean {inside[-1].parent}?" if inside else "; its path is what stack train prints first"
-        what = "no run directory and no export" if verb == "eval" else "no run directory"
-        raise UsageError(f"{path} is {what}, it has no config.yaml{hint}")
-    return run, rest

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from stack.config.families import FAMILIES, base_fields
 from stack.config.kernels import check_kernels
 from stack.config.model_fields import Tree, check_fields, check_rope, union
-from stack.config.model_folder import check_weights
+from stack.config.model_folder import check_weights, is_copy
 from stack.config.places import settled
 from stack.config.schema import Config
 from stack.config.values import Spec, check_value, closest_path, refuse, show, spec_of
@@ -44,10 +44,20 @@ def to_config(raw: Any) -> Config:
     Raises:
         ConfigError: a key is unknown, a value is not one its field allows, or two values contradict each other.
     """
-    config = _build(Config, _check_section("", raw, schema_tree()))
+    config = typed(raw)
     for rule in _RULES:
         rule(config)
     return config
+
+
+def typed(raw: Any) -> Config:
+    """As `to_config`, but each value is judged alone: whether they fit together, and whether a model folder is there,
+    is not asked.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is not one its field allows.
+    """
+    return _build(Config, _check_section("", raw, schema_tree()))
 
 
 @cache
@@ -183,8 +193,8 @@ def _pretrained_rules(config: Config) -> None:
     fields = base_fields(model.name)
     if "quantization_config" in fields:
         refuse("model.name", model.name, "its weights are quantized; give the folder that they were made from")
-    # A hub's weights are not there yet.
-    if (folder := Path(model.name).expanduser()).exists():
+    # The weights of a hub's model are not there yet, and those of a copy in a run directory are in its checkpoints.
+    if (folder := Path(model.name).expanduser()).exists() and not is_copy(folder):
         check_weights(model.name, folder)
     for key in _SHAPING:
         theirs = {**FAMILIES[fields["model_type"]].defaults, **fields}.get(key)

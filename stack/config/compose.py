@@ -20,14 +20,24 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from stack.config.check import Tree, check_fragment, leaves, schema_tree, to_config, unknown_key
-from stack.config.schema import Config
+from stack.config.check import Tree, check_fragment, leaves, schema_tree, to_config, typed, unknown_key
+from stack.config.families import base_fields
+from stack.config.model_folder import check_weights, is_copy
+from stack.config.schema import Config, Data
 from stack.config.values import Spec, closest, one_line, show
 from stack.errors import ConfigError
 
+#: Folder beside a run's config.yaml with a copy of what `model.name` named when the run began, without weights.
+MODEL_COPY = "model"
+#: Keys of `data` that say more about `data.source`.
+SOURCE_KEYS = ("paths", "name", "subset", "split", "text_key")
 
-def compose(overrides: Sequence[str] = ()) -> Config:
+
+def compose(overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
     """The config of a run: `conf/config.yaml`, its groups, then `overrides` in Hydra's grammar.
+
+    Args:
+        values: dotted key -> value, set after the groups and ahead of the overrides of single keys.
 
     Nobody changes a config once it is composed.
 
@@ -44,11 +54,18 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             tree = hydra_compose("config", overrides=choices)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{' '.join(choices) or conf}: {_first_words(error)}") from error
+    with open_dict(tree):
+        for key, value in (values or {}).items():
+            OmegaConf.update(tree, key, value, force_add=True)
     return _typed(tree, [override for override in parsed if override.key_or_group not in groups])
 
 
 def from_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config that `to_yaml` saved, with single keys overridden; group choices belong to a new run.
+    """The config that `to_yaml` saved, with single keys overridden; group choices belong to a new run. What is judged
+    is the result: an override can mend what the file names and is not there any more.
+
+    Where the folder of `model.name` was moved or deleted, and a copy of it lies beside the file (`MODEL_COPY`), the
+    copy takes its place.
 
     Raises:
         ConfigError: the file cannot be read, is not a config of this schema, or an override is wrong.
@@ -58,6 +75,27 @@ def from_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in parsed:
         if override.key_or_group in groups:
             raise ConfigError(f"{override.input_line}: a choice is for a new run; here set its keys one by one")
+    tree = OmegaConf.create(asdict(as_saved(path)))
+    given = {override.key_or_group for override in parsed}
+    if "data.source" in given:
+        _drop_other_source(tree, parsed)
+    if "model.name" not in given:
+        _stand_in(tree, Path(path).parent / MODEL_COPY)
+    try:
+        return _typed(tree, parsed)
+    except ConfigError as error:
+        if parsed:
+            raise
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def as_saved(path: str | Path) -> Config:
+    """The config that `to_yaml` saved, as it is in the file: whether its values fit together, and whether the folders
+    that it names are there, is not asked.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not a config of this schema.
+    """
     try:
         tree = OmegaConf.load(path)
     except OSError as error:
@@ -70,10 +108,33 @@ def from_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if missing or not isinstance(tree, DictConfig):
         raise ConfigError(f"{path}: not a whole saved config; it lacks {', '.join(missing)}")
     try:
-        saved = to_config(OmegaConf.to_container(tree))
+        return typed(OmegaConf.to_container(tree))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return _typed(OmegaConf.create(asdict(saved)), parsed) if parsed else saved
+
+
+def _drop_other_source(tree: DictConfig, overrides: Sequence[Override]) -> None:
+    """Takes away what the saved config says about its source where an override names another one: `data.paths` of one
+    source mean nothing to the next, and are refused there."""
+    source = next(override.value() for override in overrides if override.key_or_group == "data.source")
+    if source != tree.data.source:
+        default = asdict(Data())
+        for key in SOURCE_KEYS:
+            tree.data[key] = default[key]
+
+
+def _stand_in(tree: DictConfig, copy: Path) -> None:
+    """Puts the run's own copy of its model folder in the place of a folder that was moved or deleted. A run that goes
+    on, is exported or evaluated takes the weights from a checkpoint, and needs the fields alone."""
+    if not is_copy(copy):
+        return
+    try:
+        base_fields(tree.model.name)
+        # Of a hub's model nothing may be in this host's cache yet.
+        if tree.model.init == "pretrained" and (folder := Path(tree.model.name).expanduser()).exists():
+            check_weights(tree.model.name, folder)
+    except ConfigError:
+        tree.model.name = str(copy)
 
 
 def saved_value(path: str | Path, key: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,23 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _CONFIG = ("config.json",)
+#: In the copy of a model folder that a run directory keeps: which folder it was copied from. It has no weights.
+_COPIED_FROM = "copied_from.json"
+#: What is copied: all that describes the model, and no weights.
+_DESCRIBING = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json|"
+    r"vocab\.txt|merges\.txt|chat_template\.jinja|.*\.(model|tiktoken)"
+)
 #: What is fetched with the weights. Some hubs also keep them under other names, for other programs.
 _ALL = ("*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 #: Endings of files that may hold a model's weights in a form that is not read here.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` is spelt as a model on the hub, `org/name`, and names nothing on this machine."""
+    return bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.exists()
 
 
 def local_folder(name: str, *, weights: bool) -> Path:
@@ -48,6 +61,14 @@ def check_weights(name: str, folder: Path) -> None:
     """
     if any((folder / file).is_file() for file in (SINGLE, INDEX)):
         return
+    if is_copy(folder):
+        original = json.loads((folder / _COPIED_FROM).read_text(encoding="utf-8"))["model.name"]
+        refuse(
+            "model.name",
+            original,
+            "it was moved or deleted, and there is no checkpoint to take the weights from; add model.name= and the "
+            "folder's new place",
+        )
     convert = f'AutoModelForCausalLM.from_pretrained("{name}").save_pretrained(NEW_FOLDER, safe_serialization=True)'
     there = [path.name for path in sorted(folder.iterdir()) if path.suffix in _OTHER_WEIGHTS] if folder.is_dir() else []
     if there:
@@ -57,6 +78,28 @@ def check_weights(name: str, folder: Path) -> None:
     if folder == Path(name).expanduser():
         refuse("model.name", name, f"its folder holds no {SINGLE}; give a whole folder, or use model.init=scratch")
     refuse("model.name", name, f"it has no {SINGLE} on the hub; if you trust what it has, {convert}")
+
+
+def copy_without_weights(name: str, target: Path) -> None:
+    """Copies what describes a model (config.json, generation_config.json, the tokenizer) from the folder or hub name
+    `name` into the folder `target`, which is made anew. The copy stands for `name` where only the fields are needed.
+
+    Raises:
+        ConfigError: as `local_folder`.
+        OSError: it cannot be copied.
+    """
+    source = local_folder(name, weights=False)
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for file in sorted(source.iterdir()):
+        if _DESCRIBING.fullmatch(file.name) and file.is_file():
+            shutil.copyfile(file, target / file.name)
+    (target / _COPIED_FROM).write_text(json.dumps({"model.name": name}) + "\n", encoding="utf-8")
+
+
+def is_copy(folder: Path) -> bool:
+    """Whether `copy_without_weights` made the folder."""
+    return (folder / _COPIED_FROM).is_file()
 
 
 def _has_config(folder: Path) -> bool:

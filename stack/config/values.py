@@ -95,9 +95,9 @@ def refuse(path: str, value: Any, why: str) -> NoReturn:
     raise ConfigError(f"{path}={show(value)}: {why}")
 
 
-def show(value: Any) -> str:
-    """`value` as a user would write it in an override, on one line and not endless."""
-    return _shorten(_show(value))
+def show(value: Any, longest: int = _LONGEST) -> str:
+    """`value` as a user would write it in an override, on one line and of at most `longest` letters."""
+    return _shorten(_show(value), longest)
 
 
 def one_line(text: object) -> str:

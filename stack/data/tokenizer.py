@@ -65,14 +65,23 @@ def describe(cfg: Data) -> dict[str, Any]:
         if folder.is_file() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", cfg.tokenizer):
             raise DataError(f"data.tokenizer={cfg.tokenizer} is not a folder; use a tokenizer folder, a name, or bpe")
         return {"kind": "hub", "name": cfg.tokenizer}
-    files = sorted(path for path in folder.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
-    if all(file.name == "config.json" for file in files):
+    files = _files(folder)
+    if not has_tokenizer(folder):
         raise DataError(f"data.tokenizer={cfg.tokenizer} holds no tokenizer.json; save a tokenizer there, or use bpe")
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         content = file.read_bytes()
         digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
     return {"kind": "folder", "content": digest.hexdigest()}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a file of a tokenizer."""
+    return any(file.name != "config.json" for file in _files(folder))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
 
 
 def load_or_train(cfg: Data, texts: Iterable[str], folder: Path) -> Tokenizer:

@@ -1,10 +1,10 @@
 """Verbs on a run's checkpoints that start no ranks: export and verify."""
 
+import shlex
 import shutil
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,16 +16,15 @@ from stack.checkpoint import manifest as manifests
 from stack.checkpoint.files import check_file, verify
 from stack.checkpoint.manifest import Manifest
 from stack.checkpoint.storage import whole
-from stack.config.compose import from_yaml, saved_value, to_yaml
-from stack.config.families import FAMILIES
+from stack.config.compose import saved_value
+from stack.config.facts import FACTS, facts
 from stack.config.schema import Config
 from stack.data.manifest import TOKENIZER
-from stack.errors import CheckpointError, DataError
-from stack.launch import driver
-from stack.launch.driver import newest
+from stack.errors import CheckpointError, UsageError
+from stack.health.stopped import SIGNALLED
+from stack.launch.reread import config_of
 from stack.models.build import parameter_shapes
 from stack.models.export import export as export_model
-from stack.plan.shape import model_fields
 from stack.train.rundir import RunDir
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -36,20 +35,20 @@ def export(run: RunDir, out: Path, overrides: Sequence[str]) -> int:
 
     Raises:
         CheckpointError: there is no whole checkpoint, or it was deleted meanwhile.
-        UsageError: `out` is there already and not empty, or cannot be written.
-        DataError: the corpus, whose tokenizer belongs to the model, is gone.
+        UsageError: `out` is there already and not empty, or cannot be written; or the run directory lacks its
+            tokenizer.
     """
-    cfg = from_yaml(run.config, newest(overrides))
+    cfg = config_of(run, overrides)
     root = manifests.root_of(cfg.checkpoint.path, run.path)
-    tokenizer = run.corpus / TOKENIZER
-    if not tokenizer.is_dir():
-        raise DataError(f"{tokenizer} is gone, and belongs to the model; run `stack data` with the run's data settings")
+    if not run.tokenizer.is_dir():
+        copy = shlex.join(["cp", "-r", str(run.corpus / TOKENIZER), str(run.tokenizer)])
+        raise UsageError(f"{run.tokenizer} is gone, and belongs to the model; copy it there again: {copy}")
     # An export that is stopped leaves nothing behind.
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(driver.SIGNALLED + signal.SIGTERM))
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGNALLED + signal.SIGTERM))
     try:
         folder, manifest = _newest(root, cfg.checkpoint.step)
         manifests.check_same_model(manifest, parameter_shapes(cfg), where=folder)
-        written = _export(cfg, folder, manifest, out, tokenizer)
+        written = _export(cfg, folder, manifest, out, run.tokenizer)
     except (FileNotFoundError, SafetensorError) as error:
         raise CheckpointError(f"{folder} went away while it was read ({error}); export again") from error
     finally:
@@ -72,16 +71,8 @@ def _export(cfg: Config, folder: Path, manifest: Manifest, out: Path, tokenizer:
             dtype=getattr(torch, _DTYPES[cfg.export.dtype]),
             tokenizer=tokenizer,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
-            extra={driver.EXPORTED: to_yaml(_without_folder(cfg))},
+            extra={FACTS: facts(cfg)},
         )
-
-
-def _without_folder(cfg: Config) -> Config:
-    """The config with the model's own fields in the place of a folder that may not be there later."""
-    fields = model_fields(cfg.model)
-    family = FAMILIES[fields["model_type"]]
-    own = {name: value for name, value in fields.items() if name in family.fields}
-    return replace(cfg, model=replace(cfg.model, name=fields["model_type"], config=own, init="scratch"))
 
 
 def verify_run(run: RunDir) -> int:

@@ -4,24 +4,32 @@ import json
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from stack.config.compose import to_yaml
+from stack.config.changes import Change, changes
+from stack.config.compose import MODEL_COPY, as_saved, to_yaml
+from stack.config.families import FAMILIES
+from stack.config.model_folder import copy_without_weights
 from stack.config.schema import Config
+from stack.data.manifest import TOKENIZER
 from stack.errors import ConfigError, DataError, Requeue, UsageError
 from stack.plan.layout import Plan
 from stack.plan.report import render
 
 #: Packages whose versions are recorded with a run.
 _RECORDED = ("stack", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "wandb", "hydra-core", "numpy")
+#: Folder of evaluations, inside a run or, those of model folders, beside runs.
+EVALUATIONS = "evaluations"
 #: What belongs to one attempt, and is kept apart when the next one begins.
 _OF_AN_ATTEMPT = (
     *("plan.json", "plan.txt", "env.json", "ds_config.json", "launchers", "ranks"),
@@ -65,6 +73,17 @@ class RunDir:
         return Path(found["folder"])
 
     @property
+    def model(self) -> Path:
+        """Copy of what describes the model folder that the run began with, without weights; there only where
+        `model.name` is no family. `stack.config.compose.from_yaml` takes it where that folder is gone."""
+        return self.path / MODEL_COPY
+
+    @property
+    def tokenizer(self) -> Path:
+        """Copy of the corpus's tokenizer, which belongs to the model from its first step on."""
+        return self.path / TOKENIZER
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -97,6 +116,11 @@ class RunDir:
         return float(found["time"])
 
     @property
+    def evaluations(self) -> Path:
+        """Folder of the run directories that `stack eval` made."""
+        return self.path / EVALUATIONS
+
+    @property
     def evaluation(self) -> Path:
         """There where the ranks evaluate and do not train; says what."""
         return self.path / "evaluation.json"
@@ -105,6 +129,16 @@ class RunDir:
     def check(self) -> Path:
         """There where the ranks only check themselves; says what."""
         return self.path / "check.json"
+
+    @property
+    def resume_command(self) -> str:
+        """What a shell takes to go on with the run."""
+        return f"stack resume {shlex.quote(str(self.path))}"
+
+    @property
+    def trains(self) -> bool:
+        """Whether the directory is of a run, and not of an evaluation or of a check of `stack doctor`."""
+        return not self.evaluation.exists() and not self.check.exists()
 
     @property
     def result(self) -> Path:
@@ -142,6 +176,20 @@ class RunDir:
             (name for name in ("error", "done", "stopped") if (self.rank(rank) / f"{name}.json").exists()), None
         )
 
+    def attempts(self) -> list[Path]:
+        """config.yaml of each attempt, the first one first; the last one is the run's own."""
+        earlier = sorted((f for f in self.path.glob("attempts/*") if f.name.isdigit()), key=lambda f: int(f.name))
+        return [*(folder / "config.yaml" for folder in earlier), self.config]
+
+    def changes(self) -> dict[int, list[Change]]:
+        """In what each attempt but the first differs from the one before it, by its number.
+
+        Raises:
+            ConfigError: the config.yaml of an attempt is damaged.
+        """
+        configs = [asdict(as_saved(file)) for file in self.attempts()]
+        return {number: changes(*pair) for number, pair in enumerate(pairwise(configs), 2)}
+
     def errors(self) -> list[dict[str, Any]]:
         """What failed ranks wrote, the first failure first."""
         found = [read_json(file) for file in self.path.glob("ranks/*/error.json")]
@@ -149,7 +197,8 @@ class RunDir:
 
 
 def create(cfg: Config, plan: Plan, *, corpus: Path) -> RunDir:
-    """Makes a new run directory with config.yaml, plan.json, plan.txt, env.json and corpus.json.
+    """Makes a new run directory with config.yaml, plan.json, plan.txt, env.json, corpus.json, the tokenizer and a copy
+    of the model folder's description: with a checkpoint it is all that an export needs.
 
     Args:
         corpus: folder of the prepared corpus; the ranks read nothing but it.
@@ -160,6 +209,8 @@ def create(cfg: Config, plan: Plan, *, corpus: Path) -> RunDir:
     parent = Path(cfg.run.root).expanduser().absolute() / cfg.run.name
     try:
         run = _new(parent)
+        shutil.copytree(corpus / TOKENIZER, run.tokenizer, copy_function=shutil.copyfile)
+        _copy_model(run, cfg)
         _describe(run, cfg, plan, corpus)
     except OSError as error:
         raise ConfigError(
@@ -218,7 +269,7 @@ def _new(parent: Path) -> RunDir:
 
 def begin_again(run: RunDir, cfg: Config, plan: Plan, *, corpus: Path) -> None:
     """Makes a run directory ready for another attempt: what the last one left goes to `attempts/<its number>/`, but
-    for metrics.jsonl, notes.txt, checkpoints and W&B's files, which go on.
+    for metrics.jsonl, notes.txt, checkpoints, the tokenizer and W&B's files, which go on.
 
     Raises:
         UsageError: it cannot be written. The run is then as it was, or ready but for what the last attempt left.
@@ -234,9 +285,16 @@ def begin_again(run: RunDir, cfg: Config, plan: Plan, *, corpus: Path) -> None:
             if (run.path / name).exists():
                 (run.path / name).replace(made / name)
         made.replace(kept)
+        _copy_model(run, cfg)
         _describe(run, cfg, plan, corpus)
     except OSError as error:
         raise UsageError(f"{run.path} cannot be written ({error.strerror}); make room, or make it writable") from error
+
+
+def _copy_model(run: RunDir, cfg: Config) -> None:
+    """Keeps what describes the model folder, unless the run has nothing but that copy already."""
+    if cfg.model.name not in FAMILIES and Path(cfg.model.name) != run.model:
+        copy_without_weights(cfg.model.name, run.model)
 
 
 def _describe(run: RunDir, cfg: Config, plan: Plan, corpus: Path) -> None:

@@ -1,6 +1,7 @@
 """A run directory as Weights & Biases gets it, while it trains and afterwards."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -60,7 +61,9 @@ def sync(run: RunDir, overrides: list[str]) -> int:
         asking = Session(facts(run, cfg), settings, note=lambda _: None)
         missing = _send(asking, lambda: asking.close(exit_code))
     if missing:
-        raise StackError(f"W&B did not take {missing} of {rows} rows; run stack wandb-sync {run.path} again")
+        raise StackError(
+            f"W&B did not take {missing} of {rows} rows; run stack wandb-sync {shlex.quote(str(run.path))} again"
+        )
     print(f"{rows} rows are in W&B, {sent} of them new")
     return 0
 

@@ -115,7 +115,7 @@ def _train(cfg: Config, plan: Plan, run: RunDir, stop: Stop, *, rank: int, scree
                 )
             if state.step < cfg.train.steps:
                 saved = f"saved on request after step {state.step} of {cfg.train.steps}"
-                raise Requeue(f"{saved}; to go on: stack resume {run.path}")
+                raise Requeue(f"{saved}; to go on: {run.resume_command}")
             # Nobody is done before everybody is; and no rank waits in a group for rank 0's W&B.
             zero.close()
     except (NumericsError, Requeue):

@@ -89,6 +89,7 @@ class Started:
     def __init__(self, cfg: Config, root: Path, notes: Notes) -> None:
         self.cfg = replace(cfg, run=replace(cfg.run, root=str(root)))
         self.plan, self.corpus, self.notes = make_plan(self.cfg), root, notes
+        (root / "tokenizer").mkdir(parents=True)
         self.run: RunDir = None  # type: ignore[assignment]
 
     def begin(self, mode: str, **changed) -> "Started":

@@ -17,6 +17,7 @@ from stack.train.rundir import RunDir
 @pytest.fixture
 def run(tmp_path) -> RunDir:
     cfg = compose([f"run.root={tmp_path}"])
+    (tmp_path / "corpus" / "tokenizer").mkdir(parents=True)
     return rundir.create(cfg, make_plan(cfg), corpus=tmp_path / "corpus")
 
 

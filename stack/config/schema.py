@@ -205,6 +205,8 @@ class Train:
     """Optimizer steps."""
     eval_every: int = _at_least(20, 0)
     """Steps between held-out evaluations; 0 never evaluates. The last step is always evaluated otherwise."""
+    eval_first: bool = False
+    """Also evaluate before the first step, as a row of step 0: what a pretrained model knows before it is tuned."""
     eval_sequences: int = _at_least(64, 1)
     """Held-out sequences in one evaluation (fewer where the held-out split is smaller); it costs whole global
     batches of forwards."""

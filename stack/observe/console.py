@@ -60,7 +60,7 @@ class Console:
 
     def step(self, record: StepRecord) -> None:
         """Takes in one finished step; prints its line if it is due."""
-        first = self._record is None
+        first = self._record is None or self._record.step == 0
         if self._record is not None and record.step <= self._record.step:
             self._pace.clear()  # a later attempt repeats steps; the way back says nothing about the pace
         self._record = record
@@ -105,7 +105,7 @@ class Console:
             f"[{'=' * filled}{' ' * (_BAR_WIDTH - filled)}] {done:>{self._step_width}}/{self._total_steps}",
             f"{_clock(time.monotonic() - self._started)} < {self._eta()}",
         ]
-        if record is not None:
+        if record is not None and record.step:
             parts += [f"loss {record.loss:.4f}", f"{record.tokens_per_s:,.0f} tokens/s"]
         # The ellipsis that rich puts by default is not ASCII.
         return Text("  ".join(parts), style="green", no_wrap=True, overflow="crop")
@@ -125,8 +125,12 @@ def _titles(step_width: int) -> list[str]:
 
 def _cells(record: StepRecord, total_steps: int, step_width: int) -> list[str]:
     """One text a title of `_titles`, each of the title's width; the held-out loss only where there is one."""
+    step = f"{record.step:>{step_width}}/{total_steps}".rjust(len("step"))
+    if record.step == 0:
+        blank = [" " * len(title) for title in _titles(step_width)[1:-1]]
+        return [step, *blank, _number(math.nan if record.heldout_loss is None else record.heldout_loss, 9, 4)]
     cells = [
-        f"{record.step:>{step_width}}/{total_steps}".rjust(len("step")),
+        step,
         _number(record.loss, 9, 4),
         _number(record.grad_norm, 9, 4),
         f"{record.lr:9.2e}",

@@ -38,7 +38,7 @@ class Course:
         while self._steps and self._steps[-1] >= record.step:
             for kept in (self._steps, self._seconds, self._best):
                 kept.pop()
-        if self._last is None or record.attempt != self._last.attempt:
+        if self._last is None or record.attempt != self._last.attempt or self._last.step == 0:
             self._stages = [0.0] * len(record.stage_busy_s or ())
             self._stages_s, self._stage_steps = 0.0, 0
         spent = self._seconds[-1] if self._seconds else 0.0
@@ -53,12 +53,12 @@ class Course:
         self._last = record
 
     def summary(self) -> dict[str, int | float]:
-        """The figures of the whole run; empty before its first step.
+        """The figures of the whole run; empty before its first step is done.
 
         goodput: share of the wall-clock time since the first attempt began that went into steps which were kept: not
             into starts, evaluations, saving, steps that a later attempt repeated, and the time between attempts.
         """
-        if self._last is None:
+        if self._last is None or self._last.step == 0:
             return {}
         figures: dict[str, int | float] = {
             "final_loss": self._last.loss,

@@ -1,6 +1,7 @@
 """The picture of a run, drawn by the run itself: loss against tokens, and the speed it was reached with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -19,39 +20,99 @@ _TRAIN = "#4c78a8"
 _HELDOUT = "#d1495b"
 _SPEED = "#6b8f71"
 _INK = "#333333"
+_MARK = "#8a8a8a"
+#: Attempts that are all marked with words, and changes that one mark lists.
+_MOST_WORDS = 6
+_MOST_CHANGES = 3
 
 
-def draw(records: Sequence[StepRecord], path: Path, *, title: str) -> None:
+def draw(
+    records: Sequence[StepRecord], path: Path, *, title: str, changes: Mapping[int, Sequence[str]] | None = None
+) -> None:
     """Writes a PNG of 1800 x 1040 pixels: training and held-out loss in nats a token above, tokens/s below.
 
-    Steps that a later attempt repeated are drawn once, as they went in the end.
+    A dashed line marks where an attempt began, with the step that it went on from and what had changed. Steps that a
+    later attempt repeated are drawn pale, and as they went in the end over them.
 
-    Raises StackError when there are no records, OSError when the file cannot be written.
+    Args:
+        records: all rows of metrics.jsonl.
+        changes: what each attempt was told otherwise than the one before it, by its number, each a few words.
+
+    Raises StackError when no step is finished, OSError when the file cannot be written.
     """
     rows = latest(records)
-    if not rows:
+    if not any(row.step for row in rows):
         raise StackError(f"{path} would be empty: the run finished no step")
     figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI)
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     loss, speed = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3.2, 1]})
     _draw_loss(loss, rows)
-    _draw_speed(speed, rows)
+    _draw_repeated(loss, records, rows)
+    _draw_speed(speed, [row for row in rows if row.step])
     for axes in (loss, speed):
         _style(axes)
+    begun = [(before, row) for before, row in pairwise(rows) if before.attempt != row.attempt]
+    _draw_attempts(loss, speed, begun, changes or {})
+    # The curve falls, and the words of a late attempt stand above its end.
+    late = any(before.tokens_total > 0.7 * rows[-1].tokens_total for before, _ in begun)
+    loss.legend(loc="center right" if late else "upper right", frameon=False, fontsize=9.5, labelcolor=_INK)
     loss.set_title(title, parse_math=False, loc="left", fontsize=11.5, color=_INK, pad=10)
     figure.align_ylabels()
     figure.savefig(path, format="png")
 
 
 def _draw_loss(axes: Axes, rows: list[StepRecord]) -> None:
-    tokens = [row.tokens_total for row in rows]
-    axes.plot(tokens, [row.loss for row in rows], color=_TRAIN, linewidth=1.0, label="training", marker=_marker(rows))
+    steps = [row for row in rows if row.step]
+    tokens = [row.tokens_total for row in steps]
+    axes.plot(tokens, [row.loss for row in steps], color=_TRAIN, linewidth=1.0, label="training", marker=_marker(steps))
     heldout = [(row.tokens_total, row.heldout_loss) for row in rows if row.heldout_loss is not None]
     if heldout:
         _draw_heldout(axes, heldout)
     axes.set_ylabel("loss (nats/token)")
-    axes.legend(frameon=False, fontsize=9.5, labelcolor=_INK)
+
+
+def _draw_repeated(axes: Axes, records: Sequence[StepRecord], rows: list[StepRecord]) -> None:
+    """Steps that a later attempt took again, a line for each attempt that they were of."""
+    kept = {id(row) for row in rows}
+    label: str | None = "repeated later"
+    for _, attempt in groupby((row for row in records if row.step), key=lambda row: row.attempt):
+        left = [row for row in attempt if id(row) not in kept]
+        if left:
+            tokens, losses = [row.tokens_total for row in left], [row.loss for row in left]
+            axes.plot(
+                tokens, losses, color=_TRAIN, alpha=0.35, linewidth=1.0, label=label, marker=_marker(left), zorder=1
+            )
+            label = None
+
+
+def _draw_attempts(
+    loss: Axes, speed: Axes, begun: list[tuple[StepRecord, StepRecord]], changes: Mapping[int, Sequence[str]]
+) -> None:
+    """Marks where attempts began. Where there are many, only those that changed something have words.
+
+    Args:
+        begun: the last row ahead of each attempt, and its own first one.
+    """
+    for before, row in begun:
+        for axes in (loss, speed):
+            axes.axvline(before.tokens_total, color=_MARK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        changed = list(changes.get(row.attempt, ()))
+        if not changed and len(begun) > _MOST_WORDS:
+            continue
+        more = [f"and {len(changed) - _MOST_CHANGES} more"] if len(changed) > _MOST_CHANGES else []
+        loss.annotate(
+            "\n".join([f"resumed after step {before.step}", *changed[:_MOST_CHANGES], *more]),
+            (before.tokens_total, 0.99),
+            xycoords=loss.get_xaxis_transform(),
+            xytext=(3, 0),
+            textcoords="offset points",
+            rotation=90,
+            fontsize=7.5,
+            color=_MARK,
+            va="top",
+            parse_math=False,
+        )
 
 
 def _draw_heldout(axes: Axes, points: list[tuple[int, float]]) -> None:

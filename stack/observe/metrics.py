@@ -11,13 +11,22 @@ _OPTIONAL = (
     *("heldout_loss", "router_aux_loss", "loss_scale", "checkpoint_stall_s", "checkpoint_write_s"),
     "stage_busy_s",
 )
+#: What only an optimizer step has, and the value that stands for it in the row of step 0; in the file it is absent.
+_NO_STEP: dict[str, Any] = {
+    **dict.fromkeys(("loss", "grad_norm", "lr", "tokens_per_s", "bubble_fraction"), math.nan),
+    "step_time_s": 0.0,
+    "memory_peak_bytes": 0,
+}
 #: JSON has no spelling for these, so they are strings of the kind `float()` reads; any JSON parser takes the file.
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one optimizer step did. Every field is in every row, save those that may be None at the end."""
+    """What one optimizer step did. Every field is in every row, save those that may be None at the end.
+
+    The row of step 0 is an evaluation before the first step (`before_training`).
+    """
 
     step: int
     """Optimizer steps finished, this one included; the first step is 1."""
@@ -60,10 +69,17 @@ class StepRecord:
     stage_busy_s: tuple[float, ...] | None = None
     """Seconds of the step that each rank of the pipe computed, mean over its replicas; absent without a pipeline."""
 
+    @classmethod
+    def before_training(cls, heldout_loss: float, *, attempt: int, time: float) -> Self:
+        """The row of step 0: the held-out loss of the first weights, in nats, and no step."""
+        nothing: dict[str, Any] = {**_NO_STEP, "step": 0, "tokens": 0, "tokens_total": 0, "skipped_steps": 0}
+        return cls(**nothing, mfu=None, attempt=attempt, time=time, heldout_loss=heldout_loss)
+
     def to_dict(self) -> dict[str, Any]:
         """The row as a plain dict in the order of the fields."""
         row = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in row.items() if value is not None or name not in _OPTIONAL}
+        absent = {name for name in _OPTIONAL if row[name] is None} | (set() if self.step else set(_NO_STEP))
+        return {name: value for name, value in row.items() if name not in absent}
 
     def to_json(self) -> str:
         """The row as one line of JSON without its newline; a float reads back with the same bits."""
@@ -85,6 +101,8 @@ class StepRecord:
         for field in fields(cls):
             if field.name in row:
                 values[field.name] = _from_json_value(field.name, field.type, row[field.name])
+            elif field.name in _NO_STEP and row.get("step") == 0:
+                values[field.name] = _NO_STEP[field.name]
             elif field.name not in _OPTIONAL:
                 raise ValueError(f"it has no {field.name}")
         return cls(**values)

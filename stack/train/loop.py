@@ -29,12 +29,15 @@ def train(
     record: Callable[[StepRecord], None],
 ) -> TrainState:
     """Trains from `state` to `cfg.train.steps`, or to the step, saved with it, after which any rank was `asked` to end.
-    Collective; `record` gets one row a step, on every rank.
+    Collective; `record` gets one row a step, on every rank, and with `train.eval_first` one of step 0.
 
     Raises:
         NumericsError: the loss or the gradient norm stopped being finite.
         CheckpointError: several saves in a row failed, or the last one did.
     """
+    if cfg.train.eval_first and state.step == 0:
+        first, _ = evaluate(cfg, engine, heldout, replica)
+        record(StepRecord.before_training(first, attempt=state.attempt, time=time.time()))
     steps = range(state.step, cfg.train.steps)
     with Prefetch(
         lambda step: engine.load(training.train(step, replica)), stop=steps.stop, ahead=cfg.data.prefetch

@@ -7,10 +7,10 @@ from typing import Self, TextIO
 import torch
 
 from stack.config.schema import Config
-from stack.errors import Requeue
+from stack.errors import Requeue, StackError
 from stack.observe.console import Console
 from stack.observe.curve import draw
-from stack.observe.jsonl import MetricsWriter, latest, read
+from stack.observe.jsonl import MetricsWriter, read
 from stack.observe.metrics import StepRecord, mfu, peak_flops
 from stack.observe.wandb.sink import WandbSink, host_number
 from stack.parallel.engine import Engine
@@ -54,10 +54,11 @@ class Recorder:
         return mfu(flops, result.step_time_s, self._plan.world_size, self._peak)
 
     def record(self, record: StepRecord) -> None:
-        """Takes in one finished step."""
+        """Takes in one finished step, or the evaluation ahead of the first one."""
         if not self._writes:
             return
-        if self._first:
+        # Before the first step the engine has seen no gradient.
+        if self._first and record.step:
             self._first = False
             print("dtypes: " + ", ".join(f"{name} {dtype}" for name, dtype in self._engine.dtypes.items()), flush=True)
         self._metrics.write(record)
@@ -80,11 +81,21 @@ class Recorder:
 
     def _draw(self) -> None:
         try:
-            if records := latest(read(self._run.metrics)):
-                draw(records, self._run.curve, title=f"{self._run.path.parent.name}: {self._plan.summary}")
+            records = read(self._run.metrics)
+            if any(record.step for record in records):
+                title = f"{self._run.path.parent.name}: {self._plan.summary}"
+                draw(records, self._run.curve, title=title, changes=self._changes())
         # Days of training are not lost for their picture.
         except Exception as error:  # noqa: BLE001
             self.note(f"no curve: {type(error).__name__}: {error}")
+
+    def _changes(self) -> dict[int, list[str]]:
+        """What each attempt changed, in short."""
+        try:
+            return {number: [change.short for change in found] for number, found in self._run.changes().items()}
+        except StackError:
+            # The config of an earlier attempt is damaged: its marks have no words.
+            return {}
 
     def note(self, text: str) -> None:
         """Takes a line for the user."""

@@ -147,3 +147,16 @@ def test_an_attempt_that_repeats_steps_starts_its_own_pace() -> None:
 
 def test_clock() -> None:
     assert [_clock(seconds) for seconds in (0, 59.6, 3661, 90061)] == ["0:00:00", "0:01:00", "1:01:01", "1d 1:01:01"]
+
+
+def test_an_evaluation_ahead_of_the_first_step_is_a_line_with_its_loss_alone() -> None:
+    out = io.StringIO()
+    play(out, [StepRecord.before_training(7.5, attempt=1, time=1.0), row(1), row(2)])
+    lines = out.getvalue().splitlines()[2:-1]
+    assert [line.split() for line in lines] == [["0/100", "7.5000"], lines[1].split()]
+    assert lines[0].index("7.5000") + len("7.5000") == len(lines[0])
+    assert lines[1].startswith("  1/100     8.2500")
+    assert "nan" not in out.getvalue()
+    terminal = Terminal()
+    play(terminal, [StepRecord.before_training(7.5, attempt=1, time=1.0)])
+    assert "nan" not in terminal.getvalue()

@@ -59,3 +59,16 @@ def test_busy_seconds_read_back_with_the_same_bits() -> None:
     assert StepRecord.from_json(busy.to_json()) == busy
     with pytest.raises(ValueError, match="its stage_busy_s is 3"):
         StepRecord.from_json(row(1).to_json()[:-1] + ', "stage_busy_s": 3}')
+
+
+def test_an_evaluation_ahead_of_the_first_step_is_a_loss_and_no_step() -> None:
+    course = Course(started=1000.0)
+    first = StepRecord.before_training(7.5, attempt=1, time=1001.0)
+    course.add(first)
+    assert course.summary() == {}
+    assert not course.stages()
+    for step in (1, 2):
+        course.add(row(step, stage_busy_s=(1.0, 2.0)))
+    assert course.summary()["best_heldout_loss"] == 7.5
+    assert course.summary()["final_loss"] == row(2).loss
+    assert [line.busy_s for line in course.stages()] == [1.0, 2.0]

@@ -222,3 +222,28 @@ def test_the_room_imports_neither_torch_nor_wandb() -> None:
 def test_a_record_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         row(1).loss = 0.0  # type: ignore[misc]
+
+
+def test_an_evaluation_ahead_of_the_first_step_has_in_the_file_what_it_is_about() -> None:
+    first = StepRecord.before_training(7.5, attempt=1, time=1.5)
+    values = json.loads(first.to_json())
+    assert values == {
+        **{"step": 0, "tokens": 0, "tokens_total": 0, "mfu": None, "skipped_steps": 0},
+        **{"attempt": 1, "time": 1.5, "heldout_loss": 7.5},
+    }
+    back = StepRecord.from_json(first.to_json())
+    assert math.isnan(back.loss)
+    assert back.to_json() == first.to_json()
+    # Of a step nothing may be missing.
+    with pytest.raises(ValueError, match="it has no loss"):
+        StepRecord.from_json(json.dumps({**values, "step": 1}))
+
+
+def test_the_picture_of_a_resumed_run(tmp_path: Path) -> None:
+    records = [StepRecord.before_training(8.0, attempt=1, time=1.0), *(row(step) for step in range(1, 61))]
+    records += [row(step, attempt=2) for step in range(41, 80)] + [row(step, attempt=3) for step in range(80, 101)]
+    for changes in ({}, {2: [], 3: [f"a.b{n} $1 -> 2" for n in range(9)]}):
+        draw(records, tmp_path / "curve.png", title="resumed", changes=changes)
+        assert (tmp_path / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(StackError, match="finished no step"):
+        draw(records[:1], tmp_path / "none.png", title="none")

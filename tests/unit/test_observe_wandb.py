@@ -22,7 +22,7 @@ from stack.config.schema import Config
 from stack.errors import StackError, UsageError
 from stack.observe.jsonl import MetricsWriter, read
 from stack.observe.metrics import StepRecord
-from stack.observe.wandb.session import Facts
+from stack.observe.wandb.session import Facts, Session
 from stack.observe.wandb.sink import WandbSink, host_number
 from stack.plan.layout import make_plan
 from stack.train import rundir, tracking
@@ -572,3 +572,9 @@ def test_the_documented_sweep_gives_overrides() -> None:
     assert sweep["parameters"].keys() == drawn.keys()
     overrides = create_sweep_command_args({"args": drawn})["args_no_hyphens"]
     assert compose(["log=wandb_online", *overrides]).optim.lr == 0.001
+
+
+def test_an_evaluation_ahead_of_the_first_step_is_a_point_of_the_held_out_loss_alone():
+    sent = Session._values(StepRecord.before_training(7.5, attempt=1, time=1.5))
+    figures = {"tokens": 0, "tokens_total": 0, "skipped_steps": 0, "attempt": 1, "time": 1.5}
+    assert sent == {"step": 0, "heldout_loss": 7.5, **figures}

@@ -7,6 +7,8 @@ The job's held-out loss is its optim.lr, and its act is looked up by it:
     interrupt  a checkpoint, then Ctrl-C to whoever runs the sweep, and waits to be stopped
     wait       waits to be stopped, without a checkpoint
     save       a checkpoint, then SIGTERM to whoever runs the sweep, and saves on the one that it gets itself
+    unevaluated  ends well, and the optim.lr is its training loss
+    nan        ends well, with a held-out loss that is not a number
 Each act is for `train`; `resume` goes well.
 """
 
@@ -39,8 +41,10 @@ def main() -> None:
     about = {"lr": lr, "verb": verb, "arguments": arguments, "devices": devices, "run": str(run), "pid": os.getpid()}
     _note(plan, {**about, "event": "began"})
     _meet(plan)
-    _act(plan["acts"].get(lr) if verb == "train" else None, run)
-    row = {**plan["row"], "heldout_loss": float(lr)}
+    act = plan["acts"].get(lr) if verb == "train" else None
+    _act(act, run)
+    losses = {"unevaluated": {"loss": float(lr)}, "nan": {"heldout_loss": "NaN"}}
+    row = {**plan["row"], **losses.get(act, {"heldout_loss": float(lr)})}
     (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     (run / "DONE.json").write_text("{}")
     _note(plan, {**about, "event": "ended"})

@@ -118,7 +118,12 @@ def test_jobs_are_run_once_and_a_repeated_sweep_skips_them(fakes, capsys, tmp_pa
     assert "2 done" in capsys.readouterr().out
     # Hydra made no folder of its own.
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "plan.json", "journal.jsonl"}
-    assert {path.name for path in fakes.folder.iterdir() if path.is_file()} == {"multirun.yaml", "sweep.jsonl", ".lock"}
+    assert {path.name for path in fakes.folder.iterdir() if path.is_file()} == {
+        "multirun.yaml",
+        "sweep.jsonl",
+        "sweep.json",
+        ".lock",
+    }
 
 
 def test_every_job_has_a_folder_of_its_own_and_the_sweeps_group(fakes):
@@ -156,6 +161,35 @@ def test_a_failing_job_fails_alone_and_is_tried_again(fakes, capsys):
     assert fakes.last["optim.lr=0.2"]["run"] == left["optim.lr=0.2"]
     assert fakes.last["optim.lr=0.5"]["run"] != left["optim.lr=0.5"]
     assert Path(left["optim.lr=0.5"], "FAILED.json").exists()
+
+
+def test_the_best_run_is_told_with_the_command_that_goes_on_with_it(fakes, capsys):
+    assert fakes("optim.lr=0.3,0.2,0.1,0.05", acts={"0.1": "fail", "0.05": "nan"}) == 9
+    run = fakes.last["optim.lr=0.2"]["run"]
+    told = capsys.readouterr().out
+    assert "\nbest: held-out loss 0.200000  optim.lr=0.2\n" in told
+    [command] = re.findall("to go on with it: (.*)", told)
+    assert shlex.split(command) == ["stack", "resume", run, "train.steps=10"]
+    assert "3 done, 1 failed" in told
+    kept = json.loads((fakes.folder / "sweep.json").read_text())
+    assert kept["jobs"] == {"done": 3, "failed": 1}
+    best = kept["best"]
+    assert (best["overrides"], best["run"], best["value"]) == (["optim.lr=0.2"], run, 0.2)
+    assert (best["measure"], best["go_on"]) == ("held-out loss", command)
+    # Whoever ranks the lines of sweep.jsonl finds no number there either.
+    assert fakes.last["optim.lr=0.05"]["objective"] is None
+
+
+def test_without_evaluations_the_best_run_has_the_lowest_training_loss(fakes, capsys):
+    assert fakes("optim.lr=0.5,0.2", acts={"0.5": "unevaluated", "0.2": "unevaluated"}) == 0
+    assert "best: training loss 0.200000  optim.lr=0.2" in capsys.readouterr().out
+    assert json.loads((fakes.folder / "sweep.json").read_text())["best"]["loss"] == 0.2
+
+
+def test_a_sweep_without_a_finished_job_has_no_best_run(fakes, capsys):
+    assert fakes("optim.lr=0.5", acts={"0.5": "fail"}) == 9
+    assert "best" not in capsys.readouterr().out
+    assert json.loads((fakes.folder / "sweep.json").read_text())["best"] is None
 
 
 def test_a_run_that_cannot_be_read_fails_alone(fakes, capsys):

@@ -1,6 +1,7 @@
 """The jobs of a sweep on the user's screen: a live table on a terminal, else a line for each change; at the end a table
 sorted by the objective."""
 
+import math
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from stack.errors import StackError
-from stack.launch.sweep.jobs import DONE, FAILED, RUNNING, STOPPED, WAITING, Job, why_failed
+from stack.launch.sweep.jobs import DONE, FAILED, RUNNING, STOPPED, WAITING, Job, best_of, why_failed
 from stack.observe.jsonl import Follower
 from stack.observe.metrics import StepRecord
 
@@ -62,14 +63,17 @@ class Board:
         self._print("  ".join(words))
 
     def close(self, folder: Path) -> None:
-        """Takes the live table away and prints the closing one."""
+        """Takes the live table away, and prints the closing one, the best run and how to go on with it."""
         if self._live is not None:
             self._live.stop()
             self._live = None
         if not self.jobs:
             return
-        best = sorted(self.jobs, key=lambda job: (job.objective is None, job.objective, _ORDER[::-1].index(job.state)))
-        self._print("\n" + _aligned([_TITLES, *map(self._cells, best)]))
+        ranked = sorted(self.jobs, key=_rank)
+        self._print("\n" + _aligned([_TITLES, *map(self._cells, ranked)]))
+        if best := best_of(self.jobs):
+            self._print(f"\nbest: {best.measure} {best.value:.6f}  {best.job.name}")
+            self._print(f"to go on with it: {best.command}")
         counts = Counter(job.state for job in self.jobs)
         told = ", ".join(f"{counts[state]} {state}" for state in (DONE, FAILED, STOPPED, WAITING) if counts[state])
         self._print(f"\n{told}: {folder / 'sweep.jsonl'}")
@@ -84,7 +88,7 @@ class Board:
             job.id,
             _shown(job),
             f"{last.step if last else 0}/{job.cfg.train.steps}",
-            f"{last.loss:.4f}" if last else "",
+            f"{last.loss:.4f}" if last and last.step else "",
             f"{job.objective:.6f}" if job.objective is not None else "",
             _clock(job),
             job.name,
@@ -109,6 +113,12 @@ class Board:
         else:
             self._out.write(text + "\n")
         self._out.flush()
+
+
+def _rank(job: Job) -> tuple[float, float, int]:
+    """The lowest held-out loss first, then the lowest training loss, then those that have neither."""
+    heldout, loss = (math.inf if loss is None else loss for loss in (job.objective, job.loss))
+    return heldout, loss, _ORDER[::-1].index(job.state)
 
 
 def _shown(job: Job) -> str:

@@ -1,11 +1,13 @@
 """One job of a sweep: what it is, what its folder says of it, and the command that runs it."""
 
 import json
+import math
 import os
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,9 @@ class Job:
     """Whether this command `started` or `resumed` it, or `skipped` it since it was done before."""
     exit_code: int | None = None
     objective: float | None = None
+    """Held-out loss that its run ended with, in nats a token; None where it has none that is finite."""
+    loss: float | None = None
+    """Training loss of its run's last step, likewise."""
     fault: str | None = None
     """Why it failed, where that was seen from outside."""
     started: float | None = None
@@ -66,7 +71,7 @@ class Job:
         return RunDir(runs[-1].parent) if runs else None
 
     def row(self) -> dict[str, Any]:
-        """Its line in sweep.jsonl. Times are seconds since 1970; the objective is a loss in nats a token."""
+        """Its line in sweep.jsonl. Times are seconds since 1970."""
         run = self.run
         return {
             "job": self.id,
@@ -75,6 +80,7 @@ class Job:
             "how": self.how,
             "exit_code": self.exit_code,
             "objective": self.objective,
+            "loss": self.loss,
             "run": str(run.path) if run else None,
             "started": self.started,
             "ended": self.ended,
@@ -188,17 +194,50 @@ def is_elsewhere(cfg: Config) -> bool:
     return needs_allocation(cfg) or shares_hosts(cfg)
 
 
-def objective(job: Job) -> float | None:
-    """The last held-out loss of the job's run, in nats a token; None where it has none.
+def losses(job: Job) -> tuple[float | None, float | None]:
+    """The last held-out loss of the job's run, and the training loss of its last step, in nats a token; None for what
+    it does not have or what is not finite, so that no ranking ever puts it first.
 
     Raises:
         StackError: metrics.jsonl is damaged.
     """
     run = job.run
-    if run is None or not run.metrics.exists():
-        return None
-    losses = [row.heldout_loss for row in jsonl.latest(jsonl.read(run.metrics)) if row.heldout_loss is not None]
-    return losses[-1] if losses else None
+    rows = jsonl.latest(jsonl.read(run.metrics)) if run and run.metrics.exists() else []
+    # An evaluation before the first step says nothing of the job.
+    rows = [row for row in rows if row.step]
+    heldout = [row.heldout_loss for row in rows if row.heldout_loss is not None]
+    return _last_finite(heldout), _last_finite([row.loss for row in rows])
+
+
+def _last_finite(values: Sequence[float]) -> float | None:
+    return values[-1] if values and math.isfinite(values[-1]) else None
+
+
+@dataclass(frozen=True)
+class Best:
+    """The job of a sweep with the lowest loss."""
+
+    job: Job
+    measure: str
+    """Which loss that is."""
+    value: float
+
+    @property
+    def command(self) -> str:
+        """What a shell takes to go on with its run, to twice the steps."""
+        assert self.job.run is not None
+        return f"{self.job.run.resume_command} train.steps={2 * self.job.cfg.train.steps}"
+
+
+def best_of(jobs: Sequence[Job]) -> Best | None:
+    """Of the jobs that are done, the one with the lowest held-out loss, or training loss where none was evaluated."""
+    done = [job for job in jobs if job.state == DONE]
+    for measure, of in (("held-out loss", attrgetter("objective")), ("training loss", attrgetter("loss"))):
+        measured = [job for job in done if of(job) is not None]
+        if measured:
+            best = min(measured, key=of)
+            return Best(best, measure, of(best))
+    return None
 
 
 def why_failed(job: Job) -> str:

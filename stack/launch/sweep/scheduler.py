@@ -19,7 +19,7 @@ from stack.launch.sweep.jobs import (
     command,
     is_elsewhere,
     look,
-    objective,
+    losses,
 )
 from stack.launch.sweep.slots import Slots
 
@@ -142,7 +142,7 @@ class Scheduler:
         job.exit_code, job.ended = code if code >= 0 else 128 - code, None if job.how == "skipped" else time.time()
         job.state = DONE if code == 0 else STOPPED if stopped or code == Requeue.exit_code else FAILED
         try:
-            job.objective = objective(job) if code == 0 else None
+            job.objective, job.loss = losses(job) if code == 0 else (None, None)
         except (StackError, OSError) as error:
             self._refuse(job, error)
             return

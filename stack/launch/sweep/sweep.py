@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from stack.health.orphan import is_alive
 from stack.launch.follow import SIGNALLED
 from stack.launch.signals import stop_requests
 from stack.launch.sweep.board import Board
-from stack.launch.sweep.jobs import FAILED, STACK, Job, make_job
+from stack.launch.sweep.jobs import FAILED, STACK, Job, best_of, make_job
 from stack.launch.sweep.scheduler import SWEEP_PID, Scheduler
 from stack.launch.sweep.slots import Slots, check_room, devices_of_a_job
 from stack.train.lock import RunLock
+from stack.train.rundir import write_json
 
 _WATCH_S = 1.0
 
@@ -61,8 +63,7 @@ def sweep(lines: Sequence[str], *, stack: Sequence[str] = STACK) -> int:
             if not any(job.state == FAILED for job in work.board.jobs):
                 raise
         finally:
-            with contextlib.suppress(OSError):
-                work.board.close(folder)
+            work.close()
     saved = any(job.exit_code == Requeue.exit_code for job in work.board.jobs)
     if requests and not (saved and requests == [signal.SIGTERM]):
         return SIGNALLED + requests[0]
@@ -105,6 +106,22 @@ class _Work:
         if self._requests or (fail_fast and any(job.state == FAILED for job in new.values())):
             raise _EndedEarlyError
         return [self._known[job.id].objective for job in asked]
+
+    def close(self) -> None:
+        """Says how the sweep ended, on the screen and in sweep.json."""
+        # Each may fail alone: nobody reads the output any more, or the disk is full.
+        with contextlib.suppress(OSError):
+            self.board.close(self._folder)
+        if self.board.jobs:
+            best = best_of(self.board.jobs)
+            told = (
+                {**best.job.row(), "measure": best.measure, "value": best.value, "go_on": best.command}
+                if best
+                else None
+            )
+            counts = Counter(job.state for job in self.board.jobs)
+            with contextlib.suppress(OSError):
+                write_json(self._folder / "sweep.json", {"time": time.time(), "jobs": dict(counts), "best": told})
 
     def _tell(self, job: Job) -> None:
         # Whoever read the output may be gone, or the disk be full; the jobs are not for that.

@@ -56,7 +56,8 @@ def load_balancing(logits: torch.Tensor, trained: torch.Tensor, top_k: int) -> t
     probabilities = logits.float().softmax(dim=-1)
     chosen = F.one_hot(probabilities.topk(top_k, dim=-1).indices, logits.shape[-1]).sum(dim=1).float()
     count = trained.sum().clamp(min=1)
-    choices, mean = (trained @ chosen) / count, (trained @ probabilities) / count
+    # Not `trained @ probabilities`: a matrix-vector product on a CPU adds one token after another, a sum in a tree.
+    choices, mean = ((trained[:, None] * values).sum(dim=0) / count for values in (chosen, probabilities))
     return logits.shape[-1] * (choices * mean).sum()
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from stack.config.schema import Config
 from stack.models.build import Stage
 from stack.parallel.mesh import Mesh
+from stack.parallel.norm import clip, global_norm
 from stack.parallel.optimizer import make_optimizer, skip_unless_finite
 from stack.parallel.parts import Part
 from stack.parallel.rank_engine import RankEngine
@@ -145,29 +146,6 @@ class LossScaler:
             self.scale = max(self.scale / 2, 1.0)
         elif self.since % self.WINDOW == 0:
             self.scale *= 2
-
-
-def global_norm(
-    gradients: list[torch.Tensor], *groups: dist.ProcessGroup, device: torch.device | None = None
-) -> torch.Tensor:
-    """L2 norm (0-dimensional fp32) of fp32 gradients here and on all ranks of the groups' product. Collective.
-
-    Args:
-        device: where the groups reduce, if not where the gradients are.
-    """
-    squared = torch.nn.utils.get_total_norm(gradients).to(device, torch.float32).square()
-    for group in groups:
-        dist.all_reduce(squared, group=group)
-    return squared.sqrt()
-
-
-def clip(gradients: list[torch.Tensor], norm: torch.Tensor, limit: float) -> None:
-    """Scales gradients in place so that their global norm is at most `limit`; 0 does not clip.
-
-    The coefficient is limit / (norm + 1e-6), at most 1, as in torch.nn.utils.clip_grad_norm_ and DeepSpeed.
-    """
-    if limit > 0:
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
 def average(gradients: list[torch.Tensor], group: dist.ProcessGroup) -> None:

@@ -32,10 +32,10 @@ from stack.models.build import Stage
 from stack.parallel import selftest, zero_state
 from stack.parallel.gathering import Gathers, arrive_with_forward, follow_microbatches
 from stack.parallel.mesh import Mesh, Mpu, local_device
+from stack.parallel.norm import global_norm
 from stack.parallel.optimizer import make_optimizer, skip_unless_finite
 from stack.parallel.parts import Part
 from stack.parallel.rank_engine import RankEngine
-from stack.parallel.replicated import global_norm
 from stack.plan.layout import Plan
 from stack.plan.policies import MASTER
 

@@ -95,6 +95,12 @@ def test_an_fp16_sum_over_tokens_cannot_overflow_before_it_is_scaled():
     assert for_weight[0, 0].item() == pytest.approx(-0.75 * 300 * 500 * 1e-3, rel=1e-3)
 
 
+def test_sums_over_many_tokens_are_as_exact_as_over_few():
+    tensors, labels = inputs(2**15, 32, bias=True)
+    found = gradients(linear_cross_entropy, tensors, labels, scale=1.0)
+    assert worst(found, gradients(exact, tensors, labels, scale=1.0, dtype=torch.float64)) < 2e-6
+
+
 def test_without_gradients_only_the_loss_is_computed(monkeypatch):
     monkeypatch.setitem(loss.CHUNK_TOKENS, "cpu", 8)
     tensors, labels = inputs(60, 50, bias=False)

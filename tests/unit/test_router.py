@@ -1,0 +1,19 @@
+"""The auxiliary loss of a mixture of experts is a mean over tokens, and as right for many of them as for few."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stack.models.router import load_balancing
+
+
+@pytest.mark.parametrize("tokens", [100, 2**18])
+def test_load_balancing_is_that_of_fp64(tokens):
+    generator = torch.Generator().manual_seed(4)
+    # One expert that most tokens go to: the errors of the experts' means would cancel if all were alike.
+    logits = torch.randn(tokens, 8, generator=generator) + torch.tensor([3.0, *[0.0] * 7])
+    trained = (torch.rand(tokens, generator=generator) < 0.9).float()
+    probabilities = logits.double().softmax(dim=-1)[trained.bool()]
+    choices = F.one_hot(probabilities.topk(2, dim=-1).indices, 8).sum(dim=1).double()
+    expected = 8 * (choices.mean(dim=0) * probabilities.mean(dim=0)).sum()
+    assert load_balancing(logits, trained, 2).item() == pytest.approx(expected.item(), rel=5e-7)

@@ -97,8 +97,9 @@ class Batches:
     """The sequences of a split, in global batches of `global_size`, for each of `replicas`.
 
     `pack=True`: the stream is cut into windows of seq_len + 1 tokens, each starting at the last token of the one
-    before, so every sequence has `seq_len` targets (the rest at the end of the stream, less than a window, is unused).
-    A sequence may span documents; positions start at 0 in each, and attention does not reach past that.
+    before (the rest at the end of the stream, less than a window, is unused). A sequence may span documents; positions
+    start at 0 in each, and attention does not reach past that. So the last token of a document has no target: what
+    follows it is the first token of the next document, which cannot be predicted from this one.
     `pack=False`: a sequence is the first seq_len + 1 tokens of one document, padded on the right, where no token sees
     the padding.
     """
@@ -183,16 +184,21 @@ class Batches:
     def _batch(self, starts: np.ndarray, stops: np.ndarray, replica: int) -> Batch:
         if not 0 <= replica < self.replicas:
             raise ValueError(f"replica {replica} of {self.replicas}")
-        targets = np.maximum(stops - starts - 1, 0)
+        lengths = np.maximum(stops - starts - 1, 0)
+        # Documents that begin after the first token of a sequence, by number. Found in the documents' bounds alone: the
+        # tokens of the other replicas are not read.
+        first, end = np.searchsorted(self.split.starts, starts + 1), np.searchsorted(self.split.starts, stops)
+        targets = lengths - np.maximum(end - first, 0)
         rows = self.global_size // self.replicas
         input_ids = np.full((rows, self.seq_len), self.split.eos_id, dtype=np.int64)
         labels = np.full((rows, self.seq_len), IGNORE, dtype=np.int64)
         positions = np.tile(np.arange(self.seq_len, dtype=np.int64), (rows, 1))
-        mine = slice(replica * rows, (replica + 1) * rows)
-        for row, (start, length) in enumerate(zip(starts[mine].tolist(), targets[mine].tolist(), strict=True)):
+        for row, sequence in enumerate(range(replica * rows, (replica + 1) * rows)):
+            start, length = int(starts[sequence]), int(lengths[sequence])
             if length:
                 tokens = self.split.read(start, start + length + 1)
                 input_ids[row, :length], labels[row, :length] = tokens[:-1], tokens[1:]
+                labels[row, self.split.starts[first[sequence] : end[sequence]] - start - 1] = IGNORE
                 if self.pack:
                     positions[row] -= self._document_starts(start)
         shape = (-1, self.micro_size, self.seq_len)

@@ -82,7 +82,8 @@ def tiny_config(**settings: Any) -> Config:
 def global_batch(cfg: Config, step: int, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Token ids, shifted labels and positions, each int64 [global_size, seq_len], of a step.
 
-    `full`: every position has a target. `padded`: sequences end anywhere. `packed`: documents begin anywhere.
+    `full`: every position has a target. `padded`: sequences end anywhere. `packed`: documents begin anywhere, and
+    the last token of each has no target.
     """
     rng = np.random.default_rng([7, step])
     size, length = cfg.batch.global_size, cfg.data.seq_len
@@ -97,6 +98,7 @@ def global_batch(cfg: Config, step: int, kind: str) -> tuple[np.ndarray, np.ndar
         for row, starts in enumerate(rng.integers(1, length, (size, 2))):
             for start in sorted(starts):
                 positions[row, start:] = np.arange(length - start)
+                labels[row, start - 1] = -100
     else:
         assert kind == "full"
     return ids, labels, positions

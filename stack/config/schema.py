@@ -131,7 +131,8 @@ class Parallel:
 class Activation:
     checkpoint: str = _one_of("full", "none", "full", "selective", "every_k")
     """`full` keeps only each decoder layer's input and recomputes the layer in the backward; `every_k` does so in one
-    layer of `every`; `selective` also keeps the results of matrix products and attention."""
+    layer of `every`; `selective` also keeps the results of matrix products, those of experts too, and of attention
+    without dropout."""
     every: int = _at_least(2, 1)
     """The k of `every_k`: layers 0, k, 2k, ... are recomputed."""
 

@@ -253,6 +253,9 @@ def layer_activations(cfg: Config, plan: Plan) -> LayerActivations:
         if family.experts:
             whole += 2 * width * shape.hidden * fields["num_experts_per_tok"] + 2 * _FP32 * experts
     products = width * (2 * shape.hidden + q + 2 * kv + (matrices - 1) * inner)
+    if family.experts:
+        # The second matrix of each expert that a token is sent to, and the router's.
+        products += width * (shape.hidden * (fields["num_experts_per_tok"] - 1) + experts)
     eager = cfg.model.attention == "eager"
     products += width * q + (width * heads * plan.seq_len if eager else _FP32 * heads)
     kept = {"none": whole, "selective": width * shape.hidden + products}

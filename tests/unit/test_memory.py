@@ -15,7 +15,7 @@ from stack.config.compose import compose
 from stack.plan.layout import make_plan
 from stack.plan.memory import in_flight, layer_activations, plan_memory
 from stack.plan.report import render
-from tests.helpers.tiny import replica_batch, tiny_config
+from tests.helpers.tiny import FAMILIES, replica_batch, tiny_config
 
 #: Wide enough that norms and padding are little beside matrices.
 WIDE = {
@@ -261,6 +261,14 @@ def test_a_layer_keeps_what_autograd_saves(checkpoint, attention, dtype):
     planned = layer_activations(cfg, make_plan(cfg, 2))
     assert planned.kept == pytest.approx(counted, rel=0.02)
     assert planned.whole >= planned.kept
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+def test_a_mixture_keeps_the_products_of_its_experts(family, attention):
+    own = {**FAMILIES[family], "shape__moe_intermediate_size": 80} if family == "qwen3_moe" else FAMILIES[family]
+    counted, cfg = layers_only("selective", attention, "bf16", data__pack=False, model__name=family, **own)
+    assert layer_activations(cfg, make_plan(cfg, 2)).kept == pytest.approx(counted, rel=0.03)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

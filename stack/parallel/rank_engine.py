@@ -190,9 +190,11 @@ class RankEngine(ABC):
     def evaluate(self) -> Iterator[None]:
         """Forwards only, in evaluation mode."""
         self.module.eval()
-        with torch.no_grad():
-            yield
-        self.module.train()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train()
 
     def check_tied(self) -> None:
         """Compares the two copies of a tied embedding, this rank's part of it. Collective over its two holders.

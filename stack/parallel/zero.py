@@ -178,10 +178,13 @@ class ZeroEngine(RankEngine):
     @contextlib.contextmanager
     def _reduced_once(self) -> Iterator[None]:
         """DeepSpeed's `coalesce_grad_reduction`, but for an error inside: its own reduces then too, and a rank that
-        failed would wait for the others in a collective instead of saying so."""
+        failed would wait for the others in a collective instead of saying so. Here an error only switches the
+        coalescing off again."""
         self._coalesce(True)
-        yield
-        self._coalesce(False)
+        try:
+            yield
+        finally:
+            self._coalesce(False)
         self._engine.set_gradient_accumulation_boundary(True)
         if self._zero == 3:
             self._engine._flush_coalesced_reduction_zero3(self._optimizer)

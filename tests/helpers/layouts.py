@@ -22,6 +22,7 @@ def run_layout(settings: dict[str, Any], kind: str) -> dict[str, Any]:
     from stack.parallel.mesh import make_mesh
     from stack.plan.layout import make_plan
 
+    _refuse_hidden_gathers()
     cfg = tiny_config(**settings)
     plan = make_plan(cfg, dist.get_world_size())
     mesh = make_mesh(plan, timeout=timedelta(seconds=60))
@@ -49,6 +50,17 @@ def run_layout(settings: dict[str, Any], kind: str) -> dict[str, Any]:
         "heldout": engine.eval_batch(held),
         "dtypes": engine.dtypes,
     }
+
+
+def _refuse_hidden_gathers() -> None:
+    """A weight that a forward reads before it is gathered is gathered by DeepSpeed's dictionary of parameters, which
+    costs a blocking collective in each microbatch and changes no number. Here that is an error."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    def refuse(module: Any, _parameter: Any) -> None:
+        raise AssertionError(f"DeepSpeed itself gathers a parameter that {type(module).__name__} reads")
+
+    parameter_offload.register_external_parameter = refuse
 
 
 def _full(engine: Any, what: str) -> dict[str, np.ndarray]:

@@ -61,6 +61,23 @@ def test_one_stage_has_no_bubble_and_a_deeper_pipe_a_larger_one(ranks):
     assert bubble(1) < 0.05 < bubble(4) < 1
 
 
+def read_ungathered(settings: dict[str, Any]) -> str:
+    """The error of a rank that gathers nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stack.parallel.gathering.Gathers.ask", lambda *_: None)
+        try:
+            run_layout(settings, "full")
+        except AssertionError as error:
+            return str(error)
+    return ""
+
+
+def test_a_weight_that_is_read_before_it_is_gathered_is_an_error(ranks):
+    settings = {"parallel__pipeline": 1, "parallel__gather": "microbatch"}
+    for error in ranks(2).run(read_ungathered, settings):
+        assert error.startswith("DeepSpeed itself gathers a parameter")
+
+
 @pytest.mark.parametrize("kind", ["full", "packed"])
 def test_eager_attention_trains_as_sdpa_does(ranks, kind):
     [sdpa, eager] = [

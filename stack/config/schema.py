@@ -58,10 +58,12 @@ class Model:
 @dataclass
 class Data:
     source: str = _one_of("python_stdlib", "python_stdlib", "files", "hf")
-    """`python_stdlib`: source text of the running interpreter's standard library. `files`: txt, jsonl or
-    parquet. `hf`: a `datasets` name or local folder."""
+    """`python_stdlib`: source text of the running interpreter's standard library. `files`: plain text, csv, jsonl, json
+    or parquet, compressed or not. `hf`: a `datasets` name or local folder."""
     paths: list[str] = field(default_factory=list)
     """Files, folders or globs, for `files`."""
+    extensions: list[str] = field(default_factory=list, metadata={"example": [".log"]})
+    """More endings of files that are read as plain text, one document each, for `files`."""
     name: str | None = None
     """Dataset name or local folder, for `hf`."""
     subset: str | None = None
@@ -69,7 +71,7 @@ class Data:
     split: str = "train"
     """Split of the dataset, for `hf`."""
     text_key: str = "text"
-    """Column that holds the text, for jsonl, parquet and `hf`."""
+    """Column that holds the text, for csv, jsonl, json, parquet and `hf`; `data.text` is the field `text` in `data`."""
     tokenizer: str = "bpe"
     """`bpe` trains a byte-level BPE of `vocab_size` on the corpus; else a Hugging Face tokenizer folder or name."""
     vocab_size: int = _at_least(4096, 257)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stack.config.schema import Data
 from stack.data import hub
-from stack.data.sources import one_line
+from stack.data.documents import one_line
 from stack.errors import DataError
 
 if TYPE_CHECKING:

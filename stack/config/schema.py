@@ -74,6 +74,9 @@ class Data:
     """Column that holds the text, for csv, jsonl, json, parquet and `hf`; `data.text` is the field `text` in `data`."""
     tokenizer: str = "bpe"
     """`bpe` trains a byte-level BPE of `vocab_size` on the corpus; else a Hugging Face tokenizer folder or name."""
+    special_tokens: str = _one_of("parse", "parse", "text")
+    """What a document means by spelling a special token such as `<|im_start|>`: `parse` gives it that token's id, as
+    transformers does; `text` takes it for ordinary text, which is safe for text that strangers wrote."""
     vocab_size: int = _at_least(4096, 257)
     """Size of the trained BPE, all 256 bytes and the end-of-document token included."""
     seq_len: int = _at_least(256, 8)

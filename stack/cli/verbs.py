@@ -9,6 +9,8 @@ from stack.errors import UsageError
 
 #: Hydra's words for a sweep.
 _MULTIRUN = ("-m", "--multirun")
+#: Of `stack data`.
+_VERIFY = "--verify"
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,22 @@ def plan(overrides: Sequence[str]) -> int:
 
 @_verb(
     "data",
+    "[--verify]",
     examples=[
         "stack data data.source=files data.paths=[texts]",
         "stack data data.source=hf data.name=ORG/NAME",
+        "stack data --verify data.source=files data.paths=[texts]",
     ],
 )
-def data(overrides: Sequence[str]) -> int:
-    """tokenize the corpus into shards; safe to interrupt and to repeat"""
+def data(arguments: Sequence[str]) -> int:
+    """tokenize the corpus into shards, safe to repeat; --verify: compare those there with their hashes"""
     from stack.config.compose import compose
-    from stack.data.shards import prepare
+    from stack.data.shards import prepare, verify
+    from stack.data.vocabulary import check_choice
 
-    cfg = compose(overrides)
-    print(prepare(cfg.data, seed=cfg.data.split_seed))
+    cfg = compose([word for word in arguments if word != _VERIFY])
+    check_choice(cfg)
+    print((verify if _VERIFY in arguments else prepare)(cfg.data, seed=cfg.data.split_seed))
     return 0
 
 

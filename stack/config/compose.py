@@ -30,7 +30,7 @@ from stack.errors import ConfigError
 #: Folder beside a run's config.yaml with a copy of what `model.name` named when the run began, without weights.
 MODEL_COPY = "model"
 #: Keys of `data` that say more about `data.source`.
-SOURCE_KEYS = ("paths", "name", "subset", "split", "text_key")
+SOURCE_KEYS = ("paths", "name", "subset", "split", "text_key", "extensions")
 
 
 def compose(overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:

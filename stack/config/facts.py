@@ -18,7 +18,8 @@ from stack.errors import ConfigError
 FACTS = "stack.yaml"
 #: What of it a later evaluation takes. No key here says where to write or which host to reach.
 DEFINING = (
-    *(f"data.{key}" for key in ("source", *SOURCE_KEYS, "seq_len", "pack", "heldout_fraction", "split_seed")),
+    *(f"data.{key}" for key in ("source", *SOURCE_KEYS, "special_tokens", "seq_len", "pack")),
+    *("data.heldout_fraction", "data.split_seed"),
     *("model.attention", "precision.dtype", "train.eval_sequences"),
 )
 #: What says where a corpus of the same text may lie already. It is read there, and not written.

@@ -58,10 +58,12 @@ class Model:
 @dataclass
 class Data:
     source: str = _one_of("python_stdlib", "python_stdlib", "files", "hf")
-    """`python_stdlib`: source text of the running interpreter's standard library. `files`: txt, jsonl or
-    parquet. `hf`: a `datasets` name or local folder."""
+    """`python_stdlib`: source text of the running interpreter's standard library. `files`: plain text, csv, jsonl, json
+    or parquet, compressed or not. `hf`: a `datasets` name or local folder."""
     paths: list[str] = field(default_factory=list)
     """Files, folders or globs, for `files`."""
+    extensions: list[str] = field(default_factory=list, metadata={"example": [".log"]})
+    """More endings of files that are read as plain text, one document each, for `files`."""
     name: str | None = None
     """Dataset name or local folder, for `hf`."""
     subset: str | None = None
@@ -69,9 +71,12 @@ class Data:
     split: str = "train"
     """Split of the dataset, for `hf`."""
     text_key: str = "text"
-    """Column that holds the text, for jsonl, parquet and `hf`."""
+    """Column that holds the text, for csv, jsonl, json, parquet and `hf`; `data.text` is the field `text` in `data`."""
     tokenizer: str = "bpe"
     """`bpe` trains a byte-level BPE of `vocab_size` on the corpus; else a Hugging Face tokenizer folder or name."""
+    special_tokens: str = _one_of("parse", "parse", "text")
+    """What a document means by spelling a special token such as `<|im_start|>`: `parse` gives it that token's id, as
+    transformers does; `text` takes it for ordinary text, which is safe for text that strangers wrote."""
     vocab_size: int = _at_least(4096, 257)
     """Size of the trained BPE, all 256 bytes and the end-of-document token included."""
     seq_len: int = _at_least(256, 8)

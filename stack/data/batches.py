@@ -5,21 +5,15 @@ position of a run in its data is one integer: the step.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from stack.data import manifest
+from stack.data.corpus import Split
 from stack.data.permutation import Permutation
 from stack.errors import DataError, LayoutError
 
 IGNORE = -100
 """Label of a position without a target; the default `ignore_index` of torch's cross entropy."""
-
-#: Shards mapped at a time; each holds a file descriptor, and 1024 of those is a common limit.
-_OPEN_SHARDS = 256
 
 
 @dataclass(frozen=True)
@@ -34,63 +28,6 @@ class Batch:
     """int64, same shape: a token's place in its document, counted from the start of the document or the sequence."""
     global_target_tokens: int
     """Labels that are not `IGNORE`, in the whole global batch of all replicas."""
-
-
-class Split:
-    """The documents of one split as one stream of tokens, memory-mapped. Made by `Corpus.split`."""
-
-    def __init__(self, folder: Path, name: str, about: dict[str, Any]) -> None:
-        self.name = name
-        self.eos_id: int = about["eos_id"]
-        self.num_tokens: int = about["splits"][name]["tokens"]
-        self.num_documents: int = about["splits"][name]["documents"]
-        self.starts: np.ndarray = np.asarray(np.load(folder / name / "documents.npy", mmap_mode="r"))
-        """int64 [num_documents + 1]: document i is the tokens from starts[i] to starts[i + 1]."""
-        self._folder = folder / name
-        self._dtype = np.dtype(about["dtype"])
-        self._shard_tokens: int = about["shard_tokens"]
-        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._map_shard)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the stream, 0 <= start <= stop <= num_tokens: a copy, int64 [stop - start]."""
-        if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"tokens {start} to {stop} of a {self.name} split of {self.num_tokens}")
-        out = np.empty(stop - start, dtype=np.int64)
-        done = 0
-        while done < len(out):
-            shard, offset = divmod(start + done, self._shard_tokens)
-            part = self._shard(shard)[offset : offset + len(out) - done]
-            out[done : done + len(part)] = part
-            done += len(part)
-        return out
-
-    def document(self, number: int) -> np.ndarray:
-        """Document `number` of the split with its end-of-document token: int64 [tokens]."""
-        return self.read(int(self.starts[number]), int(self.starts[number + 1]))
-
-    def _map_shard(self, number: int) -> np.ndarray:
-        return np.memmap(self._folder / f"tokens-{number:05d}.bin", dtype=self._dtype, mode="r")
-
-
-class Corpus:
-    """A prepared corpus (see `stack.data.manifest` for its files), opened for reading."""
-
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        self.folder = folder
-        self.manifest = about
-        self.vocab_size: int = about["vocab_size"]
-        self.eos_id: int = about["eos_id"]
-
-    @classmethod
-    def open(cls, folder: Path) -> "Corpus":
-        """Opens what `prepare` or `locate` returned. Raises `DataError` where it is not whole."""
-        return cls(folder, manifest.read(folder))
-
-    def split(self, name: str) -> Split:
-        """`train` or `heldout`."""
-        if name not in manifest.SPLITS:
-            raise ValueError(f"no split {name!r}; the splits are {' and '.join(manifest.SPLITS)}")
-        return Split(self.folder, name, self.manifest)
 
 
 class Batches:

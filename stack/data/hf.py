@@ -3,17 +3,15 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stack.config.schema import Data
 from stack.data import hub
-from stack.data.sources import Documents, check_text, no_column, one_line
+from stack.data.documents import Documents, no_column, one_line, record_text
 from stack.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
-
-_TEXTS = ("string", "large_string")
 
 
 def dataset_documents(cfg: Data, name: str) -> Documents:
@@ -22,18 +20,50 @@ def dataset_documents(cfg: Data, name: str) -> Documents:
     `name` is a hub name or an existing folder. A folder made by `Dataset.save_to_disk` has one split, whatever
     `data.split` says. Raises `DataError` where hub, data set, subset, split or column are not there.
     """
+    where = f"data.name={name}"
     table = _from_disk(cfg, name) if _was_saved_to_disk(name) else _load(cfg, name)
-    if cfg.text_key not in table.features:
-        texts = [column for column, kind in table.features.items() if getattr(kind, "dtype", "") in _TEXTS]
-        raise no_column(cfg.text_key, texts, f"data.name={name}")
-    table = table.select_columns([cfg.text_key])
+    column = _column(table.features, cfg.text_key, where)
+    table = table.select_columns([column])
 
     def read() -> Iterator[str]:
-        for batch in table.iter(batch_size=1024):
-            for value in batch[cfg.text_key]:
-                yield check_text(value, cfg.text_key, f"data.name={name}")
+        import pyarrow
+
+        row = 0
+        try:
+            for batch in table.iter(batch_size=1024):
+                for value in batch[column]:
+                    row += 1
+                    yield record_text({column: value}, cfg.text_key, f"{where}, row {row}")
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{where}, after row {row}, cannot be read ({one_line(error)}); repair it") from error
 
     return Documents(read, len(table), "documents")
+
+
+def _column(features: dict[str, Any], key: str, where: str) -> str:
+    """The column that holds `key`: itself, or the one that a path such as `data.text` begins with.
+
+    Raises:
+        DataError: there is none.
+    """
+    if key in features:
+        return key
+    node: Any = features
+    for name in key.split("."):
+        if not isinstance(node, dict) or name not in node:
+            raise no_column(key, _texts(features), where)
+        node = node[name]
+    return key.split(".")[0]
+
+
+def _texts(features: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, kind in features.items():
+        if isinstance(kind, dict):
+            found += _texts(kind, f"{prefix}{name}.")
+        elif getattr(kind, "dtype", "") in ("string", "large_string"):
+            found.append(prefix + name)
+    return found
 
 
 def _was_saved_to_disk(name: str) -> bool:

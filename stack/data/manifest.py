@@ -15,15 +15,16 @@ This module imports neither torch nor a Hugging Face library: `locate` runs in e
 import hashlib
 import json
 import re
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stack.config.schema import Data
 from stack.data import sources, tokenizer
-from stack.disk import checksum
+from stack.disk import checksum, parse_json, read_regular
 from stack.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 SPLITS = ("train", "heldout")
@@ -39,6 +40,7 @@ def made_from(cfg: Data, *, seed: int) -> dict[str, Any]:
         "format": FORMAT,
         "source": sources.describe(cfg),
         "tokenizer": tokenizer.describe(cfg),
+        "special_tokens": cfg.special_tokens,
         "heldout_fraction": cfg.heldout_fraction,
         "seed": seed,
     }
@@ -78,7 +80,7 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = parse_json(read_regular(path))
     except OSError as error:
         raise DataError(f"{folder} is no prepared corpus: {path.name}: {error.strerror}; {AGAIN}") from error
     except ValueError as error:
@@ -87,26 +89,59 @@ def read(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} is damaged or of another format than {FORMAT}; {AGAIN}")
     if manifest.pop("checksum", None) != checksum(manifest):
         raise DataError(f"{path} is damaged, its checksum does not match; {AGAIN}")
-    for file in manifest["files"]:
-        part = folder / file["path"]
+    try:
+        # A checksum proves that nothing was changed by accident, not who wrote it.
+        files = [(_inside(folder, file["path"]), file["bytes"], file["blake2b"]) for file in manifest["files"]]
+        _check_shape(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{path} is damaged, its content is not that of a corpus ({error!r}); {AGAIN}") from error
+    for part, expected, _ in files:
         size = part.stat().st_size if part.is_file() else None
-        if size != file["bytes"]:
+        if size != expected:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise DataError(f"{part} {found}, the manifest says {file['bytes']} bytes; {AGAIN}")
+            raise DataError(f"{part} {found}, the manifest says {expected} bytes; {AGAIN}")
     return manifest
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, progress: Callable[[int, int], None] = lambda *_: None) -> dict[str, Any]:
     """Like `read`, and reads every file to compare its hash: seconds a gigabyte.
+
+    `progress` is called with the bytes read so far, and of all.
 
     Raises `DataError` naming the first file whose content has changed.
     """
     manifest = read(folder)
+    total, done = sum(file["bytes"] for file in manifest["files"]), 0
     for file in manifest["files"]:
         part = folder / file["path"]
-        if hash_file(part) != file["blake2b"]:
+        try:
+            found = hash_file(part)
+        except OSError as error:
+            found = error.strerror or str(error)
+        if found != file["blake2b"]:
             raise DataError(f"{part} has changed since it was written; remove {folder} and {AGAIN}")
+        done += file["bytes"]
+        progress(done, total)
     return manifest
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the corpus. Raises `ValueError` where the name leads out of its folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name} is outside of the folder")
+    return folder / path
+
+
+def _check_shape(manifest: dict[str, Any]) -> None:
+    """Raises `ValueError`, or what a missing key raises, where a manifest cannot be that of a corpus."""
+    numbers = [manifest[key] for key in ("vocab_size", "eos_id", "shard_tokens")]
+    numbers += [manifest["splits"][name][key] for name in SPLITS for key in ("documents", "tokens")]
+    if not all(isinstance(number, int) and number >= 0 for number in numbers) or not manifest["shard_tokens"]:
+        raise ValueError("a number is negative or no number")
+    if manifest["dtype"] not in ("<u2", "<u4") or not isinstance(manifest["made_from"], dict):
+        raise ValueError("dtype or made_from is unknown")
+    manifest["fingerprint"].lower()
 
 
 def write(folder: Path, manifest: dict[str, Any]) -> None:

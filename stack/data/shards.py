@@ -1,14 +1,14 @@
 """`stack data`: documents to token shards, once, whatever interrupts it and however many try at the same time."""
 
 import errno
-import fcntl
 import hashlib
 import secrets
 import shutil
+import time
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,15 +17,17 @@ import numpy as np
 from stack import __version__
 from stack.config.schema import Data
 from stack.data import manifest, sources, tokenizer
+from stack.data.encoder import Encoder
 from stack.data.manifest import locate
-from stack.data.progress import Meter, say
-from stack.disk import sync, sync_tree
+from stack.data.progress import LINE_INTERVAL_S, Meter, say
+from stack.disk import lock, sync, sync_tree
 from stack.errors import DataError
 
-__all__ = ["locate", "prepare"]
+__all__ = ["locate", "prepare", "verify"]
 
 SHARD_BYTES = 256 << 20
-#: A longer document is encoded in pieces of this many characters: an encoder takes about 100 bytes a token.
+#: A longer document is encoded in pieces of this many characters, if the tokenizer allows: an encoder takes about 100
+#: bytes a token.
 PIECE_CHARS = 1 << 20
 #: Characters encoded in one call, so that the tokenizer's threads all have work.
 BATCH_CHARS = 2 << 20
@@ -36,7 +38,8 @@ def prepare(cfg: Data, *, seed: int, progress: bool = True) -> Path:
 
     `seed` (>= 0) chooses the held-out documents. A corpus appears under its name only when it is whole; a damaged one
     is made again. May be killed at any time and run by several processes at once: one works, the others wait. Memory
-    stays bounded: the longest document, a batch of text, the BPE's sample and 8 bytes a document.
+    stays bounded: the longest document (and about 100 bytes for each of its tokens, where it cannot be cut into
+    pieces), a batch of text, the BPE's sample and 8 bytes a document.
 
     Raises `DataError` where the source, the tokenizer or the folder cannot be used, or there are fewer than two
     documents.
@@ -47,9 +50,10 @@ def prepare(cfg: Data, *, seed: int, progress: bool = True) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target):
+        with _lock(target) as alone:
             if not _is_whole(target):
-                _remove_stale(target)
+                if alone:
+                    _remove_stale(target)
                 _make(cfg, recipe, target, progress=progress)
     except OSError as error:
         raise DataError(
@@ -57,6 +61,25 @@ def prepare(cfg: Data, *, seed: int, progress: bool = True) -> Path:
             "free space there, or set data.root to a folder that you may write to"
         ) from error
     return target
+
+
+def verify(cfg: Data, *, seed: int) -> Path:
+    """The folder of the corpus that `cfg` asks for, after reading all of it and comparing it with its manifest.
+
+    Raises `DataError` where it is not prepared, or naming the first file that has changed.
+    """
+    folder = locate(cfg, seed=seed)
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LINE_INTERVAL_S:
+            last = time.monotonic()
+            say(f"{done / 1e9:,.1f} of {total / 1e9:,.1f} GB compared")
+
+    files = manifest.verify(folder, progress)["files"]
+    say(f"{len(files)} files, {sum(file['bytes'] for file in files) / 1e6:,.1f} MB: all are as they were written")
+    return folder
 
 
 def _is_whole(folder: Path) -> bool:
@@ -73,17 +96,15 @@ def _is_whole(folder: Path) -> bool:
 
 
 @contextmanager
-def _lock(target: Path) -> Iterator[None]:
-    """Holds the lock of `target`; the kernel releases it when the process dies, however it dies."""
+def _lock(target: Path) -> Iterator[bool]:
+    """Holds the lock of `target`, and says whether there is one. Without locks several processes may work at the same
+    time, each in a folder of its own, and the first to end gives its folder the name."""
     with open(_lock_path(target), "a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
+        state = lock(stream, wait=False)
+        if state == "busy":
             say(f"another process prepares {target}; waiting for it")
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+            state = lock(stream, wait=True)
+        yield state == "held"
 
 
 def _lock_path(target: Path) -> Path:
@@ -104,10 +125,10 @@ def _remove_stale(target: Path) -> None:
             continue
         try:
             with open(_lock_path(owner), "a") as stream:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                if lock(stream, wait=False) == "held":
+                    shutil.rmtree(folder, ignore_errors=True)
         except OSError:
-            continue  # it is being made, or is another user's
+            continue  # it is another user's
 
 
 def _make(cfg: Data, recipe: dict[str, Any], target: Path, *, progress: bool) -> None:
@@ -119,14 +140,24 @@ def _make(cfg: Data, recipe: dict[str, Any], target: Path, *, progress: bool) ->
         if manifest.made_from(cfg, seed=recipe["seed"]) != recipe:
             raise DataError(f"data.source={cfg.source} changed while it was read; let it rest and {manifest.AGAIN}")
         sync_tree(folder)
+        _publish(folder, target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """Gives a whole corpus its name. Where locks are missing another process may have been first with the same one."""
+    while not _is_whole(target):
         if target.exists():
             damaged = _temporary(target)
             target.rename(damaged)
             shutil.rmtree(damaged)
-        folder.rename(target)
-        sync(target.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 # Documents to shards
@@ -154,6 +185,7 @@ def _write(cfg: Data, recipe: dict[str, Any], folder: Path, *, progress: bool) -
             writer.close()
     if not all(writer.num_documents for writer in writers.values()):
         raise DataError(f"data.tokenizer={cfg.tokenizer} leaves fewer than 2 documents with a token; add documents")
+    largest = max(writer.largest_id for writer in writers.values())
     manifest.write(
         folder,
         {
@@ -161,8 +193,9 @@ def _write(cfg: Data, recipe: dict[str, Any], folder: Path, *, progress: bool) -
             "fingerprint": manifest.fingerprint(recipe),
             "made_from": recipe,
             "made_by": f"stack {__version__}",
-            "vocab_size": tokens.vocab_size,
+            "vocab_size": max(tokens.ordinary_size, largest + 1),
             "eos_id": tokens.eos_id,
+            "begin_ids": tokens.begin,
             "dtype": dtype.str,
             "shard_tokens": SHARD_BYTES // dtype.itemsize,
             "splits": {
@@ -172,6 +205,11 @@ def _write(cfg: Data, recipe: dict[str, Any], folder: Path, *, progress: bool) -
             "files": _describe_files(folder),
         },
     )
+    if progress:
+        begins = tokens.hf.convert_ids_to_tokens(list(tokens.begin))
+        says = f"every document begins with {' '.join(begins)}, as the tokenizer does by itself" if begins else ""
+        for line in filter(None, (texts.unread, says, tokens.note())):
+            say(line)
 
 
 def _describe_files(folder: Path) -> list[dict[str, Any]]:
@@ -188,21 +226,26 @@ def _describe_files(folder: Path) -> list[dict[str, Any]]:
 
 def _encode(
     texts: Iterable[str],
-    tokens: tokenizer.Tokenizer,
+    tokens: Encoder,
     writers: dict[str, "_SplitWriter"],
     choose: "_Chooser",
     meter: Meter,
 ) -> None:
-    end = np.array([tokens.eos_id], dtype=writers["train"].dtype)
+    dtype = writers["train"].dtype
+    begin, end = np.array(tokens.begin, dtype=dtype), np.array([tokens.eos_id], dtype=dtype)
     writer: _SplitWriter | None = None  # where the open document goes; None while it has no token
     number = 0
-    for batch in _batches(texts):
+    for batch in _batches(texts, tokens):
         written = ended = 0
         for (_, last), ids in zip(batch, tokens.encode([piece for piece, _ in batch]), strict=True):
             if ids:
+                piece = np.array(ids, dtype=dtype)
+                # A text that spells the beginning itself, as templated chats do, has it once.
+                if writer is None and not np.array_equal(piece[: len(begin)], begin):
+                    piece = np.concatenate([begin, piece])
                 writer = writer or writers[choose(number)]
-                writer.add(np.array(ids, dtype=writer.dtype))
-                written += len(ids)
+                writer.add(piece)
+                written += len(piece)
             if last and writer:
                 writer.add(end)
                 writer.end_document()
@@ -214,29 +257,22 @@ def _utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+def _batches(texts: Iterable[str], tokens: Encoder) -> Iterator[list[tuple[str, bool]]]:
     """Lists of (piece of a document, whether it is the last piece of it), about `BATCH_CHARS` characters together."""
     batch: list[tuple[str, bool]] = []
     chars = 0
-    for piece in chain.from_iterable(map(_pieces, texts)):
-        batch.append(piece)
-        chars += len(piece[0])
-        if chars >= BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
+    for text in texts:
+        tokens.count_spelled(text)
+        left = len(text)
+        for piece in tokens.pieces(text, PIECE_CHARS):
+            left -= len(piece)
+            batch.append((piece, not left))
+            chars += len(piece)
+            if chars >= BATCH_CHARS:
+                yield batch
+                batch, chars = [], 0
     if batch:
         yield batch
-
-
-def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Cuts a text of more than `PIECE_CHARS` characters after a line's end, else after a space, else anywhere."""
-    start = 0
-    while len(text) - start > PIECE_CHARS:
-        limit = start + PIECE_CHARS
-        cut = text.rfind("\n", start, limit) + 1 or text.rfind(" ", start, limit) + 1 or limit
-        yield text[start:cut], False
-        start = cut
-    yield text[start:], True
 
 
 class _Chooser:
@@ -264,6 +300,7 @@ class _SplitWriter:
         folder.mkdir()
         self.folder, self.dtype = folder, dtype
         self.num_tokens = 0
+        self.largest_id = -1
         self._shard_tokens = SHARD_BYTES // dtype.itemsize
         self._starts = array("q", [0])
         self._shard: IO[bytes] | None = None
@@ -273,6 +310,8 @@ class _SplitWriter:
         return len(self._starts) - 1
 
     def add(self, ids: np.ndarray) -> None:
+        """Appends tokens, at least one."""
+        self.largest_id = max(self.largest_id, int(ids.max()))
         while len(ids):
             room = self._shard_tokens - self.num_tokens % self._shard_tokens
             if room == self._shard_tokens:

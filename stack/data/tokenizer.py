@@ -3,14 +3,15 @@
 import hashlib
 import heapq
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stack.config.schema import Data
 from stack.data import hub
-from stack.data.sources import one_line
+from stack.data.documents import one_line
+from stack.data.encoder import Encoder
+from stack.disk import read_regular
 from stack.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,32 +25,9 @@ SAMPLE_CHARS = 16 << 20
 SAMPLE_WINDOW = 1 << 30
 SAMPLE_DOCUMENT = 1 << 18
 
-#: Files that decide what a tokenizer folder does. A model folder may hold 100 GB of weights beside them.
-_TOKENIZER_FILES = re.compile(
-    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|config)\.json|vocab\.txt|merges\.txt|.*\.(model|tiktoken)"
-)
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """A Hugging Face tokenizer, with what the shards need to know about it."""
-
-    hf: "PreTrainedTokenizerBase"
-    vocab_size: int
-    """One more than the largest token id."""
-    eos_id: int
-    """The token that ends every document."""
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text, without any special token: text that spells one is encoded as plain text."""
-        if not self.hf.is_fast:
-            encoded = self.hf(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
-            return encoded["input_ids"]
-        backend = self.hf.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+#: Files that hold the tokens, and those that say more of them. A model folder may hold 100 GB of weights beside them.
+_VOCABULARY_FILES = re.compile(r"(tokenizer|vocab)\.json|vocab\.txt|.*\.(model|tiktoken)")
+_OTHER_FILES = re.compile(r"(tokenizer_config|special_tokens_map|added_tokens|config)\.json|merges\.txt")
 
 
 def describe(cfg: Data) -> dict[str, Any]:
@@ -65,26 +43,28 @@ def describe(cfg: Data) -> dict[str, Any]:
         if folder.is_file() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", cfg.tokenizer):
             raise DataError(f"data.tokenizer={cfg.tokenizer} is not a folder; use a tokenizer folder, a name, or bpe")
         return {"kind": "hub", "name": cfg.tokenizer}
-    files = _files(folder)
     if not has_tokenizer(folder):
         raise DataError(f"data.tokenizer={cfg.tokenizer} holds no tokenizer.json; save a tokenizer there, or use bpe")
+    names = sorted(path.name for path in folder.iterdir())
+    files = [folder / name for name in names if _VOCABULARY_FILES.fullmatch(name) or _OTHER_FILES.fullmatch(name)]
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        content = file.read_bytes()
+        try:
+            content = read_regular(file)
+        except OSError as error:
+            raise DataError(
+                f"data.tokenizer={cfg.tokenizer}: {file.name} cannot be read ({error.strerror}); copy it again"
+            ) from error
         digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
     return {"kind": "folder", "content": digest.hexdigest()}
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a file of a tokenizer."""
-    return any(file.name != "config.json" for file in _files(folder))
+    """Whether a folder has a file with the tokens of a tokenizer."""
+    return any(path.is_file() and _VOCABULARY_FILES.fullmatch(path.name) for path in folder.iterdir())
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
-
-
-def load_or_train(cfg: Data, texts: Iterable[str], folder: Path) -> Tokenizer:
+def load_or_train(cfg: Data, texts: Iterable[str], folder: Path) -> Encoder:
     """The tokenizer that `cfg` asks for, also saved to `folder` for `AutoTokenizer.from_pretrained(folder)`.
 
     `texts` is read (at most `SAMPLE_WINDOW` characters of it) only where a BPE is learnt. The same texts give the
@@ -98,7 +78,7 @@ def load_or_train(cfg: Data, texts: Iterable[str], folder: Path) -> Tokenizer:
             "tokenizer_config.json, or use data.tokenizer=bpe"
         )
     hf.save_pretrained(folder)
-    return Tokenizer(hf, max(hf.get_vocab().values()) + 1, hf.eos_token_id)
+    return Encoder(hf, special_tokens=cfg.special_tokens)
 
 
 def sample(texts: Iterable[str]) -> list[str]:
@@ -164,11 +144,15 @@ def _load(name: str) -> "PreTrainedTokenizerBase":
     is_local = folder.is_dir()
     from_cache = is_local or not hub.reachable()
     try:
-        return AutoTokenizer.from_pretrained(folder if is_local else name, local_files_only=from_cache)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = one_line(error)
-        if not is_local and from_cache:
+        # Without the False a folder that brings code makes transformers ask on the terminal whether to run it.
+        return AutoTokenizer.from_pretrained(
+            folder if is_local else name, local_files_only=from_cache, trust_remote_code=False
+        )
+    except Exception as error:  # the Rust library raises this class itself
+        reason, advice = one_line(error), "use a tokenizer folder, or data.tokenizer=bpe"
+        if "trust_remote_code" in str(error):
+            reason = "it needs Python code of its own, and code that comes with a tokenizer is never run here"
+            advice = "save it as a tokenizer.json where you trust it"
+        elif not is_local and from_cache:
             reason = f"it is no folder here, it is not in the local cache, and {hub.endpoint()} cannot be reached"
-        raise DataError(
-            f"data.tokenizer={name} cannot be loaded: {reason}; use a tokenizer folder, or data.tokenizer=bpe"
-        ) from error
+        raise DataError(f"data.tokenizer={name} cannot be loaded: {reason}; {advice}") from error

@@ -1,31 +1,53 @@
 """Whether a corpus was tokenized with the vocabulary of a pretrained model: its embeddings mean nothing under another.
 
-Reads JSON alone: the driver asks before any process starts.
+Reads the files of the tokenizers alone: the driver asks before any process starts.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from stack.config.schema import Config
 from stack.data.manifest import TOKENIZER
+from stack.data.tokenizer import has_tokenizer
+from stack.disk import parse_json, read_regular
 from stack.errors import DataError
 
-_FILE = "tokenizer.json"
+#: token -> id
+Vocabulary = dict[str, int]
+
+
+def check_choice(cfg: Config) -> None:
+    """Refuses a vocabulary that cannot be that of pretrained weights, before a corpus is tokenized with it.
+
+    Raises:
+        DataError: with model.init=pretrained a vocabulary would be learnt, or is to come from a model folder that has
+            none.
+    """
+    name = cfg.model.name
+    lacks = Path(name).expanduser().is_dir() and not has_tokenizer(Path(name).expanduser())
+    chosen = cfg.data.tokenizer
+    if cfg.model.init != "pretrained" or not (chosen == "bpe" or (chosen == name and lacks)):
+        return
+    why = "learns a new vocabulary, and the weights know another" if chosen == "bpe" else "holds no tokenizer"
+    advice = "FOLDER, that of the tokenizer they were trained with" if lacks else name
+    raise DataError(
+        f"data.tokenizer={chosen} {why} (model.init=pretrained model.name={name}); use data.tokenizer={advice}"
+    )
 
 
 def check_vocabulary(corpus: Path, model: Path) -> None:
     """Compares the tokens of a prepared corpus with those of a model folder, id by id.
 
     Tokens that the corpus adds at ids which the model has none for are allowed, as are those of the model that the
-    corpus lacks. Where one of the two has no tokenizer.json there is nothing to compare.
+    corpus lacks. Where one of the two folders has no tokenizer that can be read here there is nothing to compare.
 
     Raises:
         DataError: a token has another id, or an id another token.
     """
-    theirs, ours = model / _FILE, corpus / TOKENIZER / _FILE
-    if not theirs.is_file() or not ours.is_file():
+    theirs, ours = _tokens(model), _tokens(corpus / TOKENIZER)
+    if theirs is None or ours is None:
         return
-    wanted, (learnt, added) = {k: v for part in _tokens(theirs) for k, v in part.items()}, _tokens(ours)
+    wanted, (learnt, added) = {**theirs[0], **theirs[1]}, ours
     by_id = {number: token for token, number in wanted.items()}
     for token, number in {**learnt, **added}.items():
         new = token not in wanted and number not in by_id and token not in learnt
@@ -37,17 +59,40 @@ def check_vocabulary(corpus: Path, model: Path) -> None:
             )
 
 
-def _tokens(path: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """Token -> id: the model's vocabulary, and what was added to it.
+def _tokens(folder: Path) -> tuple[Vocabulary, Vocabulary] | None:
+    """A tokenizer's vocabulary and what was added to it, from the first of the files that tokenizers are kept in; None
+    where there is none of them.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: a file is damaged.
     """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        vocabulary = content["model"]["vocab"]
-        # A unigram model lists (token, score) in the order of the ids.
-        learnt = {token: i for i, (token, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else vocabulary
-        return learnt, {added["content"]: added["id"] for added in content.get("added_tokens") or ()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged, it is no tokenizer ({error!r}); copy it again") from error
+    for name, read in (("tokenizer.json", _of_json), ("vocab.json", _of_vocab), ("tokenizer.model", _of_pieces)):
+        path = folder / name
+        if path.is_file():
+            try:
+                return read(path)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+                raise DataError(f"{path} is damaged, it is no tokenizer ({error!r}); copy it again") from error
+    return None
+
+
+def _of_json(path: Path) -> tuple[Vocabulary, Vocabulary]:
+    content: dict[str, Any] = parse_json(read_regular(path))
+    vocabulary = content["model"]["vocab"]
+    # A unigram model lists (token, score) in the order of the ids.
+    learnt = {token: i for i, (token, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else vocabulary
+    return dict(learnt), {added["content"]: added["id"] for added in content.get("added_tokens") or ()}
+
+
+def _of_vocab(path: Path) -> tuple[Vocabulary, Vocabulary]:
+    """GPT-2's layout: vocab.json and merges.txt, and what was added later."""
+    added = path.with_name("added_tokens.json")
+    return dict(parse_json(read_regular(path))), dict(parse_json(read_regular(added))) if added.is_file() else {}
+
+
+def _of_pieces(path: Path) -> tuple[Vocabulary, Vocabulary]:
+    """Sentencepiece's own file."""
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_file=str(path))
+    return {pieces.id_to_piece(number): number for number in range(pieces.get_piece_size())}, {}

@@ -10,7 +10,7 @@ from stack.config.multirun import key_of
 from stack.config.places import settled
 from stack.config.schema import Config, Data
 from stack.data import manifest, shards
-from stack.data.vocabulary import check_vocabulary
+from stack.data.vocabulary import check_choice, check_vocabulary
 from stack.errors import DataError
 from stack.plan.layout import Plan
 from stack.train.inputs import open_batches
@@ -40,6 +40,7 @@ def prepared(cfg: Config, plan: Plan) -> Path:
     Raises:
         DataError: as `shards.prepare` and `open_batches`.
     """
+    check_choice(cfg)
     corpus = shards.prepare(cfg.data, seed=cfg.data.split_seed)
     open_batches(cfg, plan, corpus)
     return corpus

@@ -150,7 +150,7 @@ def _write_configs(cfg: Config, architecture: str, folder: Path, *, dtype: torch
     # A class's own ids may lie beyond our vocabulary, and those of a folder be another tokenizer's.
     keeps_ids = cfg.model.name not in FAMILIES and (tokenizer is None or cfg.model.init == "pretrained")
     if not keeps_ids:
-        end = transformers.AutoTokenizer.from_pretrained(tokenizer).eos_token_id if tokenizer is not None else None
+        end = _end_token(tokenizer) if tokenizer is not None else None
         fields |= {"bos_token_id": None, "pad_token_id": None, "eos_token_id": end}
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     config.architectures, config.dtype = [architecture], dtype
@@ -160,6 +160,11 @@ def _write_configs(cfg: Config, architecture: str, folder: Path, *, dtype: torch
         shutil.copy(published, folder / _GENERATION)
     else:
         transformers.GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def _end_token(tokenizer: Path) -> int | None:
+    # Without the False a folder that brings code makes transformers ask on the terminal whether to run it.
+    return transformers.AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).eos_token_id
 
 
 @contextmanager

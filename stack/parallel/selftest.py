@@ -2,7 +2,6 @@
 one dense process, in a process of its own (`python -m stack.parallel.selftest`)."""
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -12,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from stack import disk
 from stack.errors import ConfigError
 
 #: Versions of DeepSpeed that the whole test suite has run with.
@@ -43,7 +43,7 @@ def _verdict(version: str, torch_version: str) -> dict[str, Any]:
     file = folder / f"selftest-deepspeed-{version}-torch-{torch_version}.json"
     # All ranks of a host ask at the same time; one runs it.
     with open(file.with_suffix(".lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        disk.lock(lock, wait=True)
         if file.exists():
             return json.loads(file.read_text())
         verdict = {"failure": _run()}

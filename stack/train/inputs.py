@@ -6,8 +6,9 @@ from typing import Any
 from stack.config.families import FAMILIES
 from stack.config.model_folder import local_folder
 from stack.config.schema import Config
-from stack.data.batches import Batches, Corpus
-from stack.data.vocabulary import check_vocabulary
+from stack.data.batches import Batches
+from stack.data.corpus import Corpus
+from stack.data.vocabulary import check_choice, check_vocabulary
 from stack.errors import DataError
 from stack.plan.layout import Plan
 from stack.plan.shape import model_fields
@@ -24,14 +25,11 @@ def open_batches(cfg: Config, plan: Plan, folder: Path, *, before: int = 0) -> t
         DataError: the corpus is damaged, is too short, has more tokens in its vocabulary than the model, or others
             than the pretrained one.
     """
+    check_choice(cfg)
     corpus = Corpus.open(folder)
-    if corpus.vocab_size > plan.shape.vocab:
-        raise DataError(
-            f"model.config.vocab_size={plan.shape.vocab} is smaller than the tokenizer's {corpus.vocab_size}; "
-            f"use model.config.vocab_size={corpus.vocab_size}"
-        )
     if cfg.model.init == "pretrained":
         check_vocabulary(folder, local_folder(cfg.model.name, weights=False))
+    _check_rows(cfg, plan.shape.vocab, corpus)
     training, heldout = (
         Batches(
             corpus.split(name),
@@ -46,6 +44,27 @@ def open_batches(cfg: Config, plan: Plan, folder: Path, *, before: int = 0) -> t
         for name in ("train", "heldout")
     )
     return training, heldout
+
+
+def _check_rows(cfg: Config, rows: int, corpus: Corpus) -> None:
+    """
+    Raises:
+        DataError: a token id of the corpus has no embedding.
+    """
+    if corpus.vocab_size <= rows:
+        return
+    if cfg.model.init == "scratch":
+        raise DataError(
+            f"model.config.vocab_size={rows} is smaller than the tokenizer's {corpus.vocab_size}; "
+            f"use model.config.vocab_size={corpus.vocab_size}"
+        )
+    name, size = cfg.model.name, corpus.vocab_size
+    raise DataError(
+        f"the weights of model.name={name} have {rows} rows, and the corpus made with data.tokenizer="
+        f"{cfg.data.tokenizer} needs {size}; give them more rows in a new folder, and name that: python -c "
+        f"\"from transformers import AutoModelForCausalLM as A; m = A.from_pretrained('{name}'); "
+        f"m.resize_token_embeddings({size}); m.save_pretrained('NEW_FOLDER')\""
+    )
 
 
 def course(cfg: Config, folder: Path) -> dict[str, Any]:

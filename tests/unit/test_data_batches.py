@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from stack.config.schema import Data
-from stack.data.batches import IGNORE, Batch, Batches, Corpus, Split
+from stack.data.batches import IGNORE, Batch, Batches
+from stack.data.corpus import Corpus, Split
 from stack.data.permutation import Permutation
 from stack.data.shards import prepare
 from stack.errors import DataError, LayoutError

@@ -1,39 +1,23 @@
 """Preparation: the same corpus every time, whatever interrupts it, and no damaged one is ever taken for whole."""
 
+import errno
 import fcntl
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stack.config.schema import Data
 from stack.data import manifest, shards
-from stack.data.batches import Corpus
+from stack.data.corpus import Corpus
 from stack.data.shards import locate, prepare
 from stack.errors import DataError
-
-SEED = 7
-
-
-def corpus(folder: Path, documents: list[str], **fields) -> Data:
-    """A config whose source is one jsonl file of `documents`; the prepared corpus goes to `folder`/data."""
-    raw = folder / "raw"
-    raw.mkdir(exist_ok=True)
-    (raw / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    settings = {"vocab_size": 270, "heldout_fraction": 0.2, **fields}
-    return Data(source="files", paths=[str(raw)], root=str(folder / "data"), **settings)
-
-
-def stories(count: int) -> list[str]:
-    return [f"story {number}: once upon a time, {'and then ' * (number % 7)}the end é" for number in range(count)]
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {file["path"]: file["blake2b"] for file in manifest.read(folder)["files"]}
+from tests.helpers.corpora import SEED, corpus, hashes, stories
+from tests.helpers.tokenizers import build, metaspace
 
 
 def start(code: str, cfg: Data) -> subprocess.Popen:
@@ -114,10 +98,17 @@ def test_fingerprint_follows_what_matters_and_nothing_else(tmp_path):
 
     same = name()
     assert name(seq_len=64) == name(pack=False) == name(root="elsewhere") == same
-    changes = [{"seed": 8}, {"vocab_size": 280}, {"heldout_fraction": 0.1}, {"text_key": "body"}]
+    changes = [
+        {"special_tokens": "text"},
+        {"extensions": [".x"]},
+        {"seed": 8},
+        {"vocab_size": 280},
+        {"heldout_fraction": 0.1},
+        {"text_key": "body"},
+    ]
     names = {same, *(name(**change) for change in changes)}
     corpus(tmp_path, [*stories(5), "one more"])
-    assert len({*names, name()}) == 6
+    assert len({*names, name()}) == 8
 
 
 def test_locate_says_what_to_run_and_what_differs(tmp_path):
@@ -140,32 +131,41 @@ def test_locate_imports_no_heavy_library(tmp_path):
     assert out.split("\n")[1] == "[]", err
 
 
-@pytest.mark.parametrize("damage", ["cut manifest", "edited manifest", "no manifest", "cut shard", "no shard"])
-def test_damage_is_found_by_locate_and_healed_by_prepare(tmp_path, damage):
+def test_a_document_has_the_tokens_of_the_tokenizer_and_the_end(tmp_path, capsys):
+    chats = ["<s>user\nhi</s>", "<|x|>the small house", "the <|x|> door"]
+    backend = build("unigram", pre_tokenizer=metaspace("always"))
+    ids = [("<s>", backend.token_to_id("<s>"))]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=ids)
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    hf.add_special_tokens({"additional_special_tokens": ["<|x|>"]})
+    hf.add_special_tokens({"pad_token": "[PAD]"})
+    hf.save_pretrained(tmp_path / "tokenizer")
+    stored = {}
+    for how in ("parse", "text"):
+        cfg = corpus(tmp_path, chats, tokenizer=str(tmp_path / "tokenizer"), special_tokens=how)
+        opened = Corpus.open(prepare(cfg, seed=SEED))
+        said = [line for line in capsys.readouterr().err.splitlines() if "special" in line or "begins" in line]
+        assert said[0] == "data: every document begins with <s>, as the tokenizer does by itself"
+        assert said[1].startswith(
+            "data: 3 documents spell special tokens: <|x|> (2), </s> (1), <s> (1); they were read"
+        )
+        splits = [opened.split(name) for name in ("train", "heldout")]
+        stored[how] = sorted(split.document(n).tolist() for split in splits for n in range(split.num_documents))
+        # What no document holds needs no embedding, such as the pad token that was added last.
+        assert opened.vocab_size == (len(hf) - 1 if how == "parse" else len(hf) - 2)
+    end = [hf.eos_token_id]
+    # The first document spells the beginning itself, and has it once.
+    begun = [hf(chats[0], add_special_tokens=False)["input_ids"], *hf(chats[1:])["input_ids"]]
+    assert stored["parse"] == sorted(ids + end for ids in begun)
+    assert all(document[0] == hf.bos_token_id for document in stored["text"])
+    assert not {*hf.all_special_ids[3:]} & {token for document in stored["text"] for token in document[1:-1]}
+
+
+def test_what_is_not_read_is_said(tmp_path, capsys):
     cfg = corpus(tmp_path, stories(30))
-    folder = prepare(cfg, seed=SEED)
-    before = hashes(folder)
-    path = folder / ("manifest.json" if damage.endswith("manifest") else "train/tokens-00000.bin")
-    content = path.read_bytes()
-    if damage.startswith("no"):
-        path.unlink()
-    else:
-        path.write_bytes(content[:-10] if damage.startswith("cut") else content.replace(b'"eos_id": 0', b'"eos_id": 1'))
-    with pytest.raises(DataError, match="run `stack data`"):
-        locate(cfg, seed=SEED)
-    assert hashes(prepare(cfg, seed=SEED)) == before
-    assert locate(cfg, seed=SEED) == folder
-
-
-def test_verify_finds_a_flipped_bit(tmp_path):
-    folder = prepare(corpus(tmp_path, stories(30)), seed=SEED)
-    shard = folder / "heldout/tokens-00000.bin"
-    content = bytearray(shard.read_bytes())
-    content[5] ^= 1
-    shard.write_bytes(content)
-    manifest.read(folder)
-    with pytest.raises(DataError, match="has changed"):
-        manifest.verify(folder)
+    (tmp_path / "raw/notes.docx").write_text("no text")
+    prepare(cfg, seed=SEED)
+    assert "data: 1 file or folder is not read: 1 .docx (" in capsys.readouterr().err
 
 
 def test_killed_preparation_leaves_nothing_that_counts(tmp_path):
@@ -217,6 +217,31 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(tmp_path, monkeypatc
     (tmp_path / "quiet").mkdir()
     prepare(corpus(tmp_path / "quiet", stories(30)), seed=SEED, progress=False)
     assert not capsys.readouterr().err
+
+
+def test_without_locks_each_prepares_for_itself_and_the_first_one_counts(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    cfg = corpus(tmp_path, stories(30))
+    target = manifest.folder_of(cfg, manifest.made_from(cfg, seed=SEED))
+    others = target.with_name(f".{target.name}.tmp-abcd")
+    others.mkdir(parents=True)
+    write = manifest.write
+
+    def write_second(*arguments):
+        # Another process ends while this one is about to.
+        write(*arguments)
+        monkeypatch.setattr(manifest, "write", write)
+        prepare(cfg, seed=SEED, progress=False)
+        target.joinpath("first").touch()
+
+    monkeypatch.setattr(manifest, "write", write_second)
+    assert prepare(cfg, seed=SEED) == target
+    assert (target / "first").exists()
+    assert others.exists(), "it may be that of a process at work"
+    assert len(list(target.parent.glob(".*.tmp-*"))) == 1
 
 
 def test_two_processes_at_once_do_the_work_once(tmp_path):

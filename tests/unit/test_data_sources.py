@@ -1,6 +1,10 @@
 """Every source gives its documents in a fixed order, and every wrong setting gives one line that names a fix."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import os
 import socket
 import sysconfig
@@ -14,7 +18,7 @@ import pyarrow.parquet
 import pytest
 
 from stack.config.schema import Data
-from stack.data import hub
+from stack.data import formats, hub
 from stack.data.sources import describe, documents
 from stack.errors import DataError
 
@@ -100,6 +104,12 @@ def test_description_follows_content_and_not_place(tmp_path):
     assert describe(files(two, text_key="body")) != before
 
 
+def parquet(column: pyarrow.Array) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), file)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
@@ -110,12 +120,141 @@ def test_description_follows_content_and_not_place(tmp_path):
         ("a.json", b'[{"text": "x"},\n oops]', "a.json:2"),
         ("a.txt", b"abc\xff", "UTF-8 (byte 3)"),
         ("a.parquet", b"no parquet at all", "a.parquet"),
-        ("a.csv", b"text\nx\n", ".jsonl"),
+        ("a.docx", b"text", "data.extensions=[.docx]"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "x", "n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "a.jsonl:2"),
+        ("a.jsonl", b'{"text": "x", "n": ' + b"7" * 5000 + b"}\n", "a.jsonl:1"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "a.jsonl:2, which is not UTF-8"),
+        ("a.json", b"[" * 200_000, "a.json:1"),
+        ("a.json", b'[{"text": "x", "n": ' + b"7" * 5000 + b"}]", "a.json:1"),
+        ("a.json", b'{"text": 1}', "int"),
+        ("a.csv", b"body,id\nx,1\n", "columns of text: body, id"),
+        ("a.csv", b"", "columns of text: none"),
+        ("a.csv", b"id,text\n1,two, words\n", "a.csv:2, a row of 3 fields under a header of 2"),
+        ("a.csv", b'id,text\n1,"never ends\n', "which is not CSV"),
+        ("a.csv", b"id,text\n1,x\n2,\xe9\n", "a.csv:3, which is not UTF-8"),
+        ("a.txt.gz", b"no gzip", "a.txt.gz"),
+        ("a.txt.gz", gzip.compress(b"cut" * 999)[:-9], "a.txt.gz"),
+        ("a.txt.gz", gzip.compress(b"x" * 99)[:10] + b"\xff" * 20, "a.txt.gz"),
+        ("a.jsonl.zst", pyarrow.compress(b"x" * 9999, codec="zstd", asbytes=True)[:-3], "a.jsonl.zst"),
+        ("a.csv.bz2", b"no bzip2", "a.csv.bz2"),
+        ("a.md.xz", lzma.compress(b"x" * 99)[:-9], "a.md.xz"),
+        ("a.parquet", b"PAR1" + b"\xff" * 99 + b"\x10\0\0\0PAR1", "a.parquet, which is no Parquet or damaged"),
+        ("a.parquet", parquet(pyarrow.array([b"x", b"caf\xe9"]).view(pyarrow.string())), "row 2, which is not UTF-8"),
+        ("a.parquet", parquet(pyarrow.array(["x" * 999] * 99))[:50] + b"\0" * 99, "a.parquet"),
     ],
 )
 def test_a_file_that_cannot_be_read_names_the_place(tmp_path, name, content, named):
     (tmp_path / name).write_bytes(content)
     assert named in refused(files(tmp_path / name))
+
+
+def test_a_document_is_of_bounded_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "MAX_BYTES", 1000)
+    for name in ("a.txt", "a.jsonl", "a.json", "a.csv"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"[" + b"x" * 10**6))
+        assert "is longer than" in refused(files(tmp_path / f"{name}.gz"))
+
+
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pyarrow.compress(content, codec="zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("codec", COMPRESS)
+def test_every_format_also_compressed(tmp_path, codec):
+    contents = {
+        "a.csv": 'id,text\n1,"c, ""1""\nline"\n\n2,c2\n',
+        "b.html": "<p>h</p>",
+        "c.json": '[{"text": "j"}]',
+        "d.jsonl": '{"text": "l1"}\n{"text": "l2"}',
+        **{f"e.{ending}": ending for ending in ("md", "py", "rst", "tex", "txt")},
+        "f.FOO": "foo",
+    }
+    for name, content in contents.items():
+        # Two parts, as `cat a.gz b.gz` makes them.
+        middle = len(content) // 2
+        parts = [content[:middle], content[middle:]]
+        (tmp_path / f"{name}{codec}").write_bytes(b"".join(COMPRESS[codec](part.encode()) for part in parts))
+    source = documents(files(tmp_path, extensions=[".foo"]))
+    texts = ['c, "1"\nline', "c2", "<p>h</p>", "j", "l1", "l2", "md", "py", "rst", "tex", "txt", "foo"]
+    assert list(source) == list(source) == texts
+    assert source.unread == ""
+    assert (source.total is None) == bool(codec)
+
+
+def test_an_extension_is_read_as_plain_text_whatever_it_is(tmp_path):
+    (tmp_path / "a.csv").write_text("body\nx\n")
+    whole = files(tmp_path, extensions=[".csv"])
+    assert list(documents(whole)) == ["body\nx\n"]
+    assert describe(whole) != describe(files(tmp_path))
+    assert "use [.csv]" in refused(files(tmp_path, extensions=["csv"]))
+
+
+def test_a_nested_field_is_named_by_its_path(tmp_path):
+    record = {"data": {"text": "nested", "n": 1}, "id": 2}
+    write_jsonl(tmp_path / "a.jsonl", record, {"data": None}, {"data.text": "by its own name"})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record, {"data": None}]), tmp_path / "b.parquet")
+    assert list(documents(files(tmp_path, text_key="data.text"))) == ["nested", "by its own name", "nested"]
+    assert "data.text_key=data.text" in refused(files(tmp_path / "a.jsonl", text_key="data.txt"))
+    assert "data.text_key=data.text" in refused(files(tmp_path / "b.parquet", text_key="text"))
+    datasets.Dataset.from_list([record, {"data": None, "id": 3}]).save_to_disk(tmp_path / "set")
+    cfg = Data(source="hf", name=str(tmp_path / "set"), text_key="data.text")
+    assert list(documents(cfg)) == ["nested"]
+    cfg.text_key = "data.txt"
+    assert "data.text_key=data.text" in refused(cfg)
+
+
+def test_what_is_not_read_is_named(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.txt", "b.docx", "c.docx", "d.docx.gz", "LICENSE", ".hidden", "sub/e.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "__pycache__").mkdir()
+    os.mkfifo(tmp_path / "f.txt")
+    (tmp_path / "g.txt").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "sub/up").symlink_to("..")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "h.txt"))
+        source = documents(files(tmp_path))
+        assert list(source) == ["a.txt", "sub/e.txt"]
+        assert source.unread == (
+            "12 files or folders are not read: 2 hidden, 2 dangling, 2 .docx, 1 named __pycache__, 1 FIFO, 1 socket, "
+            "1 read under another name, 1 without an ending, 1 .docx.gz "
+            "(data.extensions=[.EXT] reads plain text of another ending)"
+        )
+        # Neither does a glob wait for a pipe, nor go round in a circle.
+        assert list(documents(files(tmp_path / "**/*.txt"))) == ["a.txt", "sub/e.txt"]
+        assert list(documents(files(tmp_path / "*"))) == ["a.txt", "sub/e.txt"]
+        for name, reason in (("f.txt", "neither a file"), ("h.txt", "neither a file"), ("g.txt", "does not exist")):
+            assert reason in refused(files(tmp_path / name))
+        assert "neither a file nor a folder" in refused(files(tmp_path / "f.txt")), "a pipe is not waited for"
+
+
+def test_a_linked_folder_or_file_is_read_once(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/a.txt").write_text("a")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/one").symlink_to("../real")
+    (tmp_path / "in/two").symlink_to("../real")
+    (tmp_path / "in/three.txt").symlink_to("../real/a.txt")
+    source = documents(files(tmp_path / "in"))
+    assert list(source) == ["a"]
+    assert source.unread == "2 files or folders are not read: 2 read under another name"
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert "data.paths cannot be listed" in refused(files(tmp_path))
 
 
 def test_wrong_column_names_the_nearest(tmp_path):

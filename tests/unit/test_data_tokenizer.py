@@ -1,6 +1,7 @@
 """A BPE of exactly the asked size, the same every time, and any other Hugging Face tokenizer with an eos token."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def test_bpe_is_exact_and_round_trips_any_text(tmp_path):
 
 
 def test_text_that_spells_the_end_token_does_not_end_the_document(tmp_path):
-    trained = tokenizer.load_or_train(Data(vocab_size=257), texts(), tmp_path / "t")
+    trained = tokenizer.load_or_train(Data(vocab_size=257, special_tokens="text"), texts(), tmp_path / "t")
     (ids,) = trained.encode(["a <|endoftext|> b"])
     assert trained.eos_id not in ids
     assert trained.hf.decode(ids) == "a <|endoftext|> b"
@@ -95,6 +96,42 @@ def test_description_of_a_folder_is_its_content(tmp_path):
 def test_no_eos_token_is_refused(tmp_path):
     with pytest.raises(DataError, match="eos_token"):
         tokenizer.load_or_train(Data(tokenizer=word_tokenizer(tmp_path / "in")), [], tmp_path / "out")
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    word_tokenizer(folder, eos_token="</s>")
+    (folder / "tokenizer.json").rename(folder / "vocab.txt")
+    marker = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    wish = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(wish))
+    # Whoever would be asked would agree.
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    with pytest.raises(DataError, match=r"needs Python code of its own, and code .* is never run here") as caught:
+        tokenizer.load_or_train(Data(tokenizer=str(folder)), [], tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["{", "[" * 200_000, '{"n": ' + "7" * 5000 + "}", "7", '{"model": {}}', "\xff"])
+def test_a_damaged_tokenizer_is_one_line(tmp_path, name, content):
+    folder = word_tokenizer(tmp_path / "in", eos_token="</s>")
+    (tmp_path / "in" / name).write_text(content, encoding="latin-1")
+    if (name, content) == ("tokenizer_config.json", '{"model": {}}'):
+        return  # it says nothing, and that is no damage
+    with pytest.raises(DataError, match=r"data\.tokenizer=") as caught:
+        tokenizer.load_or_train(Data(tokenizer=folder), [], tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_a_pipe_is_not_waited_for(tmp_path):
+    folder = word_tokenizer(tmp_path / "in", eos_token="</s>")
+    (tmp_path / "in/tokenizer_config.json").unlink()
+    os.mkfifo(tmp_path / "in/tokenizer_config.json")
+    with pytest.raises(DataError, match=r"tokenizer_config.json cannot be read \(it is no regular file\)"):
+        tokenizer.describe(Data(tokenizer=folder))
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path, monkeypatch):

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from stack.config.schema import Data
+from stack.config.schema import Config, Data, Model
 from stack.data.tokenizer import load_or_train
-from stack.data.vocabulary import check_vocabulary
+from stack.data.vocabulary import check_choice, check_vocabulary
 from stack.errors import DataError
+from tests.helpers.tokenizers import sentencepiece
 
 
 def tokenizer(folder: Path, text: str) -> Path:
@@ -62,6 +63,55 @@ def test_unigram_vocabularies_are_numbered_by_their_order(tmp_path):
         else:
             with pytest.raises(DataError, match="id 0 is 'b' in the corpus and 'a' in the model"):
                 check_vocabulary(tmp_path, tmp_path / "model")
+
+
+@pytest.mark.parametrize("layout", ["vocab.json", "tokenizer.model"])
+def test_older_layouts_of_a_model_folder_are_compared(model, tmp_path, layout):
+    other, same = tmp_path / "other" / "tokenizer", tmp_path / "same" / "tokenizer"
+    older = tmp_path / "older"
+    older.mkdir()
+    tokenizer(other, "what is in a name, what is in it")
+    if layout == "vocab.json":
+        AutoTokenizer.from_pretrained(model).save_pretrained(same)
+        vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+        (older / layout).write_text(json.dumps(vocabulary))
+        (older / "merges.txt").write_text("")
+    else:
+        sentencepiece(older, "bpe")
+        load_or_train(Data(tokenizer=str(older)), [], same)
+        # Neither has what transformers adds to a llama's.
+        assert (same / "tokenizer.json").is_file()
+    check_vocabulary(same.parent, older)
+    with pytest.raises(DataError, match=r"another vocabulary than that of .*older"):
+        check_vocabulary(other.parent, older)
+    (older / layout).write_text("{")
+    with pytest.raises(DataError, match=f"{layout} is damaged, it is no tokenizer"):
+        check_vocabulary(same.parent, older)
+
+
+def config(tmp_path, tokenizer: str) -> Config:
+    return Config(model=Model(name=str(tmp_path / "model"), init="pretrained"), data=Data(tokenizer=tokenizer))
+
+
+def test_pretrained_weights_do_not_learn_a_vocabulary(model, tmp_path):
+    with pytest.raises(DataError, match=f"bpe learns a new vocabulary.*; use data.tokenizer={model}$"):
+        check_choice(config(tmp_path, "bpe"))
+    check_choice(config(tmp_path, str(model)))
+    for file in model.iterdir():
+        file.unlink()
+    (model / "config.json").write_text("{}")
+    for chosen, why in (("bpe", "learns a new"), (str(model), "holds no tokenizer")):
+        with pytest.raises(DataError, match=f"{why}.*; use data.tokenizer=FOLDER, that of the tokenizer they were"):
+            check_choice(config(tmp_path, chosen))
+    check_choice(config(tmp_path, "elsewhere"))
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"n": ' + "7" * 5000 + "}", "7", '{"model": {"vocab": 3}}'])
+def test_a_crafted_tokenizer_is_one_line(model, tmp_path, content):
+    tokenizer(tmp_path / "tokenizer", "to be or not to be, to be")
+    (model / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match=r"tokenizer.json is damaged"):
+        check_vocabulary(tmp_path, model)
 
 
 def test_without_a_tokenizer_there_is_nothing_to_compare(model, tmp_path):

@@ -1,0 +1,97 @@
+"""A stream of documents, and what every source says about a record whose text cannot be had."""
+
+import difflib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stack.errors import DataError
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a source in their fixed order; every iteration starts again at the first.
+
+    Documents without a character are left out. Iterating raises `DataError` where a file or a record cannot
+    be read as text.
+    """
+
+    read: Callable[[], Iterator[str]]
+    total: int | None
+    """How much there is, in `unit`s; None where it is unknown before reading. A hint, for the progress bar."""
+    unit: Literal["bytes", "documents"]
+    unread: str = ""
+    """What of the named folders is not read and why, as one line for the user; empty where all of it is read."""
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for text in self.read() if text)
+
+
+def record_text(record: Any, key: str, where: str) -> str:
+    """The text of one record. `key` is a field, or the path of a nested one such as `data.text`; a field whose own name
+    has a dot comes first.
+
+    Raises:
+        DataError: the record is no object, or has no such field, or holds something else than text there.
+    """
+    if not isinstance(record, dict):
+        raise DataError(
+            f"data.paths has {where}, a {type(record).__name__}; each record must be an object with {key!r}"
+        )
+    if key in record:
+        return check_text(record[key], key, where)
+    value: Any = record
+    for name in key.split("."):
+        if value is None:
+            return ""
+        if not isinstance(value, dict) or name not in value:
+            raise no_column(key, text_columns(record), where)
+        value = value[name]
+    return check_text(value, key, where)
+
+
+def text_columns(record: dict[str, Any], prefix: str = "") -> list[str]:
+    """Fields of a record that hold text, nested ones by their path."""
+    found = []
+    for name, value in record.items():
+        if isinstance(value, str):
+            found.append(prefix + name)
+        elif isinstance(value, dict):
+            found += text_columns(value, f"{prefix}{name}.")
+    return found
+
+
+def check_text(value: Any, key: str, where: str) -> str:
+    """`value` if it is a str, "" if it is None (not a document), else `DataError`."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(
+            f"data.text_key={key} holds {type(value).__name__} in {where}, not text; use a column of strings"
+        )
+    return value
+
+
+def no_column(key: str, columns: Collection[str], where: str) -> DataError:
+    """The error of a `data.text_key` that is missing; `columns` are those that hold text."""
+    names = list(columns)
+    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
+    fix = f"use data.text_key={nearest[0]}" if nearest else "use data with a column of text"
+    return DataError(f"data.text_key={key} is no column of {where} (columns of text: {some(names)}); {fix}")
+
+
+def undecodable(where: Path | str, error: UnicodeDecodeError) -> DataError:
+    """The error of text that is not UTF-8."""
+    return DataError(f"data.paths has {where}, which is not UTF-8 (byte {error.start}); convert it, e.g. with iconv")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of a library's exception, short enough to stand inside ours."""
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if not text or isinstance(error, KeyError) else text
+
+
+def some(names: list[str]) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:8] + ["..."] * (len(names) > 8)) or "none"

@@ -20,7 +20,7 @@ from typing import Any
 
 from stack.config.schema import Data
 from stack.data import sources, tokenizer
-from stack.disk import checksum
+from stack.disk import checksum, write_whole
 from stack.errors import DataError
 
 FORMAT = 1
@@ -112,7 +112,7 @@ def verify(folder: Path) -> dict[str, Any]:
 def write(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes `manifest.json`, with a checksum over its own content."""
     text = json.dumps({**manifest, "checksum": checksum(manifest)}, indent=1)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    write_whole(folder / MANIFEST, text + "\n")
 
 
 def hash_file(path: Path) -> str:

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from stack.disk import write_whole
 from stack.errors import ConfigError
 
 #: Versions of DeepSpeed that the whole test suite has run with.
@@ -49,7 +50,7 @@ def _verdict(version: str, torch_version: str) -> dict[str, Any]:
         verdict = {"failure": _run()}
         # A failure may be this host's of today: it is tried again.
         if not verdict["failure"]:
-            file.write_text(json.dumps(verdict))
+            write_whole(file, json.dumps(verdict))
         return verdict
 
 

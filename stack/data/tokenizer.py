@@ -3,6 +3,7 @@
 import hashlib
 import heapq
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,12 @@ SAMPLE_DOCUMENT = 1 << 18
 #: Files that decide what a tokenizer folder does. A model folder may hold 100 GB of weights beside them.
 _TOKENIZER_FILES = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|config)\.json|vocab\.txt|merges\.txt|.*\.(model|tiktoken)"
+)
+
+#: Files that `save_pretrained` writes for tokenizers of all classes.
+_SAVED = re.compile(
+    r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
+    r"[\w.-]+\.(model|tiktoken)|chat_template\.(jinja|json)|additional_chat_templates/[\w.-]+\.jinja"
 )
 
 
@@ -99,6 +106,29 @@ def load_or_train(cfg: Data, texts: Iterable[str], folder: Path) -> Tokenizer:
         )
     hf.save_pretrained(folder)
     return Tokenizer(hf, max(hf.get_vocab().values()) + 1, hf.eos_token_id)
+
+
+def copy_tokenizer(folder: Path, out: Path) -> None:
+    """Copies the files of a prepared corpus's tokenizer, and nothing else that may lie in its folder.
+
+    The copy goes into an export, which is made to be given away. A link in a corpus from elsewhere may lead to a file of
+    this user that is not.
+
+    Raises:
+        DataError: such a link.
+        OSError: the folder is not there, or cannot be copied.
+    """
+    root = folder.resolve(strict=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not _SAVED.fullmatch(name.as_posix()):
+            continue
+        if not path.resolve().is_relative_to(root):
+            raise DataError(f"{path} is a link that leads out of the tokenizer's folder; put the file itself there")
+        if path.is_file():
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, out / name)
 
 
 def sample(texts: Iterable[str]) -> list[str]:

@@ -24,6 +24,7 @@ from stack.config.families import FAMILIES
 from stack.config.model_folder import copy_without_weights
 from stack.config.schema import Config
 from stack.data.manifest import TOKENIZER
+from stack.data.tokenizer import copy_tokenizer
 from stack.errors import ConfigError, DataError, Requeue, UsageError
 from stack.health.lost_peer import is_lost_peer
 from stack.plan.layout import Plan
@@ -208,11 +209,12 @@ def create(cfg: Config, plan: Plan, *, corpus: Path) -> RunDir:
 
     Raises:
         ConfigError: the folder cannot be created there.
+        DataError: a file of the tokenizer is a link that leads out of its folder.
     """
     parent = Path(cfg.run.root).expanduser().absolute() / cfg.run.name
     try:
         run = _new(parent)
-        shutil.copytree(corpus / TOKENIZER, run.tokenizer, copy_function=shutil.copyfile)
+        copy_tokenizer(corpus / TOKENIZER, run.tokenizer)
         _copy_model(run, cfg)
         _describe(run, cfg, plan, corpus)
     except OSError as error:

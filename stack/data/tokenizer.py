@@ -111,8 +111,8 @@ def load_or_train(cfg: Data, texts: Iterable[str], folder: Path) -> Tokenizer:
 def copy_tokenizer(folder: Path, out: Path) -> None:
     """Copies the files of a prepared corpus's tokenizer, and nothing else that may lie in its folder.
 
-    The copy goes into an export, which is made to be given away. A link in a corpus from elsewhere may lead to a file of
-    this user that is not.
+    The copy goes into an export, which is made to be given away. A link in a corpus from elsewhere may lead to a file
+    of this user that is not.
 
     Raises:
         DataError: such a link.

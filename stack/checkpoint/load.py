@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -14,6 +13,7 @@ from stack.checkpoint.files import check_file
 from stack.checkpoint.manifest import Manifest
 from stack.checkpoint.storage import LoadSlices, Reader, slices_of
 from stack.errors import CheckpointError
+from stack.parallel import messages
 from stack.parallel.mesh import Mesh
 from stack.parallel.rank_engine import RankEngine
 
@@ -26,7 +26,14 @@ class Found:
     manifest: Manifest
 
 
-def find(root: Path, step: int | str, mesh: Mesh, *, tell: Callable[[str], None]) -> Found | None:
+def find(
+    root: Path,
+    step: int | str,
+    mesh: Mesh,
+    *,
+    tell: Callable[[str], None],
+    check: Callable[[Manifest], object] = lambda _: None,
+) -> Found | None:
     """The checkpoint to go on from, or None where there has never been one. Collective over all ranks.
 
     Every rank sees that the files are there, and reads its share of them in full.
@@ -34,20 +41,21 @@ def find(root: Path, step: int | str, mesh: Mesh, *, tell: Callable[[str], None]
     Args:
         step: of the checkpoint, or `auto` for the newest one that is whole.
         tell: takes a line for the user on each one that is passed over.
+        check: raises CheckpointError for a manifest that is as damaged as one that cannot be read.
 
     Raises:
         CheckpointError: there are checkpoints, and none that may be used is whole.
     """
-    listed: list[list[int]] = [manifests.steps(root)[::-1] if mesh.rank == 0 else []]
-    dist.broadcast_object_list(listed, src=0, group=mesh.host_group)
-    [candidates] = listed
+    candidates: list[int] = messages.broadcast(
+        manifests.steps(root)[::-1] if mesh.rank == 0 else None, group=mesh.host_group
+    )
     manifests.check_step(step, candidates, where=root)
     if step != "auto":
         candidates = [int(step)]
     why = ""
     for candidate in candidates:
         folder = manifests.folder_of(root, candidate)
-        manifest, faults = _verified(folder, mesh)
+        manifest, faults = _verified(folder, mesh, check)
         if manifest is not None:
             return Found(folder, manifest)
         why = faults[0]
@@ -57,16 +65,17 @@ def find(root: Path, step: int | str, mesh: Mesh, *, tell: Callable[[str], None]
     return None
 
 
-def _verified(folder: Path, mesh: Mesh) -> tuple[Manifest | None, list[str]]:
+def _verified(folder: Path, mesh: Mesh, check: Callable[[Manifest], object]) -> tuple[Manifest | None, list[str]]:
     """The manifest, if no rank finds a fault; else None and the faults of all ranks."""
     manifest, fault = None, None
     try:
         manifest = manifests.read(folder)
+        check(manifest)
         for file in manifest.files[mesh.rank :: mesh.world_size]:
-            check_file(folder, file)
+            check_file(folder, manifest, file)
     except (CheckpointError, OSError) as error:
         fault = str(error)
-    faults = [found for found in _gathered(fault, mesh) if found]
+    faults = [found for found in messages.gather(fault, mesh.host_group) if found]
     return (None if faults else manifest), faults
 
 
@@ -95,7 +104,7 @@ def load(found: Found, engine: RankEngine, *, weights_only: bool = False) -> Non
     # Also CheckpointException, which is no Exception.
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         fault = f"{found.folder} could not be read: {reason(error)}"
-    faults = [other for other in _gathered(fault, engine.mesh) if other]
+    faults = [other for other in messages.gather(fault, engine.mesh.host_group) if other]
     if faults:
         raise CheckpointError(faults[0])
     engine.loaded()
@@ -110,9 +119,3 @@ def reason(error: BaseException) -> str:
         rank, (cause, _) = min(error.failures.items())
         told = f"rank {rank}: {cause}"
     return " ".join(told.split())
-
-
-def _gathered(fault: str | None, mesh: Mesh) -> list[str | None]:
-    answers: list[str | None] = [None] * mesh.world_size
-    dist.all_gather_object(answers, fault, group=mesh.host_group)
-    return answers

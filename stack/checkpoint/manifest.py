@@ -11,6 +11,7 @@ was damaged later. Nothing here imports torch: the driver reads manifests before
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -20,12 +21,16 @@ from typing import Any, Self
 
 from stack.config.schema import Config
 from stack.config.values import show
-from stack.disk import checksum
+from stack.disk import checksum, parse_json, read_regular
 from stack.errors import CheckpointError
+from stack.plan.policies import MASTER
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
+_FILE = re.compile(r"rank-\d{5,}\.safetensors")
+_LINK = "is a link, which may lead out of the checkpoint"
+_XXH3 = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,20 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:
-        """The inverse of `to_json`.
+        """The inverse of `to_json`. The checksum finds damage, not intent: what a manifest claims is checked as well.
 
         Raises:
-            CheckpointError: the text is damaged or of a newer format, in words that follow a file name.
+            CheckpointError: the text is damaged, crafted or of a newer format, in words that follow a file name.
         """
         try:
-            content = json.loads(text)
+            return cls._parsed(text)
+        except RecursionError as error:
+            raise CheckpointError("is damaged, it is nested too deep") from error
+
+    @classmethod
+    def _parsed(cls, text: bytes) -> Self:
+        try:
+            content = parse_json(text)
         except ValueError as error:
             raise CheckpointError("is damaged, it is not JSON") from error
         if not isinstance(content, dict):
@@ -100,18 +112,83 @@ class Manifest:
             raise CheckpointError(f"has format {content['format']}, and this version reads {FORMAT}; use a newer stack")
         if stored != checksum(content) or content.get("format") != FORMAT:
             raise CheckpointError("is damaged, its checksum does not match")
-        content["files"] = tuple(File(**file) for file in content["files"])
-        content["parameters"] = {
-            name: Parameter(tuple(about["shape"]), tuple(map(tuple, about["slices"])))
-            for name, about in content["parameters"].items()
-        }
-        content["states"] = tuple(content["states"])
-        content["scaling"] = content["scaling"] and tuple(content["scaling"])
-        manifest = cls(**content)
+        manifest = cls(**_checked(content))
         # What JSON reads over counts too: the file is to be what was written, to the last byte.
         if manifest.to_json().encode() != text:
             raise CheckpointError("is damaged, it is not as it was written")
         return manifest
+
+    def tensors(self, number: int) -> dict[str, int]:
+        """The tensors of file `number`: their lengths by `<state>/<Hugging Face name>`."""
+        return {
+            f"{state}/{name}": length
+            for name, parameter in self.parameters.items()
+            for _, length, file in parameter.slices
+            if file == number
+            for state in self.states
+        }
+
+
+def _checked(content: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a manifest in their types.
+
+    Raises:
+        CheckpointError: one is missing, strange, or claims what cannot be; in words that follow a file name.
+    """
+    try:
+        if content.keys() != {field.name for field in dataclasses.fields(Manifest)}:
+            raise ValueError("its fields are not those of a manifest")
+        files = tuple(File(**file) for file in content["files"])
+        for file in files:
+            # Nothing is read outside the checkpoint's folder, whatever a manifest names.
+            if not (_FILE.fullmatch(file.path) and _is_count(file.bytes) and _XXH3.fullmatch(file.xxh3)):
+                raise ValueError("a file in it has no name, size or hash of a checkpoint's file")
+        if len({file.path for file in files}) < len(files):
+            raise ValueError("it names a file twice")
+        parameters = {name: _parameter(about, len(files)) for name, about in content["parameters"].items()}
+        states, scaling, loss = tuple(content["states"]), content["scaling"], content["heldout_loss"]
+        right = (
+            all(map(_is_count, (content["step"], content["updates"])))
+            and all(isinstance(content[name], dict) for name in ("state", "course", "plan", "versions"))
+            and all(isinstance(state, str) for state in states)
+            and MASTER in states
+            and (scaling is None or (_is_number(scaling[0]) and _is_count(scaling[1]) and len(scaling) == 2))
+            and (loss is None or _is_number(loss))
+            and _is_number(content["time"])
+        )
+        if not right:
+            raise ValueError("its values are not those of a manifest")
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise CheckpointError("is damaged, its values are not those of a manifest") from error
+    except ValueError as error:
+        raise CheckpointError(f"is damaged, {error}") from error
+    scaling = scaling and tuple(scaling)
+    return {**content, "files": files, "parameters": parameters, "states": states, "scaling": scaling}
+
+
+def _parameter(about: dict[str, Any], files: int) -> Parameter:
+    """
+    Raises:
+        ValueError: its slices are not all of it, each element once, in files that there are.
+    """
+    found = Parameter(tuple(about["shape"]), tuple(map(tuple, about["slices"])))
+    if set(about) != {"shape", "slices"} or not all(map(_is_count, found.shape)):
+        raise ValueError("a parameter in it has no shape")
+    ends = [0]
+    for start, length, file in found.slices:
+        fits = _is_count(length) and _is_count(file) and start == ends[-1] and file < files
+        ends.append(ends[-1] + length if fits else -1)
+    if ends[-1] != math.prod(found.shape) or -1 in ends:
+        raise ValueError("the slices of a parameter in it do not make the whole parameter")
+    return found
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
 
 
 def root_of(path: str | None, run: Path) -> Path:
@@ -168,7 +245,9 @@ def read(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        manifest = Manifest.from_json(path.read_bytes())
+        if path.is_symlink():
+            raise CheckpointError(_LINK)
+        manifest = Manifest.from_json(read_regular(path))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except CheckpointError as error:
@@ -177,6 +256,8 @@ def read(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} belongs to step {manifest.step}")
     for file in manifest.files:
         part = folder / file.path
+        if part.is_symlink():
+            raise CheckpointError(f"{part} {_LINK}")
         size = part.stat().st_size if part.is_file() else None
         if size != file.bytes:
             found = "is missing" if size is None else f"has {size} bytes"

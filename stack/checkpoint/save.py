@@ -1,5 +1,6 @@
 """Saving: the state of all ranks as one checkpoint, at once or in the background; a failed save loses nothing."""
 
+import secrets
 import shutil
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from stack.checkpoint.load import reason
 from stack.checkpoint.manifest import File, Manifest, Parameter
 from stack.checkpoint.storage import SaveSlices, Slice, Writer, slices_of
 from stack.config.schema import Checkpoint
-from stack.disk import sync
+from stack.disk import size, sync, write_whole
 from stack.errors import CheckpointError
 from stack.parallel.rank_engine import RankEngine
 
@@ -41,7 +42,7 @@ class Saved:
 
 
 class Saver:
-    """Saves a run's state into `root`. Every method is collective over all ranks."""
+    """Saves a run's state into `root`. Every method is collective over all ranks, but for `finished`."""
 
     def __init__(
         self,
@@ -69,6 +70,8 @@ class Saver:
         self._running: tuple[int, Future[float]] | None = None
         self._staged: dict[str, torch.Tensor] = {}
         self._failures = 0
+        self._told: Future[float] | None = None
+        """The failed save that the user knows of."""
 
     def save(self, step: int, state: dict[str, Any], *, heldout_loss: float | None, last: bool = False) -> Saved:
         """Saves the state after `step`. In the background there is one save at most; the next one waits for it.
@@ -99,11 +102,15 @@ class Saver:
         return Saved(time.perf_counter() - started, write_s)
 
     def finished(self) -> Saved | None:
-        """A save in the background that has ended well since this was asked last. Not collective."""
-        if self._running is None or not self._running[1].done() or self._running[1].exception():
+        """A save in the background that has ended well since this was asked last. Tells of one that has failed, which
+        the next save counts. Not collective."""
+        if self._running is None or not self._running[1].done():
             return None
-        (_, future), self._running = self._running, None
-        self._failures = 0
+        step, future = self._running
+        if error := future.exception():
+            self._tell_failure(step, future, error)
+            return None
+        self._running, self._failures = None, 0
         return Saved(None, future.result())
 
     def wait(self, *, must: bool = False) -> float | None:
@@ -118,7 +125,7 @@ class Saver:
         try:
             write_s = future.result()
         except (CheckpointException, RuntimeError, OSError) as error:
-            self._failed(step, error, must)
+            self._failed(step, future, error, must)
             return None
         self._failures = 0
         return write_s
@@ -128,13 +135,20 @@ class Saver:
         self.wait()
         self._pool.shutdown()
 
-    def _failed(self, step: int, error: BaseException, must: bool) -> None:
+    def _failed(self, step: int, future: "Future[float]", error: BaseException, must: bool) -> None:
         self._failures += 1
-        told = f"checkpoint of step {step} could not be saved: {reason(error)}"
         if must or self._failures == _FAILURES:
             row = "the last one" if must else f"the {_FAILURES}rd in a row"
-            raise CheckpointError(f"{told}; it was {row}: make room, or set checkpoint.path to another disk")
-        self._tell(f"{told}; training goes on, and the checkpoints before it are whole")
+            raise CheckpointError(
+                f"{_failure(step, error)}; it was {row}: make room, or set checkpoint.path to another disk"
+            )
+        self._tell_failure(step, future, error)
+
+    def _tell_failure(self, step: int, future: "Future[float]", error: BaseException) -> None:
+        """Once for each save."""
+        if self._told is not future:
+            self._told = future
+            self._tell(f"{_failure(step, error)}; training goes on, and the checkpoints before it are whole")
 
     def _slices(self, *, copy: bool) -> dict[str, Slice]:
         """What this rank saves: the live tensors, or copies of them in host memory."""
@@ -187,7 +201,7 @@ class Saver:
         retention.clear(self._root)
         free = shutil.disk_usage(self._root).free
         if need > free:
-            raise OSError(f"{need / 1e6:,.1f} MB are needed in {self._root}, and {free / 1e6:,.1f} MB are free")
+            raise OSError(f"{size(need)} are needed in {self._root}, and {size(free)} are free")
         folder.mkdir()
 
     def _commit(
@@ -196,14 +210,14 @@ class Saver:
         """On rank 0, when every rank has written: the manifest, the name, and the end of what is no longer kept."""
         parameters = {name: Parameter(shape, tuple(sorted(places[name]))) for name, shape in self._shapes.items()}
         manifest = Manifest(**facts, time=time.time(), files=tuple(files), parameters=parameters)
-        path = folder / manifests.MANIFEST
-        path.write_text(manifest.to_json())
-        sync(path)
-        sync(folder)
+        write_whole(folder / manifests.MANIFEST, manifest.to_json(), durable=True)
         self._phase("save.before_rename", manifest.step)
-        if manifests.folder_of(self._root, manifest.step).exists():
-            retention.delete(self._root, manifest.step)
-        folder.rename(manifests.folder_of(self._root, manifest.step))
+        target = manifests.folder_of(self._root, manifest.step)
+        if target.exists():
+            # Under a name that `retention.clear` leaves alone: a crash here must not cost both checkpoints of the step.
+            aside = retention.set_aside(self._root, manifest.step, f"replaced-{secrets.token_hex(4)}")
+            self._tell(f"there was a checkpoint of step {manifest.step} already; it is set aside: {aside}")
+        folder.rename(target)
         sync(self._root)
         self._retain()
 
@@ -217,3 +231,7 @@ class Saver:
                 retention.delete(self._root, step)
         except (CheckpointError, OSError) as error:
             self._tell(f"older checkpoints stay as they are: {error}")
+
+
+def _failure(step: int, error: BaseException) -> str:
+    return f"checkpoint of step {step} could not be saved: {reason(error)}"

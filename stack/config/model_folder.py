@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stack.config.values import one_line, refuse
+from stack.disk import parse_json, read_regular
 
 #: One file of weights, or many and the index that says which tensor is where.
 SINGLE = "model.safetensors"
@@ -59,10 +60,13 @@ def check_weights(name: str, folder: Path) -> None:
     Raises:
         ConfigError: it has none; the message says what is there and how to convert it.
     """
-    if any((folder / file).is_file() for file in (SINGLE, INDEX)):
-        return
+    for file in (SINGLE, INDEX):
+        if (folder / file).is_file():
+            return
+        if (folder / file).exists():
+            refuse("model.name", name, f"its {file} is no regular file; copy it again")
     if is_copy(folder):
-        original = json.loads((folder / _COPIED_FROM).read_text(encoding="utf-8"))["model.name"]
+        original = parse_json(read_regular(folder / _COPIED_FROM))["model.name"]
         refuse(
             "model.name",
             original,
@@ -108,7 +112,7 @@ def _has_config(folder: Path) -> bool:
 
 def _has_all_weights(folder: Path) -> bool:
     try:
-        files = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        files = set(parse_json(read_regular(folder / INDEX))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         files = {SINGLE}
     return all((folder / file).is_file() for file in files)

@@ -21,7 +21,7 @@ from typing import Any
 
 from stack.config.schema import Data
 from stack.data import sources, tokenizer
-from stack.disk import checksum, parse_json, read_regular
+from stack.disk import checksum, parse_json, read_regular, write_whole
 from stack.errors import DataError
 
 FORMAT = 2
@@ -147,7 +147,7 @@ def _check_shape(manifest: dict[str, Any]) -> None:
 def write(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes `manifest.json`, with a checksum over its own content."""
     text = json.dumps({**manifest, "checksum": checksum(manifest)}, indent=1)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    write_whole(folder / MANIFEST, text + "\n")
 
 
 def hash_file(path: Path) -> str:

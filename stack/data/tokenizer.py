@@ -3,6 +3,7 @@
 import hashlib
 import heapq
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,11 @@ SAMPLE_DOCUMENT = 1 << 18
 #: Files that hold the tokens, and those that say more of them. A model folder may hold 100 GB of weights beside them.
 _VOCABULARY_FILES = re.compile(r"(tokenizer|vocab)\.json|vocab\.txt|.*\.(model|tiktoken)")
 _OTHER_FILES = re.compile(r"(tokenizer_config|special_tokens_map|added_tokens|config)\.json|merges\.txt")
+#: Files that `save_pretrained` writes for tokenizers of all classes.
+_SAVED = re.compile(
+    r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
+    r"[\w.-]+\.(model|tiktoken)|chat_template\.(jinja|json)|additional_chat_templates/[\w.-]+\.jinja"
+)
 
 
 def describe(cfg: Data) -> dict[str, Any]:
@@ -79,6 +85,29 @@ def load_or_train(cfg: Data, texts: Iterable[str], folder: Path) -> Encoder:
         )
     hf.save_pretrained(folder)
     return Encoder(hf, special_tokens=cfg.special_tokens)
+
+
+def copy_tokenizer(folder: Path, out: Path) -> None:
+    """Copies the files of a prepared corpus's tokenizer, and nothing else that may lie in its folder.
+
+    The copy goes into an export, which is made to be given away. A link in a corpus from elsewhere may lead to a file
+    of this user that is not.
+
+    Raises:
+        DataError: such a link.
+        OSError: the folder is not there, or cannot be copied.
+    """
+    root = folder.resolve(strict=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not _SAVED.fullmatch(name.as_posix()):
+            continue
+        if not path.resolve().is_relative_to(root):
+            raise DataError(f"{path} is a link that leads out of the tokenizer's folder; put the file itself there")
+        if path.is_file():
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, out / name)
 
 
 def sample(texts: Iterable[str]) -> list[str]:

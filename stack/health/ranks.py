@@ -18,6 +18,7 @@ import torch.distributed as dist
 from stack import __version__
 from stack.errors import HangError, HostError
 from stack.health.odd import odd_ones
+from stack.parallel import messages
 
 _PACKAGES = ("torch", "deepspeed", "transformers")
 #: Exchanges over the ring that its latency is the mean of, and all-reduces that the bandwidth is.
@@ -73,16 +74,17 @@ def check_ranks(device: torch.device, *, timeout_s: float = 60.0) -> Links:
     _wait_for_all(timeout_s)
     # What tells about a failure outlives what fails. On NCCL a group beside it: its watchdog ends all that it hangs in.
     telling = _connected(lambda: dist.new_group(backend="gloo", timeout=timedelta(seconds=3 * timeout_s)))
-    facts = _told(telling, _facts(device))
+    facts = messages.gather(_facts(device), telling)
     hosts = [fact["host"] for fact in facts]
     _compare(facts, hosts)
     tested = _connected(lambda: dist.new_group(timeout=timedelta(seconds=2 * timeout_s)))
     where = f"over {dist.get_backend(tested)} within {timeout_s:g} s"
     arrived: list[bool] = []
-    ring = _told(telling, _bounded(lambda: _ring(tested, device, arrived), device, timeout_s))
-    _check_links([rank for rank, came in enumerate(_told(telling, bool(arrived))) if not came], hosts, where)
+    ring = _outcomes(_bounded(lambda: _ring(tested, device, arrived), device, timeout_s), telling)
+    came = messages.gather(bool(arrived), telling)
+    _check_links([rank for rank in range(len(facts)) if not came[rank]], hosts, where)
     _check(ring, [sum(_message(_before(rank))) for rank in range(len(facts))], hosts, f"a ring of sends {where}")
-    summed = _told(telling, _bounded(lambda: _sum(tested, device), device, timeout_s))
+    summed = _outcomes(_bounded(lambda: _sum(tested, device), device, timeout_s), telling)
     total = len(facts) * (len(facts) + 1) / 2
     _check(summed, [total] * len(facts), hosts, f"an all-reduce {where}")
     for group in (tested, telling):
@@ -119,11 +121,9 @@ def _connected(make: Callable[[], dist.ProcessGroup]) -> dist.ProcessGroup:
         raise HostError(f"rank {rank} on {host} does not reach the others: {_line(error)}; {_HINT}") from error
 
 
-def _told(group: dist.ProcessGroup, own: Any) -> list[Any]:
-    """What every rank has to say, by rank."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own, group=group)
-    return everyone
+def _outcomes(own: _Outcome, group: dist.ProcessGroup) -> list[_Outcome]:
+    """Those of all ranks, by rank."""
+    return [_Outcome(*outcome) for outcome in messages.gather(own, group)]
 
 
 def _facts(device: torch.device) -> dict[str, Any]:

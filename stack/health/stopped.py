@@ -21,9 +21,10 @@ class Stop:
     runs at once.
     """
 
-    def __init__(self, tell: Callable[[], object]) -> None:
-        """For the main thread. From now on a signal that ends or asks calls `tell` first."""
-        self._tell, self._waits, self._asked = tell, False, False
+    def __init__(self, tell: Callable[[], object], *, leave: Callable[[], object] = lambda: None) -> None:
+        """For the main thread. From now on a signal that ends or asks calls `tell` first, and one that ends the process
+        then calls `leave`."""
+        self._tell, self._leave, self._waits, self._asked = tell, leave, False, False
         told, telling = os.pipe()
         # A full pipe must not hold up a signal.
         os.set_blocking(telling, False)
@@ -52,5 +53,6 @@ class Stop:
         with contextlib.suppress(OSError):
             self._tell()
         if number == signal.SIGINT or not self._waits:
+            self._leave()
             os._exit(SIGNALLED + number)
         self._asked = True

@@ -215,7 +215,7 @@ def _record_lost_driver(run: RunDir) -> None:
             "message": "the driver is gone, or the connection to it: its ranks end with it",
             "exit_code": RankFailure.exit_code,
         }
-        rundir.write_json(run.failed, {**error, "time": time.time()})
+        rundir.write_last(run.failed, {**error, "time": time.time()})
 
 
 if __name__ == "__main__":

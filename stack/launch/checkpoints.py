@@ -20,6 +20,7 @@ from stack.config.compose import saved_value
 from stack.config.facts import FACTS, facts
 from stack.config.schema import Config
 from stack.data.manifest import TOKENIZER
+from stack.disk import size
 from stack.errors import CheckpointError, UsageError
 from stack.health.stopped import SIGNALLED
 from stack.launch.reread import config_of
@@ -53,7 +54,7 @@ def export(run: RunDir, out: Path, overrides: Sequence[str]) -> int:
         raise CheckpointError(f"{folder} went away while it was read ({error}); export again") from error
     finally:
         signal.signal(signal.SIGTERM, previous)
-    print(f"exported step {manifest.step} as {cfg.export.dtype}, {written / 1e6:,.1f} MB: {out}")
+    print(f"exported step {manifest.step} as {cfg.export.dtype}, {size(written)}: {out}")
     return 0
 
 
@@ -61,7 +62,7 @@ def _export(cfg: Config, folder: Path, manifest: Manifest, out: Path, tokenizer:
     with _progress() as progress:
         task = progress.add_task(f"verify step {manifest.step}", total=sum(file.bytes for file in manifest.files))
         for file in manifest.files:
-            check_file(folder, file)
+            check_file(folder, manifest, file)
             progress.advance(task, file.bytes)
         progress.reset(task, description=f"step {manifest.step} -> {out}")
         return export_model(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from stack.checkpoint import manifest
+from stack.checkpoint import manifest, room
 from stack.config.compose import compose
 from stack.config.places import settled
 from stack.config.schema import Config
@@ -43,6 +43,7 @@ def train(overrides: Sequence[str]) -> int:
     plan = plan_of(cfg)
     corpus = prepared(cfg, plan)
     check_weights(cfg)
+    room.check(cfg, plan)
     with stop_requests() as requests:
         run = rundir.create(cfg, plan, corpus=corpus)
         with RunLock(run.path):
@@ -66,11 +67,14 @@ def plan_of(cfg: Config) -> Plan:
 
 
 def check_weights(cfg: Config) -> None:
-    """Refuses pretrained weights that are not of the model before ranks are started for them, and downloads a hub's."""
+    """Refuses pretrained weights whose names and shapes are not the model's before ranks are started for them, and
+    downloads a hub's."""
     if cfg.model.init == "pretrained":
         from stack.models.build import open_weights
 
-        open_weights(cfg)
+        weights = open_weights(cfg)
+        assert weights is not None
+        weights.check_shapes()
 
 
 def launch(cfg: Config, plan: Plan, run: RunDir, requests: list[signal.Signals]) -> int:
@@ -138,7 +142,7 @@ def _close(cfg: Config, run: RunDir, console: Console, failure: Failure | None) 
     _record(run, failure)
     culprit, where = "", ""
     if failure.exit_code == Requeue.exit_code:
-        where = f"\ncurve: {run.curve}"
+        where = _curve(run)
     elif failure.rank is not None:
         culprit, where = f"rank {failure.rank}: ", f"\nlog: {run.rank(failure.rank) / 'log.txt'}"
     elif failure.host is not None:
@@ -158,7 +162,7 @@ def _told(run: RunDir) -> str:
     """The last lines of a run that went well."""
     result = rundir.read_json(run.result)
     if result is None:
-        return f"done: {run.path}\ncurve: {run.curve}"
+        return f"done: {run.path}{_curve(run)}"
     if run.check.exists():
         return result["told"]
     return (
@@ -168,7 +172,10 @@ def _told(run: RunDir) -> str:
     )
 
 
+def _curve(run: RunDir) -> str:
+    """A line that names the picture, where there is one."""
+    return f"\ncurve: {run.curve}" if run.curve.exists() else ""
+
+
 def _record(run: RunDir, failure: Failure) -> None:
-    # On a full disk the exit code says it.
-    with contextlib.suppress(OSError):
-        rundir.write_json(run.ended_early(failure.exit_code), {**asdict(failure), "time": time.time()})
+    rundir.write_last(run.ended_early(failure.exit_code), {**asdict(failure), "time": time.time()})

@@ -34,7 +34,8 @@ def follow(
             and end.
     """
     # Of earlier attempts the user has seen the rows.
-    metrics, notes = Follower(run.metrics, from_end=True), Tail(run.notes, from_end=True)
+    metrics = Follower(run.metrics, from_end=True, tell=console.note)
+    notes = Tail(run.notes, from_end=True)
     doubt: float | None = None
     saving = False
     while True:

@@ -1,10 +1,11 @@
 """`stack resume`: what can be refused before anything is changed, what the user is told, and another attempt."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from stack.checkpoint import manifest
+from stack.checkpoint import manifest, room
 from stack.config.changes import changes
 from stack.config.compose import as_saved
 from stack.config.schema import Config
@@ -40,10 +41,12 @@ def resume(run: RunDir, overrides: Sequence[str]) -> int:
             # The run begins again with step 1.
             check_weights(cfg)
         step = _check_goes_on(cfg, before, run, there, course(cfg, corpus))
+        room.check(cfg, plan, run.path)
         notes = [line for line in (_told_changes(cfg, before), step and jump(cfg, before, step)) if line]
         with stop_requests() as requests:
             rundir.begin_again(run, cfg, plan, corpus=corpus)
-            with run.notes.open("a") as file:
+            # A full disk costs the notes, not the run.
+            with contextlib.suppress(OSError), run.notes.open("a") as file:
                 file.writelines(f"{note}\n" for note in notes)
             print(*notes, sep="\n", end="\n" * bool(notes))
             return launch(cfg, plan, run, requests)

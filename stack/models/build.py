@@ -222,7 +222,9 @@ def open_weights(cfg: Config) -> Weights | None:
     Raises:
         ConfigError, CheckpointError: as `Weights`.
     """
-    return Weights(cfg.model.name, whole_model(cfg)) if cfg.model.init == "pretrained" else None
+    if cfg.model.init != "pretrained":
+        return None
+    return Weights(cfg.model.name, whole_model(cfg), changed=bool(cfg.model.config))
 
 
 @dataclass(frozen=True)

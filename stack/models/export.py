@@ -1,5 +1,7 @@
 """Parameters -> a Hugging Face folder, one unit at a time, under the names that published models of the class have."""
 
+import glob
+import hashlib
 import json
 import os
 import shutil
@@ -15,10 +17,12 @@ import torch
 import transformers
 from transformers.core_model_loading import revert_weight_conversion
 
+from stack import disk
 from stack.config.families import FAMILIES
 from stack.config.model_folder import INDEX, SINGLE, local_folder
 from stack.config.schema import Config
-from stack.disk import sync, sync_tree
+from stack.data.tokenizer import copy_tokenizer
+from stack.disk import place, sync, sync_tree
 from stack.errors import UsageError
 from stack.models import tensorfile
 from stack.models.build import whole_model
@@ -62,12 +66,13 @@ def export(
 
     Raises:
         UsageError: `out` is there and not empty, or cannot be written, or the disk is too small.
+        DataError: a file of the tokenizer is a link that leads out of its folder.
     """
     model = whole_model(cfg)
     contents = _Contents(model, read, dtype, max_file)
     with _whole_folder(out, contents.total) as folder:
         if tokenizer is not None:
-            shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+            copy_tokenizer(tokenizer, folder)
         _write_configs(cfg, type(model).__name__, folder, dtype=dtype, tokenizer=tokenizer)
         for name, text in (extra or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -168,7 +173,7 @@ def _end_token(tokenizer: Path) -> int | None:
 
 
 @contextmanager
-def _whole_folder(out: Path, size: int) -> Iterator[Path]:
+def _whole_folder(out: Path, need: int) -> Iterator[Path]:
     """A folder beside `out` that takes its name at the end, unless anything went wrong.
 
     Raises:
@@ -176,10 +181,13 @@ def _whole_folder(out: Path, size: int) -> Iterator[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there already and not an empty folder; name a new one")
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    for left in out.parent.glob(f"{out.name}.partial-*"):
-        # Of an export that was killed.
-        if left == partial or not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+    # Process ids mean something on one host alone, and the folder may be shared.
+    made_by = f"{out.name}.partial-{hashlib.blake2b(place().encode(), digest_size=4).hexdigest()}"
+    partial = out.with_name(f"{made_by}-{os.getpid()}")
+    for left in out.parent.glob(f"{glob.escape(made_by)}-*"):
+        # Of an export that was killed here.
+        pid = left.name.removeprefix(f"{made_by}-")
+        if pid.isdecimal() and len(pid) < 10 and (left == partial or not psutil.pid_exists(int(pid))):
             shutil.rmtree(left, ignore_errors=True)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -188,10 +196,8 @@ def _whole_folder(out: Path, size: int) -> Iterator[Path]:
         raise UsageError(f"{out} cannot be written ({error.strerror}); name a folder that can be") from error
     try:
         free = shutil.disk_usage(partial).free
-        if free < size:
-            raise UsageError(
-                f"{out} needs {size / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB; name one elsewhere"
-            )
+        if free < need:
+            raise UsageError(f"{out} needs {disk.size(need)} and its disk has {disk.size(free)}; name one elsewhere")
         yield partial
         sync_tree(partial)
         partial.replace(out)

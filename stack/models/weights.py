@@ -4,14 +4,13 @@ The tensors of a folder may have other names than the module's parameters, or be
 each expert. `transformers.core_model_loading` says which belong where; here only those of a unit are read.
 """
 
-import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +26,7 @@ from transformers.core_model_loading import (
 
 from stack.config.model_folder import INDEX, SINGLE, check_weights, local_folder
 from stack.config.values import one_line
+from stack.disk import parse_json, read_regular
 from stack.errors import CheckpointError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -47,17 +47,18 @@ class _Recipe:
 class Weights:
     """The weights of one model folder. Opening it reads names alone; a file is opened when a tensor of it is read."""
 
-    def __init__(self, name: str, model: Any):
+    def __init__(self, name: str, model: Any, *, changed: bool):
         """
         Args:
             name: `model.name`: a folder, or a hub name, which is downloaded if it must be.
             model: the whole model of the folder's class, on meta.
+            changed: fields of the folder's config.json were overridden (`model.config`).
 
         Raises:
             ConfigError: the name leads to no weights.
             CheckpointError: files are missing or damaged, a parameter is not in them, or they hold others as well.
         """
-        self._folder, self._model = local_folder(name, weights=True), model
+        self._folder, self._model, self._changed = local_folder(name, weights=True), model, changed
         check_weights(name, self._folder)
         self._open: dict[str, Any] = {}
         self._file_of = self._tensors()
@@ -65,6 +66,20 @@ class Weights:
         self._tied: dict[str, str] = model.all_tied_weights_keys
         self._recipes = self._match()
         self._check_whole()
+
+    def check_shapes(self) -> None:
+        """Compares the shapes in the headers of the files with those of the model: opens every file, reads no tensor.
+
+        Raises:
+            CheckpointError: one differs, or a file is damaged.
+        """
+        for name, parameter in self._model.named_parameters():
+            for holder in self._holders(name):
+                recipe = self._recipes[holder]
+                for tensor, shape in self._wanted(recipe, holder, parameter).items():
+                    found = self._header(tensor)
+                    if found != shape:
+                        self._refuse_shape(tensor, self._folder / self._file_of[tensor], found, shape)
 
     def fill(self, path: str, unit: nn.Module) -> None:
         """Reads the parameters of one unit into it.
@@ -93,7 +108,7 @@ class Weights:
             return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         index = self._folder / INDEX
         try:
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = parse_json(read_regular(index))["weight_map"]
             there = {file: (self._folder / Path(file).name).is_file() for file in sorted(set(files.values()))}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is damaged, it is no index of tensors; copy it again") from error
@@ -218,6 +233,32 @@ class Weights:
             ) from error
         return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
 
+    def _wanted(self, recipe: _Recipe, name: str, parameter: torch.Tensor) -> dict[str, list[int]]:
+        """Shapes of the tensors that a recipe must find, as far as they follow from the parameter alone."""
+        if not isinstance(recipe.transform, WeightConverter):
+            return {tensor: list(parameter.shape) for _, tensor in recipe.sources}
+        if len(recipe.transform.target_patterns) > 1:
+            return {}
+        parts = revert_weight_conversion(self._model, {name: parameter})
+        there = {tensor for _, tensor in recipe.sources}
+        return {tensor: list(part.shape) for tensor, part in parts.items() if tensor in there}
+
+    def _header(self, name: str) -> list[int]:
+        """Shape of a tensor in its file."""
+        file = self._file_of[name]
+        try:
+            return list(self._file(file).get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._folder / file}: {name} cannot be read ({error}); copy it again") from error
+
+    def _refuse_shape(self, name: str, file: Path, found: list[int], expected: list[int]) -> NoReturn:
+        remedy = (
+            "leave model.config as the folder's config.json has it"
+            if self._changed
+            else "the file does not fit its own config.json; copy or save it again"
+        )
+        raise CheckpointError(f"{file}: {name} is {found}, and in this model {expected}; {remedy}")
+
     def _place(self, name: str) -> Path:
         """The file of a parameter's first tensor."""
         return self._folder / self._file_of[self._recipes[name].sources[0][1]]
@@ -225,10 +266,7 @@ class Weights:
     def _take(self, name: str, value: torch.Tensor, parameter: torch.Tensor) -> None:
         place = f"{self._place(name)}: {name}"
         if value.shape != parameter.shape:
-            raise CheckpointError(
-                f"{place} is {list(value.shape)}, and in this model {list(parameter.shape)}; leave model.config as the "
-                f"folder's config.json has it"
-            )
+            self._refuse_shape(name, self._place(name), list(value.shape), list(parameter.shape))
         if value.dtype not in _DTYPES:
             raise CheckpointError(f"{place} is {value.dtype}, a quantized form; give the weights that it was made from")
         parameter.copy_(value)

@@ -159,7 +159,9 @@ def _percent(fraction: float, width: int) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds, with days in front where there are any."""
+    """Hours, minutes and seconds, with days in front where there are any; dashes for what is not finite."""
+    if not math.isfinite(seconds):
+        return "-:--:--"
     minutes, second = divmod(round(max(0.0, seconds)), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)

@@ -1,5 +1,6 @@
 """The picture of a run, drawn by the run itself: loss against tokens, and the speed it was reached with."""
 
+import io
 from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from stack.disk import write_whole
 from stack.errors import StackError
 from stack.observe.jsonl import latest
 from stack.observe.metrics import StepRecord
@@ -59,7 +61,9 @@ def draw(
     loss.legend(loc="center right" if late else "upper right", frameon=False, fontsize=9.5, labelcolor=_INK)
     loss.set_title(title, parse_math=False, loc="left", fontsize=11.5, color=_INK, pad=10)
     figure.align_ylabels()
-    figure.savefig(path, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(path, picture.getvalue())
 
 
 def _draw_loss(axes: Axes, rows: list[StepRecord]) -> None:

@@ -1,37 +1,33 @@
-"""metrics.jsonl: the truth about a run, written by one rank and read while it grows.
+"""metrics.jsonl: the truth about a run, written by one rank and read while it grows; a row is a line of `lines`."""
 
-A row counts once its newline is on disk. What follows the last newline is a row in the making or, after
-a crash, a torn one: readers leave it alone and the next writer cuts it.
-"""
-
-import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
 from stack.errors import StackError
+from stack.observe.lines import Lines, Tail
 from stack.observe.metrics import StepRecord
-
-_BLOCK = 1 << 16
 
 
 class MetricsWriter:
-    """Appends rows to `path`, which must lie in an existing folder. One writer at a time.
+    """Appends rows to `path`, as `Lines`: neither a full disk nor a removed file ends the run.
 
-    Raises OSError when the file cannot be opened or, on `write`, when the disk does not take the row.
+    Raises OSError when the file cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a+b")
-        _cut_torn_tail(self._file)
+    def __init__(self, path: Path, *, tell: Callable[[str], object] = lambda _: None) -> None:
+        """
+        Args:
+            tell: as of `Lines`.
+        """
+        self._lines = Lines(path, tell=tell)
 
     def write(self, record: StepRecord) -> None:
         """Appends one row and hands it to the operating system, so that a follower sees it at once."""
-        self._file.write(record.to_json().encode("ascii") + b"\n")
-        self._file.flush()
+        self._lines.add(record.to_json().encode("ascii"))
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
     def __enter__(self) -> Self:
         return self
@@ -40,25 +36,21 @@ class MetricsWriter:
         self.close()
 
 
-def _cut_torn_tail(file: BinaryIO) -> None:
-    end = file.seek(0, os.SEEK_END)
-    start = end
-    while start > 0:
-        start = max(0, start - _BLOCK)
-        file.seek(start)
-        newline = file.read(min(_BLOCK, end - start)).rfind(b"\n")
-        if newline >= 0:
-            file.truncate(start + newline + 1)
-            return
-    file.truncate(0)
-
-
-def read(path: Path) -> list[StepRecord]:
+def read(path: Path, *, skipped: Callable[[str], object] | None = None) -> list[StepRecord]:
     """All rows of a file, of all attempts, in the order they were written; a torn last line is left out.
 
-    Raises StackError with file and line when a finished line is not a row, OSError when the file cannot be read.
+    Args:
+        skipped: takes a line for the user on the first finished line that is no row; those lines are left out.
+
+    Raises StackError with file and line when a finished line is not a row and there is no `skipped`, OSError when the
+    file cannot be read.
     """
-    return _parse(path, path.read_bytes().split(b"\n")[:-1], first_line=1)
+    records, faults = _parse(path, path.read_bytes().split(b"\n")[:-1], first_line=1)
+    if faults:
+        if skipped is None:
+            raise StackError(f"{faults[0]}; delete that line to go on")
+        skipped(f"{faults[0]}; it is left out{_more(faults)}")
+    return records
 
 
 def latest(records: Iterable[StepRecord]) -> list[StepRecord]:
@@ -72,52 +64,56 @@ def latest(records: Iterable[StepRecord]) -> list[StepRecord]:
     return kept
 
 
-class Tail:
-    """Reads a file's new lines while another process writes them. The file may appear later."""
-
-    def __init__(self, path: Path, *, from_end: bool = False) -> None:
-        """`from_end` leaves out the lines that are there now."""
-        self._path, self._offset = path, 0
-        if from_end:
-            self.poll()
-
-    def poll(self) -> list[bytes]:
-        """The lines finished since the last call, without their newlines; never a part of one."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        lines = data.split(b"\n")[:-1]
-        self._offset += sum(len(line) + 1 for line in lines)
-        return lines
-
-
 class Follower:
-    """Reads the new rows of a metrics.jsonl while another process writes them. The file may appear later."""
+    """Reads the new rows of a metrics.jsonl while another process writes them. The file may appear later.
 
-    def __init__(self, path: Path, *, from_end: bool = False) -> None:
-        """`from_end` leaves out the rows that are there now."""
-        self._path, self._tail, self._lines = path, Tail(path), 0
+    A file that is damaged, cut short or removed ends nobody who follows it: lines that are no rows are left out, and
+    rows that were read before are not given again.
+    """
+
+    def __init__(self, path: Path, *, from_end: bool = False, tell: Callable[[str], object] = lambda _: None) -> None:
+        """
+        Args:
+            from_end: leave out the rows that are there now.
+            tell: takes a line for the user on the first line that is no row.
+        """
+        self._path, self._tail, self._tell = path, Tail(path), tell
+        self._told = False
+        self._last: tuple[int, int] = (0, 0)
+        """(attempt, step) of the newest row; both never fall within a file."""
+        self._restarts = 0
         if from_end:
-            self._lines = len(self._tail.poll())
+            records, _ = _parse(path, self._tail.poll()[-1:], first_line=0)
+            self._last = max((_order(record) for record in records), default=self._last)
 
     def poll(self) -> list[StepRecord]:
-        """The rows finished since the last call; never a part of one.
-
-        Raises StackError with file and line when a finished line is not a row.
-        """
+        """The rows finished since the last call; never a part of one."""
         lines = self._tail.poll()
-        first, self._lines = self._lines + 1, self._lines + len(lines)
-        return _parse(self._path, lines, first_line=first)
+        records, faults = _parse(self._path, lines, first_line=self._tail.lines - len(lines) + 1)
+        if faults and not self._told:
+            self._told = True
+            self._tell(f"{faults[0]}; lines that are no rows are left out")
+        if self._tail.restarts > self._restarts:
+            records = [record for record in records if _order(record) > self._last]
+            self._restarts = self._tail.restarts
+        self._last = max((_order(record) for record in records), default=self._last)
+        return records
 
 
-def _parse(path: Path, lines: list[bytes], first_line: int) -> list[StepRecord]:
-    records = []
+def _order(record: StepRecord) -> tuple[int, int]:
+    return record.attempt, record.step
+
+
+def _parse(path: Path, lines: list[bytes], first_line: int) -> tuple[list[StepRecord], list[str]]:
+    """The rows, and what is wrong with each line that is none."""
+    records, faults = [], []
     for number, line in enumerate(lines, first_line):
         try:
             records.append(StepRecord.from_json(line))
         except ValueError as error:
-            raise StackError(f"{path}:{number} is not a metrics row: {error}; delete that line to go on") from error
-    return records
+            faults.append(f"{path}:{number} is not a metrics row: {error}")
+    return records, faults
+
+
+def _more(faults: list[str]) -> str:
+    return f", and so are {len(faults) - 1} more" if faults[1:] else ""

@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from stack.config.values import one_line
+from stack.disk import parse_json
+
 #: Fields that rows do without where there is nothing to say.
 _OPTIONAL = (
     *("heldout_loss", "router_aux_loss", "loss_scale", "checkpoint_stall_s", "checkpoint_write_s"),
@@ -92,15 +95,19 @@ class StepRecord:
         Raises ValueError, in words for the user, when the line is not a row.
         """
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
+            # Without the parser's words, which quote the line.
             raise ValueError("it is not JSON") from error
         if not isinstance(row, dict):
             raise ValueError("it is not a JSON object")
         values: dict[str, Any] = {}
         for field in fields(cls):
             if field.name in row:
-                values[field.name] = _from_json_value(field.name, field.type, row[field.name])
+                try:
+                    values[field.name] = _from_json_value(field.name, field.type, row[field.name])
+                except OverflowError as error:
+                    raise ValueError(f"its {field.name} is larger than a float") from error
             elif field.name in _NO_STEP and row.get("step") == 0:
                 values[field.name] = _NO_STEP[field.name]
             elif field.name not in _OPTIONAL:
@@ -120,17 +127,22 @@ def _from_json_value(name: str, kind: Any, value: Any) -> int | float | tuple[fl
     if kind == tuple[float, ...] | None:
         if isinstance(value, list) and all(type(part) in (int, float) for part in value):
             return tuple(map(float, value))
-        raise ValueError(f"its {name} is {value!r}")
+        raise ValueError(f"its {name} is {_shown(value)}")
     # `type(...) is`, because a bool is an int to isinstance.
     if kind is int:
-        if type(value) is int:
+        if type(value) is int and 0 <= value < 1 << 63:
             return value
     elif value is None:
         if kind is not float:
             return None
     elif type(value) in (int, float) or value in _NON_FINITE:
         return float(value)
-    raise ValueError(f"its {name} is {value!r}")
+    raise ValueError(f"its {name} is {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    # The text of a nested value may be endless.
+    return f"a {type(value).__name__}" if isinstance(value, list | dict) else one_line(repr(value))
 
 
 #: Words of the device's name, and its dense peak FLOP/s by dtype; the first row whose words are all there counts.

@@ -49,7 +49,7 @@ def _verdict(version: str, torch_version: str) -> dict[str, Any]:
         verdict = {"failure": _run()}
         # A failure may be this host's of today: it is tried again.
         if not verdict["failure"]:
-            file.write_text(json.dumps(verdict))
+            disk.write_whole(file, json.dumps(verdict))
         return verdict
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from stack import disk
 from stack.config.schema import Config
 from stack.plan.layout import Plan
 from stack.plan.memory import RankMemory, plan_memory
@@ -42,8 +43,8 @@ def _checkpoint(plan: Plan, cfg: Config) -> tuple[str, str, str]:
         return "checkpoint", "none", "checkpoint.every"
     size = 4 * len(state_names(cfg))
     share = max(map(plan.rank_params, range(plan.pipeline))) * size // plan.replicas
-    staged = f"; async_save takes {_bytes(share)} of a rank's host memory" if cfg.checkpoint.async_save else ""
-    return "checkpoint", _bytes(plan.shape.total_params * size), f"every {every} steps, {kept} kept{staged}"
+    staged = f"; async_save takes {disk.size(share)} of a rank's host memory" if cfg.checkpoint.async_save else ""
+    return "checkpoint", disk.size(plan.shape.total_params * size), f"every {every} steps, {kept} kept{staged}"
 
 
 def _model(plan: Plan, cfg: Config) -> str:
@@ -128,10 +129,6 @@ def _memory_table(plan: Plan, cfg: Config) -> list[str]:
         cells = (f"{of(rank) / size:>{max(9, len(name))}.2f}" for name, of in used.items())
         lines.append("  ".join([f"{ids:<7}", *cells, rank.peak_phase]))
     return lines
-
-
-def _bytes(number: int) -> str:
-    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 
 def _count(number: int) -> str:

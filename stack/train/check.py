@@ -7,13 +7,12 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 
 from stack.config.schema import Config
 from stack.data.batches import IGNORE, Batch
 from stack.errors import NumericsError
 from stack.health.ranks import check_ranks
-from stack.parallel import zero
+from stack.parallel import messages, zero
 from stack.parallel.engine import Engine
 from stack.parallel.mesh import Mesh, make_mesh
 from stack.parallel.reference import Curve, synthetic_rows, train_dense
@@ -68,8 +67,7 @@ def _parity(cfg: Config, plan: Plan, mesh: Mesh) -> str:
     own = _train(cfg, plan, mesh)
     # Each rank has a dense process of its own: it is tiny, and so nothing is sent that could be wrong on the way.
     dense = train_dense(cfg, steps=STEPS, device=mesh.device)
-    everyone: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(everyone, (max(_differences(own, dense)), set(own.parameters)), group=mesh.host_group)
+    everyone = messages.gather([max(_differences(own, dense)), list(own.parameters)], mesh.host_group)
     rank = max(range(mesh.world_size), key=lambda number: everyone[number][0])
     size, what = everyone[rank][0]
     if missing := dense.parameters.keys() - set().union(*(names for _, names in everyone)) - dense.also:

@@ -4,18 +4,21 @@ import atexit
 import contextlib
 import fcntl
 import json
+import math
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import psutil
 
+from stack import disk
+from stack.config.values import show
 from stack.errors import UsageError
 from stack.health.orphan import is_alive
 
@@ -24,6 +27,8 @@ LOCK = "lock.json"
 _GUARD = ".lock"
 #: Seconds by which two readings of one process's start may differ: the kernel's boot time is read in whole seconds.
 _SAME_START_S = 2.0
+#: Seconds between two looks at a lock whose holder cannot be seen.
+_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Holder:
     @classmethod
     def me(cls) -> Self:
         """This process, now."""
-        return cls(socket.gethostname(), _place(), os.getpid(), _started(psutil.Process()), time.time())
+        return cls(socket.gethostname(), disk.place(), os.getpid(), _started(psutil.Process()), time.time())
 
     @property
     def is_gone(self) -> bool:
@@ -57,32 +62,52 @@ class Holder:
 class RunLock:
     """The one user of a run directory. As a context manager, or from `acquire` to `release` or an ordinary exit.
 
-    Whoever ends in another way leaves a stale lock, which the next one takes over: at once where it can see that the
-    process is gone, else when the lock has not been renewed for `stale_s` seconds.
+    A holder that is killed leaves a stale lock, which the next one takes over: at once where the process table shows
+    that the holder has ended. The process table of another host cannot be seen. There the taker waits: a holder that
+    renews the lock meanwhile is alive, and one that does not for `stale_s` seconds has ended.
     """
 
-    def __init__(self, run: Path, *, holder: Holder | None = None, renew_s: float = 10.0, stale_s: float = 60.0):
+    def __init__(
+        self,
+        run: Path,
+        *,
+        holder: Holder | None = None,
+        renew_s: float = 10.0,
+        stale_s: float = 60.0,
+        tell: Callable[[str], object] = print,
+    ):
         """
         Args:
             run: an existing run directory.
             holder: who takes it, if not this process.
             renew_s: seconds between two signs of life.
+            tell: takes a line for the user, once, where `acquire` waits.
         """
         self._run, self._path = run, run / LOCK
         self._holder, self._renew_s, self._stale_s = holder or Holder.me(), renew_s, stale_s
+        self._tell = tell
         self._content = (json.dumps(asdict(self._holder), indent=2) + "\n").encode()
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Takes the run directory.
+        """Takes the run directory. Waits, at most `stale_s`, where it cannot be seen whether the holder has ended.
 
         Raises:
             UsageError: another process is at work in it, or it cannot be written.
         """
+        watched: _Found | None = None
         try:
-            with self._guarded(), self._written() as mine:
-                while not _link(mine, self._path):
-                    self._put_away_if_stale(mine)
+            while found := self._try():
+                if found.alive or (watched and found != watched):
+                    raise UsageError(f"{self._run} is in use by {found.who}; wait for it, or start another run")
+                if watched is None:
+                    watched = found
+                    self._tell(
+                        f"{self._run} was in use by {found.who}, which cannot be seen from here: waiting up to "
+                        f"{self._stale_s - found.age_s:.0f} s for a sign of life, then going on"
+                    )
+                # Outside the guard, which a holder needs to give the lock back.
+                time.sleep(min(_POLL_S, self._stale_s / 10))
         except OSError as error:
             raise UsageError(
                 f"{self._run} cannot be locked ({error.strerror or error}); use a run directory that you can write to"
@@ -126,36 +151,38 @@ class RunLock:
         finally:
             path.unlink(missing_ok=True)
 
-    def _put_away_if_stale(self, mine: Path) -> None:
-        """Clears the way for the next try.
+    def _try(self) -> "_Found | None":
+        """Takes the lock and returns None, or returns the lock that is in the way."""
+        with self._guarded(), self._written() as mine:
+            while not disk.link_new(mine, self._path):
+                if found := self._put_away_if_stale(mine):
+                    return found
+        return None
 
-        Raises:
-            UsageError: the lock is held.
-        """
+    def _put_away_if_stale(self, mine: Path) -> "_Found | None":
+        """Clears the way for the next try, or returns the lock that may be that of a process at work."""
         try:
-            # Content and time of one file: the name may become another's meanwhile.
-            with self._path.open("rb") as file:
-                content, renewed = file.read(), os.fstat(file.fileno()).st_mtime
+            # The time first: a holder that renews the lock in between only makes it look older.
+            renewed = self._path.stat().st_mtime
+            content = disk.read_regular(self._path)
         except FileNotFoundError:
-            return
+            return None
         # The file server's clock for both, whatever the hosts' clocks say.
         os.utime(mine)
-        age_s = mine.stat().st_mtime - renewed
+        age_s = abs(mine.stat().st_mtime - renewed)
         holder = _parse(content)
         near = holder is not None and holder.place == self._holder.place
         if not (holder.is_gone if holder and near else age_s > self._stale_s):
-            if holder is None:
-                raise UsageError(f"{self._path} is damaged, and may be that of a process at work; wait a minute")
-            who = f"process {holder.pid} on host {holder.host} since {_time(holder.since)}"
-            raise UsageError(f"{self._run} is in use by {who}; wait for it, or start another run")
+            return _Found(holder, renewed, age_s, alive=near)
         # Renamed before it is removed: only one taker gets it.
         aside = mine.with_name(f"{mine.name}.stale")
         with contextlib.suppress(FileNotFoundError):
             self._path.rename(aside)
             if aside.read_bytes() != content:
                 # It was a faster taker's, by now.
-                _link(aside, self._path)
+                disk.link_new(aside, self._path)
             aside.unlink()
+        return None
 
     def _renew(self) -> None:
         while not self._released.wait(self._renew_s):
@@ -169,28 +196,33 @@ class RunLock:
         return os.getpid() == self._holder.pid and self._path.read_bytes() == self._content
 
 
-def _link(source: Path, target: Path) -> bool:
-    """Gives the content of `source` the name `target`, at once; False where something has that name."""
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        # A file server's answer may get lost, and the call be made a second time.
-        return source.stat().st_nlink > 1
-    except OSError:
-        # Not every file system has links. Half a lock is then seen for a moment, and is as good as a fresh one.
-        try:
-            with target.open("xb") as file:
-                file.write(source.read_bytes())
-        except FileExistsError:
-            return False
-    return True
+@dataclass(frozen=True)
+class _Found:
+    """A lock that is in the way. Two findings are equal where nobody has renewed it in between."""
+
+    holder: Holder | None
+    """None where the file is damaged."""
+    renewed: float
+    """Time of its last renewal by the clock of the file system, seconds since 1970."""
+    age_s: float = field(compare=False)
+    alive: bool
+    """Whether its process can be seen, and is at work."""
+
+    @property
+    def who(self) -> str:
+        if self.holder is None:
+            return f"an unknown process ({LOCK} is damaged)"
+        return f"process {self.holder.pid} on host {show(self.holder.host)} since {_time(self.holder.since)}"
 
 
 def _parse(content: bytes) -> Holder | None:
+    """The holder that a lock names; None where it is damaged."""
     try:
-        about: dict[str, Any] = json.loads(content)
-        return Holder(**about)
-    except (ValueError, TypeError):
+        holder = Holder(**disk.parse_json(content))
+        _time(holder.since)
+        fits = isinstance(holder.host, str) and isinstance(holder.place, str) and math.isfinite(holder.started)
+        return holder if fits and type(holder.pid) is int and 0 < holder.pid < 1 << 31 else None
+    except (ValueError, TypeError, OverflowError, OSError):
         return None
 
 
@@ -202,10 +234,3 @@ def _started(process: psutil.Process) -> float:
     # First the boot time, which some versions of psutil remember from then on.
     booted = psutil.boot_time()
     return process.create_time() - booted
-
-
-def _place() -> str:
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()

@@ -6,11 +6,13 @@ from typing import Self, TextIO
 
 import torch
 
+from stack import disk
 from stack.config.schema import Config
 from stack.errors import Requeue, StackError
 from stack.observe.console import Console
 from stack.observe.curve import draw
 from stack.observe.jsonl import MetricsWriter, read
+from stack.observe.lines import Lines
 from stack.observe.metrics import StepRecord, mfu, peak_flops
 from stack.observe.wandb.sink import WandbSink, host_number
 from stack.parallel.engine import Engine
@@ -39,7 +41,10 @@ class Recorder:
                 self._wandb = WandbSink(facts(run, cfg), cfg.log.wandb, note=print, node=host)
             return
         rundir.write_json(run.ds_config, engine.ds_config)
-        self._metrics = MetricsWriter(run.metrics)
+        # For the line that says that the disk is full, or for the file that says how the run ended.
+        disk.reserve(run.path)
+        self._notes = Lines(run.notes)
+        self._metrics = MetricsWriter(run.metrics, tell=self.note)
         self._console = Console(cfg.train.steps, log_every=cfg.train.log_every, out=screen) if screen else None
         if self._console:
             self._console.start(f"run {run.path}")
@@ -68,26 +73,33 @@ class Recorder:
             self._console.step(record)
 
     def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        drawn = False
         if self._writes:
             self._metrics.close()
-            self._draw()
+            drawn = self._draw()
         if self._wandb:
             self._wandb.finish(exit_code=getattr(error, "exit_code", 1) if error else 0)
         if not self._writes:
             return
+        self._notes.close()
         if self._console:
             failed = error and not isinstance(error, Requeue)
-            self._console.close(f"failed: {error}" if failed else str(error or f"curve {self._run.curve}"))
+            ended = f"curve {self._run.curve}" if drawn else "done"
+            self._console.close(f"failed: {error}" if failed else str(error or ended))
 
-    def _draw(self) -> None:
+    def _draw(self) -> bool:
+        """Whether there is a curve now."""
         try:
-            records = read(self._run.metrics)
-            if any(record.step for record in records):
+            records = read(self._run.metrics, skipped=self.note)
+            drawn = any(record.step for record in records)
+            if drawn:
                 title = f"{self._run.path.parent.name}: {self._plan.summary}"
                 draw(records, self._run.curve, title=title, changes=self._changes())
+            return drawn
         # Days of training are not lost for their picture.
         except Exception as error:  # noqa: BLE001
             self.note(f"no curve: {type(error).__name__}: {error}")
+            return False
 
     def _changes(self) -> dict[int, list[str]]:
         """What each attempt changed, in short."""
@@ -102,8 +114,10 @@ class Recorder:
         if not self._writes:
             return
         print(text, flush=True)
-        with self._run.notes.open("a") as file:
-            file.write(f"{text}\n")
+        if not self._notes.add(text.encode(errors="backslashreplace")):
+            # The reserved room is for the first line that a full disk does not take, which says that it is full.
+            disk.release(self._run.path)
+            self._notes.flush()
         if self._console:
             self._console.note(text)
 

@@ -37,7 +37,13 @@ class Restart:
         self._shapes = parameter_shapes(cfg)
         self._course = course(cfg, run.corpus)
         self._told: list[str] = []
-        self._found = loading.find(self._root, cfg.checkpoint.step, mesh, tell=self._told.append)
+        self._found = loading.find(
+            self._root,
+            cfg.checkpoint.step,
+            mesh,
+            tell=self._told.append,
+            check=lambda found: TrainState.restored(found.state, attempt=run.attempt),
+        )
         if self._found is not None:
             manifest.check_same_model(self._found.manifest, self._shapes, where=self._found.folder)
             states = state_names(cfg)

@@ -1,5 +1,6 @@
 """The run directory: created once, exclusively, by whoever starts the run; every rank writes under its own folder."""
 
+import contextlib
 import json
 import os
 import platform
@@ -16,13 +17,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from stack import disk
 from stack.config.changes import Change, changes
 from stack.config.compose import MODEL_COPY, as_saved, to_yaml
 from stack.config.families import FAMILIES
 from stack.config.model_folder import copy_without_weights
 from stack.config.schema import Config
 from stack.data.manifest import TOKENIZER
+from stack.data.tokenizer import copy_tokenizer
 from stack.errors import ConfigError, DataError, Requeue, UsageError
+from stack.health.lost_peer import is_lost_peer
 from stack.plan.layout import Plan
 from stack.plan.report import render
 
@@ -205,11 +209,12 @@ def create(cfg: Config, plan: Plan, *, corpus: Path) -> RunDir:
 
     Raises:
         ConfigError: the folder cannot be created there.
+        DataError: a file of the tokenizer is a link that leads out of its folder.
     """
     parent = Path(cfg.run.root).expanduser().absolute() / cfg.run.name
     try:
         run = _new(parent)
-        shutil.copytree(corpus / TOKENIZER, run.tokenizer, copy_function=shutil.copyfile)
+        copy_tokenizer(corpus / TOKENIZER, run.tokenizer)
         _copy_model(run, cfg)
         _describe(run, cfg, plan, corpus)
     except OSError as error:
@@ -298,38 +303,59 @@ def _copy_model(run: RunDir, cfg: Config) -> None:
 
 
 def _describe(run: RunDir, cfg: Config, plan: Plan, corpus: Path) -> None:
+    # Logs may show variables and paths of their users: nobody but the owner, and the group where the umask says so.
+    for folder in ("launchers", "ranks"):
+        (run.path / folder).mkdir(mode=0o770)
     for rank in range(plan.world_size):
-        run.rank(rank).mkdir(parents=True)
+        run.rank(rank).mkdir()
     write_json(run.plan, plan.to_dict())
-    write_text(run.path / "plan.txt", render(plan, cfg) + "\n")
+    disk.write_whole(run.path / "plan.txt", render(plan, cfg) + "\n")
     write_json(run.path / "env.json", {**_environment(), "versions": versions()})
     write_json(run.path / "corpus.json", {"folder": str(corpus.absolute())})
     # The last one: a folder with it is a run.
-    write_text(run.config, to_yaml(cfg))
+    disk.write_whole(run.config, to_yaml(cfg))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes the whole file or nothing: a reader never sees half of it."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    disk.write_whole(path, _json(value))
 
 
-def write_text(path: Path, text: str) -> None:
-    """As `write_json`."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+def write_last(path: Path, value: dict[str, Any]) -> None:
+    """As `write_json`, for the last words of a process, into the room that was reserved for them. Where the disk does
+    not take them, the exit code says how the process ended."""
+    with contextlib.suppress(OSError):
+        disk.write_reserved(path, _json(value))
+
+
+def record_end(run: RunDir, told: dict[str, Any]) -> None:
+    """Writes SAVED.json or FAILED.json for a rank without a driver, if the disk takes it. Of ranks that end together
+    the first one counts, but that a rank which only lost another one makes way for a rank that knows the cause."""
+    path = run.ended_early(told["exit_code"])
+    disk.release(run.path)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if disk.write_new(path, _json(told)) or is_lost_peer(told["message"]):
+            return
+        known = read_json(path)
+        if known is None or is_lost_peer(str(known.get("message"))):
+            write_json(path, told)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The file's object, or None where there is no such file."""
+    """The file's object, or None where there is no such file.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it cannot be read.
+    """
     try:
-        return json.loads(path.read_text())
+        return disk.parse_json(disk.read_regular(path))
     except FileNotFoundError:
         return None
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
 
 
 def versions() -> dict[str, str | None]:

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
+from stack.errors import CheckpointError
+
 
 @dataclass(frozen=True)
 class TrainState:
@@ -36,5 +38,11 @@ class TrainState:
 
     @classmethod
     def restored(cls, saved: dict[str, Any], *, attempt: int) -> Self:
-        """The inverse of `saved`."""
+        """The inverse of `saved`.
+
+        Raises:
+            CheckpointError: it is none.
+        """
+        if saved.keys() != cls().saved().keys() or not all(type(value) is int for value in saved.values()):
+            raise CheckpointError("its state of training is none that a run has saved")
         return cls(**saved, attempt=attempt)

@@ -9,6 +9,7 @@ from pathlib import Path
 from stack.checkpoint import manifest
 from stack.config.compose import from_yaml
 from stack.config.schema import Config
+from stack.disk import write_whole
 from stack.errors import Requeue, StackError, UsageError
 from stack.observe.jsonl import read
 from stack.observe.wandb import library
@@ -93,6 +94,6 @@ def remember_export(run: RunDir, folder: Path) -> None:
     try:
         known = json.loads(run.exports.read_text()) if run.exports.exists() else []
         if str(folder) not in known:
-            rundir.write_text(run.exports, json.dumps([*known, str(folder)]) + "\n")
+            write_whole(run.exports, json.dumps([*known, str(folder)]) + "\n")
     except (OSError, ValueError, TypeError) as error:
         print(f"the export is whole, but {run.exports} cannot be added to ({error}): W&B will not know of it")

@@ -1,5 +1,6 @@
 """What one rank runs: its config, its place, its data, its stage, the loop, the outcome."""
 
+import contextlib
 import faulthandler
 import math
 import os
@@ -14,18 +15,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from stack import disk
+from stack.checkpoint import room
 from stack.config.compose import compose, from_yaml
 from stack.config.places import settled
 from stack.config.schema import Config
 from stack.data.manifest import locate
 from stack.errors import HangError, NumericsError, RankFailure, Requeue, StackError, UsageError
-from stack.health.lost_peer import is_lost_peer
 from stack.health.orphan import AGENT_PID, exit_with_parent
 from stack.health.stopped import Stop
 from stack.plan.layout import Plan, make_plan
 from stack.train import cores, ranks, rundir
 from stack.train.inputs import open_batches
 from stack.train.lock import RunLock
+from stack.train.output import own_output
 from stack.train.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -40,28 +43,46 @@ def main(argv: Sequence[str]) -> int:
 
     The arguments are `--config RUN_DIR/config.yaml` from the driver, or Hydra overrides from a bare launcher.
     """
+    # Closed on every return, also after a failure: a lock that is left behind holds up the next attempt elsewhere.
+    with contextlib.ExitStack() as held:
+        return _main(argv, held)
+
+
+def _main(argv: Sequence[str], held: contextlib.ExitStack) -> int:
+    """
+    Args:
+        held: takes the lock of the run directory; closed by whatever ends the process other than by a return.
+    """
     rank = 0
     if VISIBLE_DEVICES in os.environ:
         # The launcher numbers the devices from 0 whatever the user had made visible.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[VISIBLE_DEVICES]
     run: RunDir | None = None
+
+    def orphaned(error: RankFailure) -> None:
+        _failed(run, rank, error, error.exit_code)
+        held.close()
+
     try:
         rank, world_size, hosts = ranks.from_environment()
-        exit_with_parent(lambda error: _failed(run, rank, error, error.exit_code))
+        exit_with_parent(orphaned)
         config_path, overrides = _parse(argv)
-        run = RunDir(config_path.parent) if config_path else None
+        named = RunDir(config_path.parent) if config_path else None
+        if AGENT_PID in os.environ:
+            # Without a driver the run is not this process's until it holds the lock: it leaves nothing there before.
+            run = named
         cfg = from_yaml(config_path) if config_path else settled(compose(overrides))
         plan = make_plan(cfg, world_size, hosts)
         if cfg.launch.bind_cores:
             # Ahead of the imports that start threads.
             cores.bind()
         if AGENT_PID not in os.environ:
-            if run is not None:
+            if named is not None:
                 # What a user resumed from once is not what the run goes on from after that.
                 cfg = replace(cfg, checkpoint=replace(cfg.checkpoint, step="auto"))
-            run = _agree_on_run(cfg, plan, rank, run)
+            run = _agree_on_run(cfg, plan, rank, named, held)
         assert run is not None
-        stop = _stop(run.rank(rank))
+        stop = _stop(run.rank(rank), held)
         screen = _own_output(run, rank, shown=config_path is None and rank == 0)
         if run.evaluation.exists():
             _evaluate(cfg, plan, run, rank=rank)
@@ -70,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             _train(cfg, plan, run, stop, rank=rank, screen=screen)
         # A rank that is gone without this, an error.json or a stopped.json was killed.
-        rundir.write_json(run.rank(rank) / "done.json", {"time": time.time()})
+        rundir.write_last(run.rank(rank) / "done.json", {"time": time.time()})
     except StackError as error:
         return _failed(run, rank, error, error.exit_code)
     except Exception as error:  # noqa: BLE001 - whatever it was, the driver must learn which rank failed first
@@ -123,7 +144,7 @@ def _train(cfg: Config, plan: Plan, run: RunDir, stop: Stop, *, rank: int, scree
         zero.close()
         raise
     if rank == 0:
-        rundir.write_json(run.done, {"step": state.step, "tokens": state.tokens, "time": time.time()})
+        rundir.write_last(run.done, {"step": state.step, "tokens": state.tokens, "time": time.time()})
 
 
 def _evaluate(cfg: Config, plan: Plan, run: RunDir, *, rank: int) -> None:
@@ -192,30 +213,29 @@ def _parse(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     return None, arguments
 
 
-def _agree_on_run(cfg: Config, plan: Plan, rank: int, run: RunDir | None) -> RunDir:
+def _agree_on_run(cfg: Config, plan: Plan, rank: int, run: RunDir | None, held: contextlib.ExitStack) -> RunDir:
     """Without a driver rank 0 makes the run directory, or begins another attempt in the one that was named, and tells
     the others. Collective.
 
     Raises:
         DataError: on every rank, where the corpus is not prepared.
         UsageError: on rank 0, where another process is at work in the run directory.
+        ConfigError: on rank 0, where no checkpoint can be written.
     """
     corpus = locate(cfg.data, seed=cfg.data.split_seed)
-    import torch.distributed as dist
-
-    from stack.parallel import zero
+    from stack.parallel import messages, zero
 
     zero.init_distributed(timeout=timedelta(seconds=cfg.health.hang_timeout_s))
     if rank == 0:
         if run is None:
+            room.check(cfg, plan)
             run = rundir.create(cfg, plan, corpus=corpus)
-            RunLock(run.path).acquire()
+            held.enter_context(RunLock(run.path))
         else:
-            RunLock(run.path).acquire()
+            held.enter_context(RunLock(run.path))
+            room.check(cfg, plan, run.path)
             rundir.begin_again(run, cfg, plan, corpus=corpus)
-    told: list[str | None] = [str(run.path) if run is not None else None]
-    dist.broadcast_object_list(told, src=0)
-    return RunDir(Path(str(told[0])))
+    return RunDir(Path(messages.broadcast(str(run.path) if run else None)))
 
 
 def _own_output(run: RunDir, rank: int, *, shown: bool) -> TextIO | None:
@@ -227,18 +247,14 @@ def _own_output(run: RunDir, rank: int, *, shown: bool) -> TextIO | None:
     folder = run.rank(rank)
     folder.mkdir(parents=True, exist_ok=True)
     rundir.write_json(folder / "rank.json", {"pid": os.getpid(), "host": socket.gethostname()})
-    screen = os.fdopen(os.dup(sys.stdout.fileno()), "w") if shown else None
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-        os.dup2(log, stream.fileno())
-    os.close(log)
+    disk.reserve(folder)
+    screen = own_output(folder / "log.txt", shown=shown)
     faulthandler.enable()
     return screen
 
 
-def _stop(folder: Path) -> Stop:
-    return Stop(lambda: rundir.write_json(folder / "stopped.json", {"time": time.time()}))
+def _stop(folder: Path, held: contextlib.ExitStack) -> Stop:
+    return Stop(lambda: rundir.write_json(folder / "stopped.json", {"time": time.time()}), leave=held.close)
 
 
 def _as_hang(error: Exception) -> HangError | None:
@@ -253,14 +269,15 @@ def _as_hang(error: Exception) -> HangError | None:
 
 def _failed(run: RunDir | None, rank: int, error: Exception, exit_code: int) -> int:
     """Leaves the error where the driver finds it and its traceback in the log."""
-    if run is None:
-        # Nobody has a folder yet. One line a host: a config is wrong on all of them, a corpus may be missing on one.
-        if not isinstance(error, StackError):
+    # The launcher's output may go to a full disk, or to nobody.
+    with contextlib.suppress(OSError):
+        if run is not None or not isinstance(error, StackError):
             traceback.print_exception(error)
         elif os.environ.get("LOCAL_RANK", "0") == "0":
+            # One line a host: a config is wrong on all of them, a corpus may be missing on one.
             print(f"{type(error).__name__}: {error} (on {socket.gethostname()})", file=sys.stderr)
+    if run is None:
         return exit_code
-    traceback.print_exception(error)
     told: dict[str, Any] = {
         "rank": rank,
         "type": type(error).__name__,
@@ -268,11 +285,8 @@ def _failed(run: RunDir | None, rank: int, error: Exception, exit_code: int) -> 
         "exit_code": exit_code,
         "time": time.time(),
     }
-    rundir.write_json(run.rank(rank) / "error.json", told)
+    rundir.write_last(run.rank(rank) / "error.json", told)
     if AGENT_PID not in os.environ:
-        # Nobody else is there to say how the run ended. What says most is kept.
-        file = run.ended_early(exit_code)
-        known = rundir.read_json(file)
-        if known is None or (is_lost_peer(known["message"]) and not is_lost_peer(told["message"])):
-            rundir.write_json(file, told)
+        # Without a driver the ranks themselves say how the run ended.
+        rundir.record_end(run, told)
     return exit_code

@@ -19,6 +19,7 @@ from stack.checkpoint.files import check_file, verify
 from stack.checkpoint.manifest import File
 from stack.errors import CheckpointError
 from stack.models.tensorfile import digest
+from tests.helpers.crafted import CRAFTED, whole_checkpoint
 from tests.helpers.saved import logical_state, run_from
 
 
@@ -64,8 +65,9 @@ def fault_of(root: Path, step: int = 2) -> str:
     """What a reader of the whole checkpoint has to say; empty where it is whole."""
     folder = manifests.folder_of(root, step)
     try:
-        for file in manifests.read(folder).files:
-            check_file(folder, file)
+        manifest = manifests.read(folder)
+        for file in manifest.files:
+            check_file(folder, manifest, file)
     except CheckpointError as error:
         return str(error)
     return ""
@@ -180,6 +182,16 @@ def test_a_manifest_of_a_later_version_says_so(ranks, root):
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "format": manifests.FORMAT + 1}))
     assert "has format 2, and this version reads 1; use a newer stack" in passed_over(ranks, root)
+
+
+def test_a_crafted_manifest_is_passed_over(ranks, tmp_path):
+    folder = whole_checkpoint(tmp_path / "checkpoints", 1).parent
+    for name, craft in CRAFTED.items():
+        craft(whole_checkpoint(folder, 2) / manifests.MANIFEST)
+        if name != "state of training is empty":
+            assert str(manifests.folder_of(folder, 2)) in passed_over(ranks, folder)
+        shutil.rmtree(manifests.folder_of(folder, 2))
+        (folder / "elsewhere").unlink(missing_ok=True)
 
 
 def test_without_any_whole_checkpoint_nothing_starts_from_zero(ranks, root):

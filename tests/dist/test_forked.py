@@ -12,6 +12,7 @@ import pytest
 
 from stack.health.orphan import AGENT_PID
 from stack.observe.jsonl import read
+from stack.train.lock import RunLock
 from stack.train.rundir import RunDir, read_json
 from tests.helpers.forked import Killed, tiny_again, tiny_run, tiny_settings
 
@@ -46,13 +47,42 @@ def test_a_run_ends_well_and_goes_on(zygote, tmp_path):
     print(f"\na run of two forked ranks: {seconds} s")
 
 
-def test_ranks_without_a_driver_make_their_run_and_give_it_back(zygote, tmp_path):
+def bare(zygote, tmp_path, **settings: object) -> tuple[list[int], RunDir | None]:
+    """Codes and run directory of ranks without a driver."""
     tiny_run(tmp_path)  # the corpus
-    settings = {**tiny_settings(), "run.root": tmp_path / "bare"}
-    assert zygote.run([f"{key}={value}" for key, value in settings.items()], 2, env={AGENT_PID: None}) == [0, 0]
-    [run] = map(RunDir, tmp_path.glob("bare/*/*"))
+    overrides = {**tiny_settings(), "run.root": tmp_path / "bare", **settings}
+    codes = zygote.run([f"{key}={value}" for key, value in overrides.items()], 2, env={AGENT_PID: None})
+    return codes, next(map(RunDir, tmp_path.glob("bare/*/*")), None)
+
+
+def test_ranks_without_a_driver_make_their_run_and_give_it_back(zygote, tmp_path):
+    codes, run = bare(zygote, tmp_path)
+    assert codes == [0, 0]
     assert run.done.exists()
     assert not (run.path / "lock.json").exists()
+
+
+def test_ranks_without_a_driver_give_their_run_back_after_a_failure_too(zygote, tmp_path):
+    codes, run = bare(zygote, tmp_path, **{"optim.lr": 1e38})
+    assert codes == [7, 7]
+    assert read_json(run.failed)["exit_code"] == 7
+    assert not (run.path / "lock.json").exists()
+
+
+def test_ranks_without_a_driver_refuse_a_place_for_checkpoints_before_there_is_a_run(zygote, tmp_path, capfd):
+    codes, run = bare(zygote, tmp_path, **{"checkpoint.path": "/dev/null/x"})
+    assert codes[0] == 3
+    assert run is None
+    assert "ConfigError: checkpoint.path=/dev/null/x cannot be written" in capfd.readouterr().out
+
+
+def test_a_run_that_is_in_use_is_left_as_it_is(zygote, tmp_path):
+    run = tiny_run(tmp_path)
+    before = sorted(path for path in run.path.rglob("*"))
+    with RunLock(run.path):
+        codes = zygote.run(["--config", str(run.config)], 2, env={AGENT_PID: None})
+    assert codes[0] == 2
+    assert sorted(path for path in run.path.rglob("*") if path.name != ".lock") == before
 
 
 def test_a_killed_rank_takes_the_others_along(zygote, tmp_path):

@@ -1,6 +1,9 @@
 """An exported folder is what transformers would have written, and the model that was trained."""
 
+import hashlib
 import json
+import os
+import subprocess
 import weakref
 from pathlib import Path
 
@@ -9,7 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, safe_open
 
-from stack.errors import UsageError
+from stack.disk import place
+from stack.errors import DataError, UsageError
 from stack.models import export as export_module
 from stack.models.build import parameter_shapes
 from stack.models.export import export
@@ -188,12 +192,41 @@ def test_what_is_there_is_not_written_over(tmp_path):
 
 def test_a_full_disk_is_seen_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(export_module.shutil, "disk_usage", lambda _: export_module.shutil._ntuple_diskusage(9, 9, 0))
-    with pytest.raises(UsageError, match=r"needs 0.0 GB and its disk has 0.0 GB"):
+    with pytest.raises(UsageError, match=r"needs \d+\.\d KB and its disk has 0 bytes"):
         export(
             tiny_config(), pytest.fail, tmp_path / "out", dtype=torch.float32, tokenizer=None,
             progress=lambda *_: None,
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_other_exports_and_others_have_left_beside_it_stays(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    made_by = f"out.partial-{hashlib.blake2b(place().encode(), digest_size=4).hexdigest()}"
+    kept = ["out.partial-x", "out.partial-backup-7", f"out.partial-0badcafe-{ended.pid}", f"{made_by}-{os.getppid()}"]
+    for name in (*kept, f"{made_by}-{ended.pid}"):
+        (tmp_path / name).mkdir()
+    write(tiny_config(), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "out"}
+
+
+def test_of_a_tokenizers_folder_only_its_files_are_published(tmp_path):
+    tokenizer = _tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "secret").write_text("secret")
+    (tokenizer / "id_rsa").symlink_to(tmp_path / "secret")
+    (tokenizer / "notes.txt").write_text("mine")
+    (tokenizer / "additional_chat_templates").mkdir()
+    (tokenizer / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    cfg = tiny_config(shape__vocab_size=260)
+    write(cfg, tmp_path / "out", tokenizer=tokenizer)
+    there = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
+    assert "additional_chat_templates/tools.jinja" in there
+    assert not there & {"id_rsa", "notes.txt"}
+    (tokenizer / "vocab.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(DataError, match=r"vocab\.json is a link that leads out of the tokenizer's folder"):
+        write(cfg, tmp_path / "other", tokenizer=tokenizer)
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path):

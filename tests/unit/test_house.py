@@ -68,6 +68,12 @@ def test_only_two_files_touch_deepspeed():
     assert users == {"zero.py", "zero_state.py"}
 
 
+def test_ranks_send_each_other_no_pickles():
+    """The object collectives of torch unpickle what arrives; `parallel/messages.py` sends JSON."""
+    words = ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list")
+    assert [f.name for f in _files() for word in words if word in f.read_text()] == []
+
+
 def test_no_file_has_outgrown_its_room():
     assert {f.name: n for f in _files() if (n := len(f.read_text().splitlines())) > LONGEST} == {}
 

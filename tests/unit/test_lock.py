@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -142,12 +143,38 @@ def test_a_process_id_that_was_given_away_again_is_no_holder(run):
 
 
 @pytest.mark.parametrize("host", ["node7", ME.host])
-def test_another_host_holds_it_while_it_renews_it(run, host):
+def test_another_host_that_renews_it_holds_it(run, host):
     # Also another container under our host's name: its process ids mean nothing here.
-    lock = left_by(dataclasses.replace(ELSEWHERE, host=host), run, age_s=50)
+    holder = RunLock(run, holder=dataclasses.replace(ELSEWHERE, host=host))
+    holder.acquire()
+    told: list[str] = []
+    renewing = threading.Timer(0.3, lambda: os.utime(run / LOCK))
+    renewing.start()
     with pytest.raises(UsageError, match=f"in use by process 4711 on host {host} since 19"):
-        RunLock(run).acquire()
-    assert '"pid": 4711' in lock.read_text()
+        RunLock(run, stale_s=5, tell=told.append).acquire()
+    renewing.join()
+    assert '"pid": 4711' in (run / LOCK).read_text()
+    [line] = told
+    assert "waiting up to 5 s for a sign of life" in line
+
+
+def test_an_attempt_that_was_killed_elsewhere_is_waited_for_and_not_refused(run):
+    left_by(ELSEWHERE, run)
+    told: list[str] = []
+    began = time.monotonic()
+    with RunLock(run, stale_s=1, tell=told.append):
+        assert f'"pid": {os.getpid()}' in (run / LOCK).read_text()
+    assert 1 <= time.monotonic() - began < 5
+    assert len(told) == 1
+    assert_only_the_guard_is_left(run)
+
+
+def test_a_lock_that_is_given_back_meanwhile_is_taken_at_once(run):
+    left_by(ELSEWHERE, run)
+    threading.Timer(0.2, (run / LOCK).unlink).start()
+    began = time.monotonic()
+    with RunLock(run, stale_s=5, tell=lambda _: None):
+        assert time.monotonic() - began < 4
 
 
 def test_another_host_that_was_silent_for_a_minute_holds_it_no_more(run):
@@ -159,19 +186,46 @@ def test_another_host_that_was_silent_for_a_minute_holds_it_no_more(run):
 def test_the_clock_of_this_host_does_not_matter(run, monkeypatch):
     left_by(ELSEWHERE, run)
     monkeypatch.setattr(time, "time", lambda: 1e12)
-    with pytest.raises(UsageError):
-        RunLock(run).acquire()
+    told: list[str] = []
+    with RunLock(run, stale_s=0.5, tell=told.append):
+        assert len(told) == 1
 
 
-@pytest.mark.parametrize("content", ["", '{"pid": 3', "[]", '{"pid": 3}'])
-def test_a_damaged_lock_counts_for_a_minute(run, content):
+def crafted(**changed: object) -> str:
+    return json.dumps({**dataclasses.asdict(ELSEWHERE), **changed})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", '{"pid": 3', "[]", '{"pid": 3}', "[" * 200_000, "9" * 5000, crafted(pid="4711"), crafted(pid=1 << 70)),
+        *(
+            crafted(since=1e300),
+            crafted(since="then"),
+            crafted(host=[1]),
+            crafted(started="x"),
+            crafted(place=ME.place, pid=-1),
+        ),
+    ],
+    ids=range(13),
+)
+def test_a_damaged_lock_counts_until_it_is_stale(run, content):
     lock = run / LOCK
     lock.write_text(content)
-    with pytest.raises(UsageError, match=r"lock\.json is damaged, .* wait a minute"):
-        RunLock(run).acquire()
+    told: list[str] = []
+    with RunLock(run, stale_s=0.2, tell=told.append):
+        pass
+    assert "an unknown process (lock.json is damaged)" in told[0]
+    lock.write_text(content)
     os.utime(lock, (0, 0))
     with RunLock(run):
         pass
+
+
+def test_a_pipe_in_the_place_of_a_lock_is_one_line(run):
+    os.mkfifo(run / LOCK)
+    with pytest.raises(UsageError, match="it is no regular file"):
+        RunLock(run).acquire()
 
 
 def test_a_holder_renews_its_lock_and_a_loser_does_not(run):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from stack import disk
 from stack.config.compose import compose, from_yaml
 from stack.config.places import settled
 from stack.errors import UsageError
@@ -46,24 +47,54 @@ def test_an_attempt_leaves_its_files_and_the_next_one_has_its_own(run):
 def test_a_disk_that_is_full_at_any_write_costs_no_run(run, monkeypatch, number):
     begin_again(run)
     writes = iter(range(100))
-    write = Path.write_text
+    write = disk.write_whole
 
-    def full(path: Path, text: str) -> int:
+    def full(path: Path, content: str) -> None:
         if next(writes) == number:
-            write(path, text[: len(text) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(path, text)
+        write(path, content)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", full)
+        patched.setattr(disk, "write_whole", full)
         if number < 5:
             with pytest.raises(UsageError, match="No space left on device"):
                 begin_again(run)
     assert from_yaml(run.config).train.steps == 300
     assert run.corpus.name == "corpus"
-    assert not list(run.path.glob("*.tmp"))
     begin_again(run)
     assert from_yaml(run.config).train.steps == 300
+
+
+LOST = {"message": "Connection closed by peer [192.0.2.2]:4711", "exit_code": 9}
+CAUSE = {"message": "out of memory", "exit_code": 9}
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ([LOST, CAUSE, LOST], CAUSE),
+        ([CAUSE, {**CAUSE, "message": "later"}], CAUSE),
+        ([{"message": "saved", "exit_code": 75}] * 2, {"message": "saved", "exit_code": 75}),
+    ],
+)
+def test_of_ranks_that_end_together_one_says_how_the_run_ended(run, told, kept):
+    for one in told:
+        rundir.record_end(run, one)
+    assert rundir.read_json(run.ended_early(kept["exit_code"])) == kept
+    assert not list(run.path.glob("*.tmp"))
+
+
+def test_last_words_never_raise(run):
+    run.failed.write_text("{")
+    rundir.record_end(run, CAUSE)
+    run.saved.mkdir()
+    rundir.record_end(run, {**CAUSE, "exit_code": 75})
+    rundir.write_last(run.path / "gone" / "error.json", CAUSE)
+
+
+def test_logs_are_not_for_everybody(run):
+    for name in ("ranks", "launchers"):
+        assert (run.path / name).stat().st_mode & 0o007 == 0
 
 
 def test_a_saved_config_means_the_same_from_any_folder(tmp_path, monkeypatch):

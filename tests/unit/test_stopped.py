@@ -29,7 +29,7 @@ def ended_with(work: Callable[[Callable[[], int]], int], *numbers: signal.Signal
 
 def test_a_process_stopped_inside_a_library_tells_it(tmp_path):
     def work(ready):
-        Stop((tmp_path / "told").touch)
+        Stop((tmp_path / "told").touch, leave=(tmp_path / "left").touch)
         ready()
         libc, locked = ctypes.CDLL(None), ctypes.create_string_buffer(64)
         libc.pthread_mutex_lock(locked)
@@ -38,6 +38,7 @@ def test_a_process_stopped_inside_a_library_tells_it(tmp_path):
 
     assert ended_with(work, signal.SIGWINCH, signal.SIGTERM) == 143
     assert (tmp_path / "told").exists()
+    assert (tmp_path / "left").exists()
 
 
 def test_a_process_ends_though_it_cannot_tell(tmp_path):
@@ -52,7 +53,7 @@ def test_a_process_ends_though_it_cannot_tell(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_process_that_trains_is_only_asked(tmp_path, number):
     def work(ready):
-        stop = Stop((tmp_path / "told").touch)
+        stop = Stop((tmp_path / "told").touch, leave=(tmp_path / "left").touch)
         stop.wait_for_step()
         assert not stop.asked()
         ready()
@@ -62,6 +63,7 @@ def test_a_process_that_trains_is_only_asked(tmp_path, number):
 
     assert ended_with(work, number) == 75
     assert (tmp_path / "told").exists()
+    assert not (tmp_path / "left").exists()
 
 
 def test_ctrl_c_ends_a_process_that_trains():

@@ -1,6 +1,7 @@
 """A model folder's weights arrive in the stages bit for bit, and what is wrong with one is said in a line."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from stack.config.compose import compose
 from stack.errors import CheckpointError, ConfigError
 from stack.models import weights
-from stack.models.build import build_stages
+from stack.models.build import build_stages, open_weights
 from stack.plan.layout import make_plan
 from tests.helpers.tiny import FAMILIES, family_settings, global_batch, tiny_config
 
@@ -214,7 +215,7 @@ FAULTS = {
     "shape": (
         "llama",
         lambda t: t.update({_UP: torch.ones(7, 32)}),
-        rf"model.safetensors: {_UP} is \[7, 32\], and in this model \[80, 32\]; leave model.config as",
+        rf"model.safetensors: {_UP} is \[7, 32\], and in this model \[80, 32\]; the file does not fit its own config",
     ),
     "nan": ("llama", _nan, rf"{_UP} has values that are not finite"),
     "leftover": (
@@ -239,6 +240,43 @@ def test_a_folder_of_another_content_is_refused(fault, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("llama", "model.embed_tokens.weight", (0,)),
+        ("llama", "model.embed_tokens.weight", (384, 32)),
+        ("gpt2", "transformer.h.1.mlp.c_fc.weight", (7, 3)),
+        ("mixtral", _EXPERT, (3, 32)),
+    ],
+)
+@pytest.mark.parametrize("changed", [False, True])
+def test_shapes_are_compared_from_the_headers_alone(family, name, shape, changed, tmp_path, monkeypatch):
+    folder = published(tmp_path, family)
+    fields = {} if not changed else {"rms_norm_eps" if family != "gpt2" else "layer_norm_epsilon": 1e-4}
+    cfg = tiny_config(**family_settings(family, tied=False), model__init="pretrained")
+    cfg.model.name, cfg.model.config = str(folder), fields
+    open_weights(cfg).check_shapes()
+    _rewrite(folder, lambda tensors: tensors.update({name: torch.ones(shape)}))
+    found = open_weights(cfg)
+    monkeypatch.setattr(weights.Weights, "_tensor", lambda *_: pytest.fail("a tensor was read"))
+    remedy = "leave model.config as" if changed else "the file does not fit its own config.json; copy or save it again"
+    with pytest.raises(CheckpointError, match=rf"{name} is \[{', '.join(map(str, shape))}\], and in this .*; {remedy}"):
+        found.check_shapes()
+
+
+def test_what_is_no_file_of_weights_is_named(tmp_path):
+    folder = published(tmp_path)
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes((1 << 60).to_bytes(8, "little") + content[8:])
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        stages(folder, 1)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ConfigError, match=r"its model.safetensors is no regular file; copy it again"):
+        stages(folder, 1)
+
+
 def _cut(folder):
     file = next(folder.glob("*00002-of*"))
     file.write_bytes(file.read_bytes()[:-8])
@@ -255,6 +293,11 @@ def _empty_index(folder):
     return "index.json is damaged, it is no index of tensors"
 
 
+def _deep_index(folder):
+    (folder / "model.safetensors.index.json").write_text("[" * 200_000)
+    return "index.json is damaged, it is no index of tensors"
+
+
 def _lying_index(folder):
     index = folder / "model.safetensors.index.json"
     files = json.loads(index.read_text())
@@ -263,7 +306,7 @@ def _lying_index(folder):
     return f"{_UP} cannot be read"
 
 
-@pytest.mark.parametrize("damage", [_cut, _delete, _empty_index, _lying_index])
+@pytest.mark.parametrize("damage", [_cut, _delete, _empty_index, _deep_index, _lying_index])
 def test_damaged_files_are_refused(damage, tmp_path):
     folder = published(tmp_path, shard="20KB")
     line = damage(folder)

@@ -15,7 +15,6 @@ from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.text import Text
 
-from stack.errors import StackError
 from stack.launch.sweep.jobs import DONE, FAILED, RUNNING, STOPPED, WAITING, Job, best_of, why_failed
 from stack.observe.jsonl import Follower
 from stack.observe.metrics import StepRecord
@@ -99,12 +98,9 @@ class Board:
         run = job.run
         if run is None:
             return None
+        # What is wrong with the file is told by the job itself.
         follower, seen = self._rows.setdefault(run.path, (Follower(run.metrics), []))
-        try:
-            seen[:] = (seen + follower.poll())[-1:]
-        except StackError:
-            # The job itself says what is wrong with its file.
-            return None
+        seen[:] = (seen + follower.poll())[-1:]
         return seen[-1] if seen else None
 
     def _print(self, text: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from stack.checkpoint import manifest
 from stack.config.schema import Wandb
+from stack.disk import write_whole
 from stack.errors import CheckpointError, Requeue, StackError
 from stack.observe.course import Course
 from stack.observe.jsonl import Follower
@@ -145,7 +146,7 @@ class Session:
     def _invite(self) -> None:
         """Tells the other hosts that the run is there."""
         told = {"id": self.run.id, "entity": self.run.entity, "project": self.run.project}
-        write(invitation(self.facts), json.dumps(told) + "\n")
+        write_whole(invitation(self.facts), json.dumps(told) + "\n")
 
     def _first_missing(self, rows: list[StepRecord]) -> int:
         """Number of the first row that the W&B run has not got.
@@ -253,13 +254,6 @@ def run_id(folder: Path) -> str:
     if path.exists() and (known := path.read_text(encoding="ascii").strip()):
         return known
     new = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)
-    write(path, new + "\n")
-    return new
-
-
-def write(path: Path, text: str) -> None:
-    """Writes all of a small file or, in a crash, nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text, encoding="ascii")
-    os.replace(draft, path)
+    write_whole(path, new + "\n")
+    return new

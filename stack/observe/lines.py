@@ -1,0 +1,180 @@
+"""Files of lines that one process appends to while others read them: metrics.jsonl, notes.txt.
+
+A line counts once its newline is in the file. What follows the last newline is a line in the making or, after a crash,
+a torn one: readers leave it alone and the next writer cuts it.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from stack import disk
+
+_BLOCK = 1 << 16
+
+
+class Lines:
+    """Appends lines to a file. Neither a full disk nor a removed file ends the process that appends.
+
+    Lines that the disk does not take are kept in memory, without a bound: a row of metrics.jsonl has about 400 bytes,
+    so a million steps have 400 MB. They are written, in order, before the next line that the disk takes. A file that
+    was removed or replaced meanwhile is made again with the lines from there on. One writer at a time; any thread.
+    """
+
+    def __init__(self, path: Path, *, tell: Callable[[str], object] = lambda _: None) -> None:
+        """
+        Args:
+            path: in an existing folder. A torn last line is cut.
+            tell: takes a line for the user when the disk stops taking lines, when it does so again, and when the file
+                was removed, replaced or changed.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        self._path, self._tell = path, tell
+        self._file = _open(path)
+        _cut_torn_tail(self._file)
+        self._size = self._file.seek(0, os.SEEK_END)
+        self._waiting: deque[bytes] = deque()
+        self._begun = 0
+        """Bytes of the first waiting line that are in the file."""
+        self._full = False
+        self._using = threading.Lock()
+
+    def add(self, line: bytes) -> bool:
+        """Appends a line, given without its newline, and hands it to the operating system, so that a reader sees it at
+        once. Returns whether the disk has taken all lines so far."""
+        with self._using:
+            self._waiting.append(line + b"\n")
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Tries the lines that the disk has not taken yet; returns whether it has taken all."""
+        with self._using:
+            told = self._write() if self._waiting else []
+        # Outside the lock: whoever is told may add a line to another file, or to this one.
+        for text in told:
+            self._tell(text)
+        return not self._waiting
+
+    def close(self) -> None:
+        """Tries the waiting lines once more, says how many are lost, and closes the file."""
+        if not self.flush():
+            self._tell(f"{len(self._waiting)} lines of {self._path} are lost: its disk took none to the end")
+        self._file.close()
+
+    def _write(self) -> list[str]:
+        """Writes what is waiting, as far as the disk takes it; returns lines for the user."""
+        told = []
+        try:
+            told += self._look()
+            while self._waiting:
+                count = self._file.write(self._waiting[0][self._begun :])
+                self._begun, self._size = self._begun + count, self._size + count
+                if self._begun == len(self._waiting[0]):
+                    self._waiting.popleft()
+                    self._begun = 0
+        except OSError as error:
+            if not self._full:
+                self._full = True
+                told.append(f"{self._path} takes no lines ({error.strerror}): they are kept in memory until it does")
+            return told
+        if self._full:
+            self._full = False
+            told.append(f"{self._path} takes lines again, and has those that were kept in memory")
+        return told
+
+    def _look(self) -> list[str]:
+        """Opens the file anew if its name is no longer this file's; begins a new line if another process has changed
+        the end. Returns lines for the user."""
+        now = os.fstat(self._file.fileno())
+        try:
+            there = os.stat(self._path)
+        except FileNotFoundError:
+            there = None
+        if (there is None and self._path.parent.is_dir()) or (there and not os.path.samestat(there, now)):
+            new = _open(self._path)
+            self._file.close()
+            self._file, self._begun = new, 0
+            self._end_line()
+            return [f"{self._path} was removed or replaced: it goes on with this line, those before it are lost"]
+        # Where the folder itself was moved, the open file went with it.
+        if now.st_size != self._size:
+            self._begun = 0
+            self._end_line()
+            return [f"{self._path} was changed by another process; it goes on with the next line"]
+        return []
+
+    def _end_line(self) -> None:
+        """Ends what another process left without a newline at the end of the file."""
+        size = self._file.seek(0, os.SEEK_END)
+        if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+            size += self._file.write(b"\n")
+        self._size = size
+
+
+class Tail:
+    """Reads a file's new lines while another process writes them. The file may appear later."""
+
+    def __init__(self, path: Path, *, from_end: bool = False) -> None:
+        """
+        Args:
+            from_end: leave out the lines that are there now.
+        """
+        self._path, self._offset = path, 0
+        self._file: tuple[int, int] | None = None
+        self.lines = 0
+        """Lines of the file that were read."""
+        self.restarts = 0
+        """How often the file was found cut short, removed or replaced; it is then read from its beginning."""
+        if from_end:
+            self.poll()
+
+    def poll(self) -> list[bytes]:
+        """The lines finished since the last call, without their newlines; never a part of one. None where the file
+        cannot be read now: it may be the next time."""
+        try:
+            with disk.open_regular(self._path) as file:
+                data = self._new(file)
+        except OSError:
+            return []
+        found = data.split(b"\n")[:-1]
+        self._offset += sum(len(line) + 1 for line in found)
+        self.lines += len(found)
+        return found
+
+    def _new(self, file: BinaryIO) -> bytes:
+        """What follows the last line that was read, from the beginning of a file that is another one."""
+        about = os.fstat(file.fileno())
+        before, self._file = self._file, (about.st_dev, about.st_ino)
+        if not self._offset:
+            return file.read()
+        file.seek(self._offset - 1)
+        data = file.read()
+        # What was read ended with a newline, and still does unless the file was cut short and has grown since.
+        if self._file == before and data[:1] == b"\n":
+            return data[1:]
+        self._offset, self.lines, self.restarts = 0, 0, self.restarts + 1
+        file.seek(0)
+        return file.read()
+
+
+def _open(path: Path) -> BinaryIO:
+    # Unbuffered: how much of a line is in the file must be known.
+    return path.open("a+b", buffering=0)  # type: ignore[return-value]
+
+
+def _cut_torn_tail(file: BinaryIO) -> None:
+    end = file.seek(0, os.SEEK_END)
+    start = end
+    while start > 0:
+        start = max(0, start - _BLOCK)
+        file.seek(start)
+        newline = file.read(min(_BLOCK, end - start)).rfind(b"\n")
+        if newline >= 0:
+            file.truncate(start + newline + 1)
+            return
+    file.truncate(0)

@@ -1,0 +1,118 @@
+"""A disk that is full under run.root, or a metrics.jsonl that somebody damages, ends no healthy run."""
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from stack.checkpoint import manifest as manifests
+from stack.health.faults import FAULT
+from stack.observe.jsonl import read
+from stack.train.rundir import RunDir, read_json
+from tests.helpers.forked import tiny_again, tiny_run
+
+#: Steps of rank 0 that take a second, and leave time for what happens to the disk.
+_SLOW = (4, 8)
+_SLEEPS = ";".join(f"sleep:rank=0,step={step},phase=save.stage,seconds=1" for step in _SLOW)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"mounting needs root: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Leaves no byte free."""
+    filler = folder / "filler"
+    with filler.open("ab", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                pass
+    return filler
+
+
+def wait_for(probe, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not probe():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def log(run: RunDir) -> str:
+    return "\n".join(path.read_text() for path in run.path.glob("ranks/*/log.txt"))
+
+
+@pytest.mark.parametrize("room", ["again", "never"])
+def test_a_full_disk_costs_lines_and_not_the_run(zygote, small_disk, tmp_path, room):
+    settings = {
+        "run.root": small_disk / "runs",
+        "checkpoint.path": tmp_path / "checkpoints",
+        "checkpoint.every": 2,
+        "train.steps": 12,
+    }
+    run = tiny_run(tmp_path, settings)
+    root = manifests.root_of(str(tmp_path / "checkpoints"), run.path)
+    with ThreadPoolExecutor() as pool:
+        codes = pool.submit(zygote.run, ["--config", str(run.config)], 2, env={FAULT: _SLEEPS})
+        wait_for(lambda: run.metrics.exists() and len(read(run.metrics)) == _SLOW[0] - 1)
+        filler = fill(small_disk)
+        wait_for(lambda: manifests.steps(root)[-1:] == [_SLOW[1] - 2])
+        assert len(read(run.metrics)) <= _SLOW[1] - 3
+        if room == "again":
+            filler.unlink()
+        assert codes.result() == [0, 0], log(run)
+    assert [run.outcome(rank) for rank in (0, 1)] == ["done", "done"]
+    notes = run.notes.read_text()
+    assert f"{run.metrics} takes no lines (No space left on device)" in notes
+    if room == "again":
+        assert "takes lines again" in notes
+        assert [record.step for record in read(run.metrics)] == list(range(1, 13))
+        assert read_json(run.done)["step"] == 12
+        assert run.curve.exists()
+    else:
+        filler.unlink()
+        assert "Traceback" not in log(run)
+        # What is there is a run that goes on.
+        assert zygote.run(["--config", str(tiny_again(run, {"train.steps": 14}).config)], 2) == [0, 0], log(run)
+        assert read_json(run.done)["step"] == 14
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "removed"])
+def test_a_damaged_metrics_file_costs_a_line_and_not_the_run(zygote, tmp_path, damage):
+    run = tiny_run(tmp_path, {"checkpoint.every": 2, "train.steps": 10})
+
+    def break_it() -> None:
+        wait_for(lambda: run.metrics.exists() and len(read(run.metrics)) == _SLOW[0] - 1)
+        if damage == "garbage":
+            with run.metrics.open("a") as file:
+                file.write("garbage\n")
+        elif damage == "truncated":
+            os.truncate(run.metrics, 0)
+        else:
+            run.metrics.unlink()
+
+    breaking = threading.Thread(target=break_it)
+    breaking.start()
+    assert zygote.run(["--config", str(run.config)], 2, env={FAULT: _SLEEPS}) == [0, 0], log(run)
+    breaking.join()
+    told: list[str] = []
+    found = [record.step for record in read(run.metrics, skipped=told.append)]
+    assert found == list(range(1 if damage == "garbage" else _SLOW[0], 11))
+    assert len(told) == (damage == "garbage")
+    assert run.curve.exists()
+    assert str(run.metrics) in run.notes.read_text()

@@ -214,3 +214,21 @@ def wandb_sync(arguments: Sequence[str]) -> int:
     from stack.train import tracking
 
     return tracking.sync(run, rest)
+
+
+@_verb(
+    "ls",
+    "[RUNS]",
+    examples=[
+        "stack ls                           # those in runs/",
+        "stack ls /shared/runs",
+    ],
+)
+def ls(arguments: Sequence[str]) -> int:
+    """list the runs in a folder: state, step, losses, pace and time left"""
+    if len(arguments) > 1 or any(word.startswith("-") for word in arguments):
+        raise UsageError(f"{arguments[-1]}: stack ls takes one folder of runs; write stack ls RUNS")
+    from stack.launch.listing import listing
+
+    print(listing(Path(arguments[0] if arguments else "runs")))
+    return 0

@@ -39,7 +39,7 @@ def find(root: Path, step: int | str, mesh: Mesh, *, tell: Callable[[str], None]
         CheckpointError: there are checkpoints, and none that may be used is whole.
     """
     listed: list[list[int]] = [manifests.steps(root)[::-1] if mesh.rank == 0 else []]
-    dist.broadcast_object_list(listed, src=0, group=mesh.host_group)
+    dist.broadcast_object_list(listed, src=0, group=mesh.disk_group)
     [candidates] = listed
     manifests.check_step(step, candidates, where=root)
     if step != "auto":
@@ -114,5 +114,5 @@ def reason(error: BaseException) -> str:
 
 def _gathered(fault: str | None, mesh: Mesh) -> list[str | None]:
     answers: list[str | None] = [None] * mesh.world_size
-    dist.all_gather_object(answers, fault, group=mesh.host_group)
+    dist.all_gather_object(answers, fault, group=mesh.disk_group)
     return answers

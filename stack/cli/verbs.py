@@ -7,6 +7,8 @@ from pathlib import Path
 from stack.cli.arguments import is_path, run_and_overrides
 from stack.errors import UsageError
 
+#: What `stack stop` waits for, unless it is told another time.
+_STOP_S = 600
 #: Hydra's words for a sweep.
 _MULTIRUN = ("-m", "--multirun")
 
@@ -214,6 +216,30 @@ def wandb_sync(arguments: Sequence[str]) -> int:
     from stack.train import tracking
 
     return tracking.sync(run, rest)
+
+
+@_verb(
+    "stop",
+    "RUN_DIR",
+    examples=[
+        "stack stop RUN_DIR                 # saves first, as on Ctrl-C",
+        "stack stop RUN_DIR --now           # ends at once",
+        "stack stop RUN_DIR --timeout=3600  # waits an hour for it, and not ten minutes",
+    ],
+)
+def stop(arguments: Sequence[str]) -> int:
+    """ask a run to save and end, from any host that sees its directory; --now: to end at once"""
+    run, rest = run_and_overrides("stop", arguments, "RUN_DIR")
+    timeout_s = _STOP_S
+    for word in rest:
+        name, _, value = word.partition("=")
+        if name == "--timeout" and value.isdecimal() and int(value):
+            timeout_s = int(value)
+        elif word != "--now":
+            raise UsageError(f"{word}: stack stop knows --now and --timeout=SECONDS; write stack stop RUN_DIR --now")
+    from stack.launch.stopping import stop
+
+    return stop(run, now="--now" in rest, timeout_s=timeout_s)
 
 
 @_verb(

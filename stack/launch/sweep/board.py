@@ -63,6 +63,10 @@ class Board:
             words.append(f"exit code {job.exit_code}: {why_failed(job)}\n{'':8}  log: {job.log}")
         self._print("  ".join(words))
 
+    def note(self, text: str) -> None:
+        """Prints a line of its own."""
+        self._print(text)
+
     def close(self, folder: Path) -> None:
         """Takes the live table away, and prints the closing one, the best run and how to go on with it."""
         if self._live is not None:

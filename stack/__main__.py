@@ -2,7 +2,11 @@
 
 import sys
 
-from stack.cli.main import main
+from stack.interpreter import leave_cwd
+
+leave_cwd()
+
+from stack.cli.main import main  # noqa: E402 - not before the current folder is off the path
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -47,7 +47,7 @@ def find(
         CheckpointError: there are checkpoints, and none that may be used is whole.
     """
     candidates: list[int] = messages.broadcast(
-        manifests.steps(root)[::-1] if mesh.rank == 0 else None, group=mesh.host_group
+        manifests.steps(root)[::-1] if mesh.rank == 0 else None, group=mesh.disk_group
     )
     manifests.check_step(step, candidates, where=root)
     if step != "auto":
@@ -75,7 +75,7 @@ def _verified(folder: Path, mesh: Mesh, check: Callable[[Manifest], object]) -> 
             check_file(folder, manifest, file)
     except (CheckpointError, OSError) as error:
         fault = str(error)
-    faults = [found for found in messages.gather(fault, mesh.host_group) if found]
+    faults = [found for found in messages.gather(fault, mesh.disk_group) if found]
     return (None if faults else manifest), faults
 
 
@@ -104,7 +104,7 @@ def load(found: Found, engine: RankEngine, *, weights_only: bool = False) -> Non
     # Also CheckpointException, which is no Exception.
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         fault = f"{found.folder} could not be read: {reason(error)}"
-    faults = [other for other in messages.gather(fault, engine.mesh.host_group) if other]
+    faults = [other for other in messages.gather(fault, engine.mesh.disk_group) if other]
     if faults:
         raise CheckpointError(faults[0])
     engine.loaded()

@@ -6,12 +6,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -64,8 +62,6 @@ class Saver:
         """
         self._root, self._engine, self._cfg, self._about, self._shapes = root, engine, cfg, about, shapes
         self._tell, self._phase = tell, phase
-        # Its own group: a save in the background must not meet the collectives of training.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=cfg.timeout_s))
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: tuple[int, Future[float]] | None = None
         self._staged: dict[str, torch.Tensor] = {}
@@ -186,7 +182,7 @@ class Saver:
             phase=lambda name: self._phase(name, step),
         )
         try:
-            dcp.save(slices, storage_writer=writer, planner=SaveSlices(), process_group=self._group)
+            dcp.save(slices, storage_writer=writer, planner=SaveSlices(), process_group=self._engine.mesh.disk_group)
         except CheckpointException:
             if self._engine.mesh.rank == 0:
                 # Every rank has stopped writing: what there is only takes room.

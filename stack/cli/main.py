@@ -1,5 +1,6 @@
 """The `stack` command: one verb, then Hydra overrides."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ usage: stack VERB [ARGUMENTS] [OVERRIDES]
 Overrides are Hydra's: key=value, or group=choice such as experiment=8b. A sweep: stack train -m key=1,2
 Every key with its meaning: stack/config/schema.py
 Exit codes: 0 done, 2 usage, 3 config, 4 layout, 5 data, 6 checkpoint, 7 numerics, 8 hang, 9 a rank failed,
-75 saved on SIGTERM and to be started again, 128 + signal when it was ended at once (130 for Ctrl-C)
+75 saved on Ctrl-C, SIGTERM or stack stop, and to be resumed; 128 + signal when it was ended at once (130 for Ctrl-C)
 """
 #: What a shell reports for a command that SIGPIPE ended.
 _BROKEN_PIPE = 141
@@ -26,7 +27,7 @@ _BROKEN_PIPE = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code; an error for the user is one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _open_closed_streams()
+    _prepare_streams()
     code = 0
     try:
         code = _dispatch(arguments)
@@ -56,11 +57,15 @@ def _was_interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _open_closed_streams() -> None:
-    """Output that a shell closed (`>&-`) goes nowhere, rather than into the next file that is opened."""
+def _prepare_streams() -> None:
+    """Output that a shell closed (`>&-`) goes nowhere, rather than into the next file that is opened; a letter that the
+    terminal's encoding lacks is shown by its number, and ends nothing."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -7,6 +7,8 @@ from pathlib import Path
 from stack.cli.arguments import is_path, run_and_overrides
 from stack.errors import UsageError
 
+#: What `stack stop` waits for, unless it is told another time.
+_STOP_S = 600
 #: Hydra's words for a sweep.
 _MULTIRUN = ("-m", "--multirun")
 #: Of `stack data`.
@@ -220,3 +222,45 @@ def wandb_sync(arguments: Sequence[str]) -> int:
     from stack.train import tracking
 
     return tracking.sync(run, rest)
+
+
+@_verb(
+    "stop",
+    "RUN_DIR",
+    examples=[
+        "stack stop RUN_DIR                 # saves first, as on Ctrl-C",
+        "stack stop RUN_DIR --now           # ends at once",
+        "stack stop RUN_DIR --timeout=3600  # waits an hour for it, and not ten minutes",
+    ],
+)
+def stop(arguments: Sequence[str]) -> int:
+    """ask a run to save and end, from any host that sees its directory; --now: to end at once"""
+    run, rest = run_and_overrides("stop", arguments, "RUN_DIR")
+    timeout_s = _STOP_S
+    for word in rest:
+        name, _, value = word.partition("=")
+        if name == "--timeout" and value.isdecimal() and int(value):
+            timeout_s = int(value)
+        elif word != "--now":
+            raise UsageError(f"{word}: stack stop knows --now and --timeout=SECONDS; write stack stop RUN_DIR --now")
+    from stack.launch.stopping import stop
+
+    return stop(run, now="--now" in rest, timeout_s=timeout_s)
+
+
+@_verb(
+    "ls",
+    "[RUNS]",
+    examples=[
+        "stack ls                           # those in runs/",
+        "stack ls /shared/runs",
+    ],
+)
+def ls(arguments: Sequence[str]) -> int:
+    """list the runs in a folder: state, step, losses, pace and time left"""
+    if len(arguments) > 1 or any(word.startswith("-") for word in arguments):
+        raise UsageError(f"{arguments[-1]}: stack ls takes one folder of runs; write stack ls RUNS")
+    from stack.launch.listing import listing
+
+    print(listing(Path(arguments[0] if arguments else "runs")))
+    return 0

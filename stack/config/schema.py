@@ -241,7 +241,7 @@ class Checkpoint:
     """What a resumed run may have another of than its checkpoint: `batch` (its size), `data` (corpus, sequence length,
     packing or seed; the new data are read from their beginning), `model` (settings that change no shape)."""
     timeout_s: float = _seconds(1800.0)
-    """Longest wait of the ranks for each other within one save."""
+    """Longest wait of the ranks for each other within one save, and while a checkpoint is found and read."""
 
 
 @dataclass

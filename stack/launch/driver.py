@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import shlex
 import signal
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,18 +16,18 @@ from stack.config.schema import Config
 from stack.errors import Requeue, StackError
 from stack.health.stopped import SIGNALLED
 from stack.launch import backends
-from stack.launch.agent import Order
 from stack.launch.agents import SILENCE_S, agents
 from stack.launch.follow import follow, interrupted
 from stack.launch.hosts import Host, forwarded
+from stack.launch.order import Order
 from stack.launch.place import Place, meet
 from stack.launch.reread import prepared
-from stack.launch.signals import stop_requests
+from stack.launch.signals import Requests, stop_requests
 from stack.launch.verdict import Failure
 from stack.observe.console import Console
 from stack.plan.layout import Plan, make_plan
 from stack.plan.report import render
-from stack.train import rundir
+from stack.train import rundir, stop_request
 from stack.train.lock import RunLock
 from stack.train.rundir import RunDir
 
@@ -78,31 +80,42 @@ def check_weights(cfg: Config) -> None:
 
 
 def launch(cfg: Config, plan: Plan, run: RunDir, requests: list[signal.Signals]) -> int:
-    """Starts the ranks, follows them to their end, and returns the exit code."""
+    """Starts the ranks, follows them to their end, and returns the exit code.
+
+    Args:
+        requests: signals that asked this process to end, as they come in.
+    """
+    asked = Requests(requests, run)
     console = Console(cfg.train.steps, log_every=cfg.train.log_every)
     try:
         print(render(plan, cfg) if run.trains else plan.summary, end="\n\n")
         console.start(f"run {run.path}")
-        failure = _follow(cfg, plan, run, console, requests)
+        if run.trains:
+            how = f"stack stop {shlex.quote(str(run.path))}"
+            console.note(f"process {os.getpid()} on {socket.gethostname()}; stop it with: {how}")
+        failure = _follow(cfg, plan, run, console, asked)
     except BrokenPipeError:
         failure = Failure("Interrupted", "nobody reads the output any more", SIGNALLED + signal.SIGPIPE)
     except StackError as error:
         # A host whose answer was not waited for has no fault.
-        failure = interrupted(requests[0]) if requests else Failure(type(error).__name__, str(error), error.exit_code)
+        found = asked.poll()
+        failure = interrupted(found[0]) if found else Failure(type(error).__name__, str(error), error.exit_code)
     except Exception as error:
         _record(run, Failure(type(error).__name__, f"stack failed: {error}", StackError.exit_code))
         raise
     finally:
         with contextlib.suppress(OSError):
             console.close()
+        with contextlib.suppress(OSError):
+            stop_request.clear(run)
     return _close(cfg, run, console, failure)
 
 
-def _follow(cfg: Config, plan: Plan, run: RunDir, console: Console, requests: list[signal.Signals]) -> Failure | None:
+def _follow(cfg: Config, plan: Plan, run: RunDir, console: Console, requests: Requests) -> Failure | None:
     """Starts the ranks, shows the run until it ends, and leaves no process behind."""
-    place = meet(cfg, plan, run.path, requests)
-    if requests:
-        return interrupted(requests[0])
+    place = meet(cfg, plan, run.path, requests.signals)
+    if asked := requests.poll():
+        return interrupted(asked[0])
     console.note(f"starting {plan.world_size} ranks with {_STARTERS[cfg.launch.backend]} on {place.shown}")
     orders = [(host, _order(cfg, run, place, node)) for node, host in enumerate(place.hosts)]
     with agents(orders, run) as started:

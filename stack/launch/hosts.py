@@ -2,7 +2,6 @@
 
 import shlex
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,10 +9,12 @@ from fnmatch import fnmatchcase
 import psutil
 
 from stack.config.schema import Config
+from stack.interpreter import PYTHON
 from stack.plan.hosts import hosts_of
 from stack.plan.layout import Plan
 
-#: No question can be answered; a host that is off, or a cable that is out, is noticed within 15 s.
+#: BatchMode: ssh must never prompt, since nobody is there to answer. The keep-alives notice a host that is off, or a
+#: cable that is out, within 15 s.
 _SSH = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3")
 #: A host that has no hostfile calls itself so.
 LOCALHOST = "localhost"
@@ -59,7 +60,7 @@ def is_here(name: str) -> bool:
 def module_on(host: Host, module: str) -> list[str]:
     """The command that runs a Python module on a host. Nothing but these words passes through a shell: what the module
     needs it reads from its standard input."""
-    here = [sys.executable, "-m", module]
+    here = [*PYTHON, "-m", module]
     if host.here:
         return here
     options = [word for option in _SSH for word in ("-o", option)]

@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -195,7 +196,8 @@ def _answer(told: str) -> About | None:
 def _why_no_answer(host: Host, code: int, complaint: str) -> str:
     lines = [line.strip() for line in complaint.splitlines() if line.strip()]
     last = lines[-1] if lines else f"it ended with {code} and said nothing"
-    python = module_on(host, "")[-3 if host.here else -1].removeprefix("exec ").split(" -m")[0]
+    # The same path as here: what `module_on` starts.
+    python = sys.executable
     if code == _SSH_FAILED:
         words = complaint.lower()
         return next((what.format(host.name) for said, what in _SSH_FAULTS if said in words), f"ssh failed: {last}")

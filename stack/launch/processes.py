@@ -31,14 +31,17 @@ class Rank:
         return self.process is not None and is_alive(self.process)
 
 
-def local_ranks(run: RunDir, ranks: Iterable[int], known: dict[int, Rank]) -> dict[int, Rank]:
-    """Those of `ranks` that have said who they are and that they run here, added to those already `known`."""
-    found = dict(known)
+def local_ranks(run: RunDir, ranks: Iterable[int]) -> tuple[dict[int, Rank], set[int]]:
+    """Those of `ranks` that have said who they are: the ones that run here, and the numbers of those elsewhere."""
+    here: dict[int, Rank] = {}
+    elsewhere: set[int] = set()
     for rank in ranks:
-        about = None if rank in found else read_json(run.rank(rank) / "rank.json")
+        about = read_json(run.rank(rank) / "rank.json")
         if about and about["host"] == socket.gethostname():
-            found[rank] = Rank(rank, about["pid"], _process(about["pid"]))
-    return found
+            here[rank] = Rank(rank, about["pid"], _process(about["pid"]))
+        elif about:
+            elsewhere.add(rank)
+    return here, elsewhere
 
 
 def _process(pid: int) -> psutil.Process | None:
@@ -58,18 +61,26 @@ def signal_ranks(ranks: Iterable[Rank], number: signal.Signals) -> None:
 
 
 def end_session(leader: int, *, grace_s: float) -> None:
-    """Ends all processes of a session but this one: SIGTERM, then SIGKILL after `grace_s` seconds.
+    """Ends all processes of a session but this one: SIGTERM, then SIGKILL after `grace_s` seconds; SIGKILL at once to a
+    process that is stopped, which no other signal reaches.
 
     The session also holds a rank that has not yet said who it is, and one whose launcher is gone.
     """
     # The second SIGKILL is for a process that was being started during the first.
-    for end in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
+    for end in (_terminate, psutil.Process.kill, psutil.Process.kill):
         for process in _session(leader):
             with contextlib.suppress(psutil.NoSuchProcess):
                 end(process)
         deadline = time.monotonic() + grace_s
         while _session(leader) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
+
+
+def _terminate(process: psutil.Process) -> None:
+    if process.status() == psutil.STATUS_STOPPED:
+        process.kill()
+    else:
+        process.terminate()
 
 
 def _session(leader: int) -> list[psutil.Process]:

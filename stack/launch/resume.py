@@ -14,7 +14,7 @@ from stack.launch.driver import check_weights, launch, plan_of
 from stack.launch.reread import config_of, of_run
 from stack.launch.signals import stop_requests
 from stack.plan.policies import state_names
-from stack.train import rundir
+from stack.train import rundir, stop_request
 from stack.train.inputs import course
 from stack.train.lock import RunLock
 from stack.train.lr import learning_rate
@@ -34,6 +34,7 @@ def resume(run: RunDir, overrides: Sequence[str]) -> int:
     before = as_saved(run.config)
     cfg = config_of(run, overrides)
     with RunLock(run.path):
+        stop_request.clear(run)
         plan = plan_of(cfg)
         cfg, corpus = of_run(run, cfg, plan)
         there = _checkpoints(cfg, before, run)

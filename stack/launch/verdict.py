@@ -1,11 +1,13 @@
 """Why a run ended early: which rank failed first, from what the ranks of each host left behind."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stack.errors import HangError, RankFailure
+from stack.health.cause import WAITED
 from stack.health.lost_peer import is_lost_peer
+from stack.train.progress import Look, absent
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Report:
     """Those of them that are no more."""
     launcher: int | None
     """What it ended with; None while it was still at work."""
+    looks: list[Look] = field(default_factory=list)
+    """Where ranks hang: those of the host that had neither failed nor ended."""
 
     @property
     def well(self) -> bool:
@@ -64,11 +68,11 @@ def first_failure(reports: Sequence[Report]) -> tuple[Failure | None, bool]:
     causes = [(error, host) for _, _, host, error in errors if not is_lost_peer(error["message"])]
     if causes:
         return _told(*causes[0]), True
-    # One that never said who it is may be about to, or have been stopped before it could.
+    # A rank without rank.json may still be starting, or was stopped before it wrote the file: no sign of a crash.
     silent = [(rank, host) for rank, host in ended if rank.outcome is None and rank.pid is not None]
     if hung := next(((rank, host) for rank, host in silent if rank.hung), None):
         rank, host = hung
-        message = "NCCL's watchdog gave up on a collective"
+        message = f"{WAITED} health.hang_timeout_s: NCCL's watchdog gave up on a collective"
         return Failure("HangError", message, HangError.exit_code, rank.rank, host), True
     if silent:
         rank, host = silent[0]
@@ -79,6 +83,26 @@ def first_failure(reports: Sequence[Report]) -> tuple[Failure | None, bool]:
         return _told(error, host), False
     unwell = [report for report in reports if not report.well]
     return (_stopped(unwell[0]) if unwell else None), False
+
+
+def blamed(failure: Failure, looks: Sequence[Look]) -> Failure:
+    """A hang by the rank that the others wait for: a rank that gave up cannot tell which one it waited for.
+
+    Args:
+        looks: of all hosts.
+    """
+    missing = absent(looks)
+    if not missing or not failure.message.startswith(WAITED):
+        return failure
+    first = missing[0]
+    state = "is stopped (SIGSTOP, or a debugger)" if first.stopped else "does not answer; its log has its Python stack"
+    others = ", ".join(f"rank {seen.rank} on {seen.host}" for seen in missing[1:4])
+    also = f"; so it is with {others}" if others else ""
+    message = (
+        f"process {first.pid} on {first.host} {state}, {first.phase} after step {first.step}{also}; "
+        f"rank {failure.rank} gave up: {failure.message}"
+    )
+    return replace(failure, message=message, rank=first.rank, host=first.host)
 
 
 def _told(error: dict[str, Any], host: str) -> Failure:

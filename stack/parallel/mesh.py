@@ -26,6 +26,9 @@ class Mesh:
     """Holders of the two copies of a tied embedding in this replica's pipe, if this rank is one of them."""
     host_group: dist.ProcessGroup
     """All ranks, for numbers that are on the host."""
+    disk_group: dist.ProcessGroup
+    """All ranks, to wait for each other's disks: gloo, with a timeout of its own. Not for training: a save in the
+    background uses it."""
     device: torch.device
 
     @property
@@ -43,11 +46,12 @@ class Mesh:
         return f"PP{self.pipeline} x DP{self.replicas} rank {self.rank} = {place}"
 
 
-def make_mesh(plan: Plan, *, timeout: timedelta) -> Mesh:
+def make_mesh(plan: Plan, *, timeout: timedelta, disk_timeout: timedelta | None = None) -> Mesh:
     """Makes the groups. Collective: every rank makes every group, in the same order.
 
     Args:
         timeout: longest wait in one collective before it raises.
+        disk_timeout: that of `disk_group`; None is `timeout`.
     """
     rank = dist.get_rank()
     pipe_rank, replica = plan.pipe_rank_of(rank), plan.replica_of(rank)
@@ -75,6 +79,7 @@ def make_mesh(plan: Plan, *, timeout: timedelta) -> Mesh:
         pipe_group=pipes[replica],
         tied_group=tied,
         host_group=world if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout),
+        disk_group=dist.new_group(backend="gloo", timeout=disk_timeout or timeout),
         device=device,
     )
 

@@ -6,13 +6,13 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from stack import disk
 from stack.errors import ConfigError
+from stack.interpreter import PYTHON
 
 #: Versions of DeepSpeed that the whole test suite has run with.
 TESTED = ("0.19.8",)
@@ -58,7 +58,7 @@ def _run() -> str:
     # Alone on the CPU, whatever launched this process.
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     environment = {**os.environ, **alone, _RUNNING: "1"}
-    command = [sys.executable, "-W", "ignore", "-m", __spec__.name]
+    command = [*PYTHON, "-W", "ignore", "-m", __spec__.name]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -195,6 +195,7 @@ def _mesh(pipe_rank: int) -> Any:
         pipe_group=alone,
         tied_group=None,
         host_group=alone,
+        disk_group=alone,
         device=torch.device("cpu"),
     )
 

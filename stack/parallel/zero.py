@@ -29,7 +29,7 @@ from stack.config.deepspeed import deepspeed_zero_stage, ds_config
 from stack.config.schema import Config
 from stack.errors import ConfigError
 from stack.models.build import Stage
-from stack.parallel import selftest, zero_state
+from stack.parallel import meeting, selftest, zero_state
 from stack.parallel.gathering import Gathers, arrive_with_forward, follow_microbatches
 from stack.parallel.mesh import Mesh, Mpu, local_device
 from stack.parallel.norm import global_norm
@@ -56,6 +56,7 @@ def init_distributed(*, timeout: timedelta) -> None:
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         timeout=timeout,
+        init_method=meeting.init_method(),
         verbose=False,
         auto_mpi_discovery=False,
     )

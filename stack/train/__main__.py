@@ -4,7 +4,11 @@ import atexit
 import os
 import sys
 
-from stack.train.worker import main
+from stack.interpreter import leave_cwd
+
+leave_cwd()
+
+from stack.train.worker import main  # noqa: E402 - not before the current folder is off the path
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])

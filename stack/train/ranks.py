@@ -25,10 +25,11 @@ def from_environment() -> tuple[int, int, int]:
         os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // hosts)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     here = ranks_here() or world_size
+    name = "LOCAL_WORLD_SIZE" if os.environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
     if not 0 <= rank < world_size or world_size % here:
         raise UsageError(
-            f"RANK={rank}, WORLD_SIZE={world_size}, {here} ranks on this host: these do not fit together; start the "
-            "ranks with one launcher, the same number on every host"
+            f"RANK={rank}, WORLD_SIZE={world_size}, {name}={here} (ranks on this host): these do not fit together; "
+            "start the ranks with one launcher, the same number on every host, and unset what an outer one has left"
         )
     return rank, world_size, world_size // here
 

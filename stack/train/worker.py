@@ -2,8 +2,11 @@
 
 import contextlib
 import faulthandler
+import io
 import math
 import os
+import resource
+import signal
 import socket
 import sys
 import time
@@ -16,19 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from stack import disk
-from stack.checkpoint import room
 from stack.config.compose import compose, from_yaml
 from stack.config.places import settled
 from stack.config.schema import Config
-from stack.data.manifest import locate
 from stack.errors import HangError, NumericsError, RankFailure, Requeue, StackError, UsageError
+from stack.health.cause import WAITED, cause_of, is_collective_timeout, is_out_of_memory
+from stack.health.faults import FAULT
 from stack.health.orphan import AGENT_PID, exit_with_parent
 from stack.health.stopped import Stop
 from stack.plan.layout import Plan, make_plan
-from stack.train import cores, ranks, rundir
+from stack.train import bare, cores, ranks, rundir
 from stack.train.inputs import open_batches
-from stack.train.lock import RunLock
+from stack.train.memory import out_of_memory
 from stack.train.output import own_output
+from stack.train.progress import Phase, Progress, look
 from stack.train.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -57,10 +61,14 @@ def _main(argv: Sequence[str], held: contextlib.ExitStack) -> int:
     if VISIBLE_DEVICES in os.environ:
         # The launcher numbers the devices from 0 whatever the user had made visible.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[VISIBLE_DEVICES]
+    _prepare_process()
     run: RunDir | None = None
+    cfg: Config | None = None
+    plan: Plan | None = None
+    progress = Progress()
 
     def orphaned(error: RankFailure) -> None:
-        _failed(run, rank, error, error.exit_code)
+        _failed(run, rank, error, error)
         held.close()
 
     try:
@@ -80,27 +88,37 @@ def _main(argv: Sequence[str], held: contextlib.ExitStack) -> int:
             if named is not None:
                 # What a user resumed from once is not what the run goes on from after that.
                 cfg = replace(cfg, checkpoint=replace(cfg.checkpoint, step="auto"))
-            run = _agree_on_run(cfg, plan, rank, named, held)
+            run = bare.agree_on_run(cfg, plan, rank, named, held)
         assert run is not None
         stop = _stop(run.rank(rank), held)
-        screen = _own_output(run, rank, shown=config_path is None and rank == 0)
+        screen = _own_output(run, rank, progress, shown=config_path is None and rank == 0)
         if run.evaluation.exists():
-            _evaluate(cfg, plan, run, rank=rank)
+            _evaluate(cfg, plan, run, progress, rank=rank)
         elif run.check.exists():
             _check(cfg, plan, run, rank=rank)
         else:
-            _train(cfg, plan, run, stop, rank=rank, screen=screen)
+            _train(cfg, plan, run, stop, progress, rank=rank, screen=screen)
         # A rank that is gone without this, an error.json or a stopped.json was killed.
         rundir.write_last(run.rank(rank) / "done.json", {"time": time.time()})
-    except StackError as error:
-        return _failed(run, rank, error, error.exit_code)
     except Exception as error:  # noqa: BLE001 - whatever it was, the driver must learn which rank failed first
-        hang = _as_hang(error)
-        return _failed(run, rank, hang or error, hang.exit_code if hang else RankFailure.exit_code)
+        return _failed(run, rank, error, _explained(error, cfg, plan))
     return 0
 
 
-def _train(cfg: Config, plan: Plan, run: RunDir, stop: Stop, *, rank: int, screen: TextIO | None) -> None:
+def _prepare_process() -> None:
+    """A name that a terminal's encoding lacks must not end a rank; nor must the descriptors of many ranks' connections,
+    of which each process may open 1,024 unless it asks for more."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(OSError, ValueError):
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _train(
+    cfg: Config, plan: Plan, run: RunDir, stop: Stop, progress: Progress, *, rank: int, screen: TextIO | None
+) -> None:
     """
     Raises:
         Requeue: somebody asked for the end of the run, and it is saved.
@@ -112,16 +130,22 @@ def _train(cfg: Config, plan: Plan, run: RunDir, stop: Stop, *, rank: int, scree
     from stack.train.restart import Restart
 
     mesh = _join(cfg, plan)
-
+    progress.at(Phase.READING, 0)
     restart = Restart(cfg, plan, run, mesh)
     engine = restart.engine()
     try:
         with Recorder(cfg, plan, run, engine, rank=rank, screen=screen) as recorder:
+            if FAULT in os.environ:
+                recorder.note(f"{FAULT}={os.environ[FAULT]}: faults of tests will happen in this run")
             state = restart.state(engine, tell=recorder.note)
             training, heldout = open_batches(cfg, plan, run.corpus, before=restart.before(state))
             with restart.saver(engine, tell=recorder.note) as saver:
+                asked = stop.asked
+                if rank == 0 and AGENT_PID not in os.environ:
+                    asked = bare.hears_stop(run, asked, saves=cfg.checkpoint.every > 0)
                 if cfg.checkpoint.every:
                     stop.wait_for_step()
+                progress.at(Phase.TRAINING, state.step)
                 state = train(
                     cfg,
                     state,
@@ -129,15 +153,17 @@ def _train(cfg: Config, plan: Plan, run: RunDir, stop: Stop, *, rank: int, scree
                     training=training,
                     heldout=heldout,
                     saver=saver,
-                    asked=stop.asked,
+                    asked=asked,
                     replica=mesh.replica,
                     mfu=recorder.mfu,
-                    record=recorder.record,
+                    record=progress.counted(recorder.record),
                 )
+            progress.at(Phase.ENDING, state.step)
             if state.step < cfg.train.steps:
                 saved = f"saved on request after step {state.step} of {cfg.train.steps}"
                 raise Requeue(f"{saved}; to go on: {run.resume_command}")
-            # Nobody is done before everybody is; and no rank waits in a group for rank 0's W&B.
+            # Barrier before done.json, so that one rank's exit cannot look like a failure to the others; and no rank
+            # waits in a group while rank 0 is busy with W&B.
             zero.close()
     except (NumericsError, Requeue):
         # Every rank is here. The launcher ends all when one ends, and rank 0 has the curve and W&B to finish before.
@@ -147,13 +173,15 @@ def _train(cfg: Config, plan: Plan, run: RunDir, stop: Stop, *, rank: int, scree
         rundir.write_last(run.done, {"step": state.step, "tokens": state.tokens, "time": time.time()})
 
 
-def _evaluate(cfg: Config, plan: Plan, run: RunDir, *, rank: int) -> None:
+def _evaluate(cfg: Config, plan: Plan, run: RunDir, progress: Progress, *, rank: int) -> None:
     from stack.parallel import zero
     from stack.train.loop import evaluate
     from stack.train.restart import weights
 
     mesh = _join(cfg, plan)
+    progress.at(Phase.READING, 0)
     engine, source = weights(cfg, plan, run, mesh)
+    progress.at(Phase.TRAINING, 0)
     _, heldout = open_batches(cfg, plan, run.corpus)
     loss, tokens = evaluate(cfg, engine, heldout, mesh.replica)
     zero.close()
@@ -190,7 +218,7 @@ def _join(cfg: Config, plan: Plan) -> "Mesh":
     _quiet()
     timeout = timedelta(seconds=cfg.health.hang_timeout_s)
     zero.init_distributed(timeout=timeout)
-    mesh = make_mesh(plan, timeout=timeout)
+    mesh = make_mesh(plan, timeout=timeout, disk_timeout=timedelta(seconds=cfg.checkpoint.timeout_s))
     print(mesh, flush=True)
     if plan.nodes > 1:
         # Ahead of the model, which takes its time.
@@ -213,40 +241,17 @@ def _parse(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     return None, arguments
 
 
-def _agree_on_run(cfg: Config, plan: Plan, rank: int, run: RunDir | None, held: contextlib.ExitStack) -> RunDir:
-    """Without a driver rank 0 makes the run directory, or begins another attempt in the one that was named, and tells
-    the others. Collective.
-
-    Raises:
-        DataError: on every rank, where the corpus is not prepared.
-        UsageError: on rank 0, where another process is at work in the run directory.
-        ConfigError: on rank 0, where no checkpoint can be written.
-    """
-    corpus = locate(cfg.data, seed=cfg.data.split_seed)
-    from stack.parallel import messages, zero
-
-    zero.init_distributed(timeout=timedelta(seconds=cfg.health.hang_timeout_s))
-    if rank == 0:
-        if run is None:
-            room.check(cfg, plan)
-            run = rundir.create(cfg, plan, corpus=corpus)
-            held.enter_context(RunLock(run.path))
-        else:
-            held.enter_context(RunLock(run.path))
-            room.check(cfg, plan, run.path)
-            rundir.begin_again(run, cfg, plan, corpus=corpus)
-    return RunDir(Path(messages.broadcast(str(run.path) if run else None)))
-
-
-def _own_output(run: RunDir, rank: int, *, shown: bool) -> TextIO | None:
-    """Says who this rank is and sends all its output to its log.txt.
+def _own_output(run: RunDir, rank: int, progress: Progress, *, shown: bool) -> TextIO | None:
+    """Says who this rank is and sends all its output to its log.txt. SIGUSR2 then writes its Python stack there.
 
     Returns:
         The output it had before, if `shown`.
     """
     folder = run.rank(rank)
     folder.mkdir(parents=True, exist_ok=True)
-    rundir.write_json(folder / "rank.json", {"pid": os.getpid(), "host": socket.gethostname()})
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    about = {"pid": os.getpid(), "host": socket.gethostname(), "progress": progress.file}
+    rundir.write_json(folder / "rank.json", about)
     disk.reserve(folder)
     screen = own_output(folder / "log.txt", shown=shown)
     faulthandler.enable()
@@ -257,36 +262,57 @@ def _stop(folder: Path, held: contextlib.ExitStack) -> Stop:
     return Stop(lambda: rundir.write_json(folder / "stopped.json", {"time": time.time()}), leave=held.close)
 
 
-def _as_hang(error: Exception) -> HangError | None:
-    """The error of a collective that waited for `health.hang_timeout_s`; torch and gloo know it by its words alone."""
-    words = str(error).lower()
-    if not isinstance(error, RuntimeError) or not ("timed out" in words or "timeout" in words):
-        return None
-    hang = HangError(f"another rank did not answer within health.hang_timeout_s: {error}")
-    hang.__cause__ = error
-    return hang
+def _explained(error: Exception, cfg: Config | None, plan: Plan | None) -> BaseException:
+    """What the user is to read of an error: not where it came up, but what happened, and what helps."""
+    cause = cause_of(error)
+    if isinstance(cause, StackError):
+        return cause
+    if is_out_of_memory(cause):
+        return out_of_memory(cause, cfg, plan)
+    if is_collective_timeout(cause):
+        return HangError(f"{WAITED} {_timeout_of(str(cause), cfg)}: {cause}")
+    return cause
 
 
-def _failed(run: RunDir | None, rank: int, error: Exception, exit_code: int) -> int:
-    """Leaves the error where the driver finds it and its traceback in the log."""
+def _timeout_of(words: str, cfg: Config | None) -> str:
+    """The key that bounded a wait. gloo says how long it was; only the group that waits for disks has its own bound."""
+    disks_s = cfg.checkpoint.timeout_s if cfg and cfg.checkpoint.timeout_s != cfg.health.hang_timeout_s else None
+    return "checkpoint.timeout_s" if disks_s and f" {disks_s * 1000:.0f}ms" in words else "health.hang_timeout_s"
+
+
+def _failed(run: RunDir | None, rank: int, error: Exception, cause: BaseException) -> int:
+    """Leaves the cause where the driver finds it and the traceback of the error in the log; returns the exit code."""
+    exit_code = cause.exit_code if isinstance(cause, StackError) else RankFailure.exit_code
     # The launcher's output may go to a full disk, or to nobody.
     with contextlib.suppress(OSError):
-        if run is not None or not isinstance(error, StackError):
+        if run is not None or not isinstance(cause, StackError):
             traceback.print_exception(error)
+            if cause is not error:
+                print(f"{type(cause).__name__}: {cause}", file=sys.stderr)
         elif os.environ.get("LOCAL_RANK", "0") == "0":
-            # One line a host: a config is wrong on all of them, a corpus may be missing on one.
-            print(f"{type(error).__name__}: {error} (on {socket.gethostname()})", file=sys.stderr)
+            # One line a host: a config is wrong on all of them.
+            print(f"{type(cause).__name__}: {cause} (on {socket.gethostname()})", file=sys.stderr)
     if run is None:
         return exit_code
     told: dict[str, Any] = {
         "rank": rank,
-        "type": type(error).__name__,
-        "message": str(error) or type(error).__name__,
+        "type": type(cause).__name__,
+        "message": str(cause) or type(cause).__name__,
         "exit_code": exit_code,
         "time": time.time(),
     }
+    has_driver = AGENT_PID in os.environ
+    if not has_driver and exit_code == HangError.exit_code and (stopped := _stopped_here(run)):
+        told["message"] = f"{stopped}; {told['message']}"
     rundir.write_last(run.rank(rank) / "error.json", told)
-    if AGENT_PID not in os.environ:
+    if not has_driver:
         # Without a driver the ranks themselves say how the run ended.
         rundir.record_end(run, told)
     return exit_code
+
+
+def _stopped_here(run: RunDir) -> str:
+    """Ranks of this host that are stopped: nobody else is there to look why ranks hang."""
+    ranks_ = [int(folder.name) for folder in run.path.glob("ranks/*") if folder.name.isdigit()]
+    stopped = [str(seen) for seen in look(run, sorted(ranks_)) if seen.stopped]
+    return f"{', '.join(stopped)} is stopped (SIGSTOP, or a debugger)" if stopped else ""

@@ -43,6 +43,31 @@ def find_on_rank(root: Path, step: int | str = "auto") -> tuple[int | None, list
     return (found.manifest.step if found else None), told, ""
 
 
+def find_beside_a_slow_disk(root: Path, disk_timeout_s: float) -> str:
+    """What a rank meets where rank 1 reads its share of the files for two seconds; the collectives of training wait
+    for half a second."""
+    import time
+    from datetime import timedelta
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+
+    from stack.checkpoint import load as loading
+    from stack.parallel.mesh import make_mesh
+    from stack.plan.layout import make_plan
+    from tests.helpers.tiny import tiny_config
+
+    plan = make_plan(tiny_config(), dist.get_world_size())
+    mesh = make_mesh(plan, timeout=timedelta(seconds=0.5), disk_timeout=timedelta(seconds=disk_timeout_s))
+    slow = (lambda *_: time.sleep(2)) if mesh.rank == 1 else (lambda *_: None)
+    try:
+        with patch.object(loading, "check_file", slow):
+            found = loading.find(root, 2, mesh, tell=lambda _: None)
+    except RuntimeError as error:
+        return str(error)
+    return f"step {found.manifest.step}" if found else "none"
+
+
 @pytest.fixture(scope="module")
 def saved(ranks, tmp_path_factory) -> Path:
     """Two checkpoints, of steps 1 and 2, by two ranks."""
@@ -55,6 +80,11 @@ def saved(ranks, tmp_path_factory) -> Path:
 @pytest.fixture
 def root(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def test_ranks_wait_for_a_slow_disk_longer_than_for_a_collective(ranks, root):
+    assert ranks(2).run(find_beside_a_slow_disk, root, 30.0) == ["step 2", "step 2"]
+    assert "imed out" in ranks(2).run(find_beside_a_slow_disk, root, 0.5)[0]
 
 
 def files_of(root: Path, step: int = 2) -> list[Path]:

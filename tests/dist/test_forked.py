@@ -85,6 +85,13 @@ def test_a_run_that_is_in_use_is_left_as_it_is(zygote, tmp_path):
     assert sorted(path for path in run.path.rglob("*") if path.name != ".lock") == before
 
 
+def test_ranks_without_a_driver_all_learn_that_there_is_no_corpus(zygote, tmp_path, capfd):
+    settings = {**tiny_settings(), "run.root": tmp_path / "bare", "data.root": tmp_path / "none"}
+    assert zygote.run([f"{key}={value}" for key, value in settings.items()], 2, env={AGENT_PID: None}) == [5, 5]
+    assert capfd.readouterr().out.count("DataError: ") == 1
+    assert not (tmp_path / "bare").exists()
+
+
 def test_a_killed_rank_takes_the_others_along(zygote, tmp_path):
     run = tiny_run(tmp_path, ENDLESS)
     with ThreadPoolExecutor() as pool:

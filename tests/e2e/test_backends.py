@@ -1,4 +1,8 @@
-"""Every backend ends in the same run; Slurm's through stand-ins for srun and scontrol."""
+"""Every backend ends in the same run; Slurm's through stand-ins for srun and scontrol.
+
+All of it in a folder with modules of the names that stack imports, with the variables of an outer launcher set, and on
+a terminal that knows ASCII alone.
+"""
 
 import os
 import sys
@@ -35,6 +39,23 @@ def slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NODELIST", "localhost")
 
 
+OUTER = {"LOCAL_WORLD_SIZE": "3", "LOCAL_SIZE": "3", "RANK": "7", "WORLD_SIZE": "9", "MASTER_ADDR": "192.0.2.9"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hostile(tmp_path_factory):
+    """The folder and the environment that the commands of this file run in."""
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "stack").mkdir()
+    for name in ("psutil", "deepspeed", "torch", "transformers"):
+        (folder / f"{name}.py").write_text("raise ImportError('a module of the current folder was imported')")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        for name, value in {**OUTER, "PYTHONIOENCODING": "ascii"}.items():
+            patched.setenv(name, value)
+        yield
+
+
 def curve(command):
     assert command.wait() == 0, command.stdout + command.stderr
     command.assert_nothing_left(within_s=1)
@@ -44,7 +65,7 @@ def curve(command):
 
 @pytest.fixture(scope="module")
 def by_deepspeed(start_in, tmp_path_factory):
-    return curve(start_in(tmp_path_factory.mktemp("deepspeed")))
+    return curve(start_in(tmp_path_factory.mktemp("deepspeed"), {"run.name": '"\u00e9"', "log.wandb.mode": "offline"}))
 
 
 @pytest.mark.parametrize("backend", ["local", "torchrun"])

@@ -108,10 +108,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_curve(start):
 
 def test_a_rank_that_hangs_is_a_hang(running):
     command = running({"health.hang_timeout_s": 10, "launch.grace_s": 1})
-    command.rank(1).suspend()
+    stopped = command.rank(1)
+    stopped.suspend()
     command.wait_for(lambda: command.json("FAILED.json"), "FAILED.json")
 
-    assert_failed(command, 8, "HangError", "did not answer within health.hang_timeout_s")
+    assert_failed(command, 8, "HangError", "did not answer within health.hang_timeout_s", rank=1)
+    assert f"HangError: rank 1: process {stopped.pid} on " in command.stdout
+    assert "is stopped (SIGSTOP, or a debugger), training after step " in command.stdout
 
 
 def test_ctrl_c_again_and_again_leaves_nothing_behind(running):
@@ -125,7 +128,7 @@ def test_ctrl_c_again_and_again_leaves_nothing_behind(running):
     assert re.search(rf"to go on from step \d+: stack resume {command.run}", command.stdout)
 
 
-def test_ctrl_c_before_the_ranks_are_up(start):
+def test_ctrl_c_before_the_ranks_are_up_ends_at_once(start):
     command = start(ENDLESS)
     command.find("deepspeed.launcher.launch")
     command.send(signal.SIGINT)

@@ -1,7 +1,10 @@
 """A run that is asked to end saves first, ends with 75, and goes on where it was."""
 
 import os
+import re
+import shlex
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -57,10 +60,10 @@ def running(start):
 
 def test_a_run_that_is_asked_to_end_goes_on_where_it_was(running, start):
     command = running({"log.wandb.mode": "offline"})
-    command.send(signal.SIGTERM)
+    command.send(signal.SIGINT)
 
     step = assert_saved(command, command.run)
-    assert "the run is saved after this step" in command.stdout
+    assert "Ctrl-C: the run is saved after this step, and ends; a second Ctrl-C ends it at once" in command.stdout
     assert f"saved on request after step {step} of 1000000; to go on: stack resume {command.run}" in command.stdout
     assert (command.run / "curve.png").exists()
     assert list(command.run.glob("wandb/offline-run-*"))
@@ -69,6 +72,22 @@ def test_a_run_that_is_asked_to_end_goes_on_where_it_was(running, start):
     assert again.wait() == 0, again.stdout + again.stderr
     assert [row.step for row in command.records()][-3:] == [step, step + 1, step + 2]
     assert not (command.run / "SAVED.json").exists()
+
+
+def test_a_run_is_stopped_from_another_shell(running):
+    command = running()
+    assert f"process {command.process.pid} on " in command.stdout
+    [line] = [line for line in command.stdout.splitlines() if "stop it with: " in line]
+    stopped = subprocess.run(
+        [STACK, *shlex.split(line.partition("stop it with: stack ")[2])], check=True, capture_output=True, text=True
+    )
+
+    step = assert_saved(command, command.run)
+    assert f"saved: saved on request after step {step} of 1000000" in stopped.stdout
+    assert "stack stop: the run is saved after this step" in command.stdout
+    assert not (command.run / "stop.json").exists()
+    listed = subprocess.run([STACK, "ls", command.run.parents[1]], check=True, capture_output=True, text=True)
+    assert re.search(rf"{command.run.name} +saved +{step}/1000000 ", listed.stdout), listed.stdout
 
 
 def test_one_rank_that_is_asked_is_enough(running):
@@ -88,8 +107,8 @@ def test_a_second_request_ends_a_run_that_cannot_save(running):
 
 def test_without_checkpoints_it_ends_at_once(running):
     command = running({"checkpoint.every": 0})
-    command.send(signal.SIGTERM)
-    assert_failed(command, 143, "Interrupted", "stopped by SIGTERM")
+    command.send(signal.SIGINT)
+    assert_failed(command, 130, "Interrupted", "stopped by Ctrl-C")
 
 
 def test_before_the_first_step_there_is_nothing_to_save(start):

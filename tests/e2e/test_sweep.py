@@ -32,7 +32,7 @@ def test_a_sweep_is_stopped_gone_on_with_and_then_done(start, tmp_path):
     command = start(SETTINGS, SWEEP)
     command.wait_for(lambda: list(tmp_path.rglob("step-*/manifest.json")), "a checkpoint")
     command.send(signal.SIGINT)
-    assert command.wait() == 130, command.stdout
+    assert command.wait() == 75, command.stdout
     command.assert_nothing_left(within_s=5)
     stopped = {row["job"]: row for row in rows(tmp_path)}
     assert {row["state"] for row in stopped.values()} == {"stopped"}

@@ -137,7 +137,7 @@ def test_a_cut_cable_names_the_host_that_is_gone(running, hosts):
     assert_nothing_left(hosts, within_s=30)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 75), (signal.SIGTERM, 75)])
 def test_a_run_that_is_told_to_end_ends_on_both_hosts(running, hosts, number, code):
     [driver] = [p for p in hosts.processes("host-a", "bin/stack train") if "python" in p.name() or "stack" in p.name()]
     driver.send_signal(number)

@@ -1,15 +1,19 @@
-"""Who is asked to save, on a host whose ranks are there or on others."""
+"""What an agent sees of its ranks, whom it asks to save, and what they inherit."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from stack.launch.agent import Command, Order, _ask_to_save
-from stack.launch.processes import local_ranks
+from stack.launch import watch as watching
+from stack.launch.environment import environment_of
+from stack.launch.order import Command, Order
+from stack.launch.watch import Watch
 from stack.train import rundir
 from stack.train.rundir import RunDir
 
@@ -40,26 +44,85 @@ def run(tmp_path) -> RunDir:
     return RunDir(tmp_path)
 
 
-def ask(run: RunDir, launcher: subprocess.Popen, asked: set[int]) -> None:
-    order = Order(str(run.path), "host", [0, 1], [Command(["srun"], {})], {}, grace_s=1, silence_s=None)
-    _ask_to_save(run, order, local_ranks(run, order.ranks, {}), [launcher], asked)
+def is_rank(run: RunDir, rank: int, pid: int, host: str = "") -> None:
+    rundir.write_json(run.rank(rank) / "rank.json", {"pid": pid, "host": host or socket.gethostname(), "progress": 0})
+
+
+def watch_over(run: RunDir, launcher: subprocess.Popen) -> Watch:
+    return Watch(run, Order(str(run.path), "host", [0, 1], [Command(["srun"], {})], {}, 1, None), [launcher])
+
+
+def asked(run: RunDir, launcher: subprocess.Popen) -> None:
+    watch = watch_over(run, launcher)
+    watch.report()
+    watch.ask_to_save()
+    watch.ask_to_save()
 
 
 def test_a_rank_of_this_host_is_asked_itself(run, process):
-    rundir.write_json(run.rank(0) / "rank.json", {"pid": process.pid, "host": socket.gethostname()})
-    rundir.write_json(run.rank(1) / "rank.json", {"pid": 1, "host": "elsewhere"})
-    ask(run, process, asked := set())
+    is_rank(run, 0, process.pid)
+    is_rank(run, 1, 1, host="elsewhere")
+    asked(run, process)
     assert process.wait(10) == signal.SIGTERM
-    assert asked == {0}
 
 
 def test_ranks_of_other_hosts_are_asked_through_their_launcher(run, process):
-    rundir.write_json(run.rank(1) / "rank.json", {"pid": 1, "host": "elsewhere"})
-    ask(run, process, asked := set())
+    is_rank(run, 1, 1, host="elsewhere")
+    asked(run, process)
     assert process.wait(10) == signal.SIGUSR1
-    assert asked == {0, 1}
 
 
 def test_nobody_is_asked_who_is_not_there_yet(run, process):
-    ask(run, process, asked := set())
-    assert (process.poll(), asked) == (None, set())
+    asked(run, process)
+    assert process.poll() is None
+
+
+def test_a_rank_that_died_is_seen_at_once(run, process):
+    is_rank(run, 0, process.pid)
+    launcher = subprocess.Popen(["sleep", "60"])
+    try:
+        watch = watch_over(run, launcher)
+        assert watch.report().ranks == []
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        [ended] = watch.report().ranks
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert (ended.rank, ended.pid, ended.outcome) == (0, process.pid, None)
+
+
+def test_files_of_ranks_that_live_are_looked_at_seldom(run, process, monkeypatch):
+    is_rank(run, 0, process.pid)
+    is_rank(run, 1, process.pid)
+    watch = watch_over(run, process)
+    looks = []
+    exists, read = Path.exists, Path.read_text
+    monkeypatch.setattr(Path, "exists", lambda path: looks.append(path) or exists(path))
+    monkeypatch.setattr(Path, "read_text", lambda path, *how, **more: looks.append(path) or read(path, *how, **more))
+    for _ in range(10):
+        assert watch.report().ranks == []
+    # Once for both: who they are, and whether they failed.
+    assert len(looks) == 4, looks
+
+
+def test_an_error_of_a_rank_that_does_not_end_is_seen(run, process, monkeypatch):
+    monkeypatch.setattr(watching, "_FILES_S", 0.0)
+    is_rank(run, 0, process.pid)
+    watch = watch_over(run, process)
+    assert watch.report().ranks == []
+    told = {"rank": 0, "type": "ValueError", "message": "bad", "exit_code": 9, "time": 1.0}
+    rundir.write_json(run.rank(0) / "error.json", told)
+    assert [(ended.rank, ended.error) for ended in watch.report().ranks] == [(0, told)]
+
+
+def test_ranks_inherit_nothing_of_an_outer_launcher():
+    outer = {"LOCAL_WORLD_SIZE": "3", "RANK": "7", "WORLD_SIZE": "8", "LOCAL_SIZE": "8", "MASTER_ADDR": "elsewhere"}
+    outer |= {"TORCHELASTIC_RUN_ID": "x", "OMPI_COMM_WORLD_RANK": "7", "PMI_RANK": "7", "SLURM_PROCID": "7"}
+    outer |= {"STACK_LAUNCHER": "slurm", "STACK_AGENT_PID": "1", "STACK_VISIBLE_DEVICES": "5", "GROUP_RANK": "1"}
+    kept = {"HOME": "/root", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a", "PYTHONPATH": "/x", "OMP_NUM_THREADS": "2"}
+    found = environment_of({**outer, **kept}, {"NCCL_DEBUG": "INFO"}, ranks=2)
+    assert {name: found[name] for name in outer if name in found} == {"STACK_AGENT_PID": str(os.getpid())}
+    assert {name: found[name] for name in kept} == kept
+    assert (found["NCCL_DEBUG"], found["PYTHONSAFEPATH"]) == ("INFO", "1")
+    assert environment_of({"CUDA_VISIBLE_DEVICES": "2,3"}, {}, 2)["STACK_VISIBLE_DEVICES"] == "2,3"

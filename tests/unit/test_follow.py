@@ -1,8 +1,16 @@
-"""Which rank is named, from what the hosts report."""
+"""Which rank is named, from what the hosts report; and how a run is followed to its end."""
+
+import signal
 
 import pytest
 
-from stack.launch.verdict import Ended, Report, first_failure
+from stack.health.cause import WAITED
+from stack.launch.follow import follow
+from stack.launch.signals import Requests
+from stack.launch.verdict import Ended, Failure, Report, first_failure
+from stack.train import stop_request
+from stack.train.progress import Look
+from stack.train.rundir import RunDir
 
 LOST = "Connection closed by peer [192.0.2.2]:4711"
 
@@ -67,3 +75,100 @@ def test_only_all_ranks_done_is_a_success():
     done = [Ended(rank, pid=100 + rank, outcome="done") for rank in (0, 1)]
     assert first_failure([report(*done, launcher=0)]) == (None, False)
     assert first_failure([report(*done[:1], launcher=0)])[0] is not None
+
+
+class FakeAgent:
+    """An agent as `follow` sees it."""
+
+    def __init__(self, report: Report | None = None, looks: list[Look] | None = None):
+        self.report, self.looks, self.ended, self.asked, self._answer = report, None, False, [], looks
+        self.host = "host-b"
+
+    def silent(self, passed_s: float) -> Failure | None:
+        assert passed_s >= 0
+        return None
+
+    def save(self) -> None:
+        self.asked.append("save")
+        saved = {"rank": 0, "type": "Requeue", "message": "saved on request", "exit_code": 75, "time": 1.0}
+        self.report = report(Ended(0, 100, "error", saved), started=1)
+
+    def look(self) -> None:
+        self.looks = self._answer
+
+
+class Screen(list):
+    def note(self, text: str) -> None:
+        self.append(text)
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "ranks/0").mkdir(parents=True)
+    (tmp_path / "config.yaml").touch()
+    return RunDir(tmp_path)
+
+
+def followed(run: RunDir, *agents: FakeAgent, signals: tuple[signal.Signals, ...] = (), screen: Screen | None = None):
+    requests = Requests(list(signals), run)
+    return follow(agents, run, Screen() if screen is None else screen, requests, grace_s=1, saves=True)
+
+
+@pytest.mark.parametrize("by", ["Ctrl-C", "SIGTERM", "stack stop"])
+def test_the_first_request_saves(run, by):
+    (run.rank(0) / "rank.json").touch()
+    signals = {"Ctrl-C": (signal.SIGINT,), "SIGTERM": (signal.SIGTERM,)}.get(by, ())
+    if not signals:
+        stop_request.ask(run, now=False)
+    agent, screen = FakeAgent(), Screen()
+    assert followed(run, agent, signals=signals, screen=screen).exit_code == 75
+    assert agent.asked == ["save"]
+    assert screen[0].startswith(f"{by}: the run is saved after this step, and ends; ")
+
+
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        ((signal.SIGINT, signal.SIGINT), 130),
+        ((signal.SIGTERM, signal.SIGINT), 130),
+        ((signal.SIGHUP,), 129),
+    ],
+)
+def test_the_second_request_and_a_closed_terminal_end_at_once(run, signals, code):
+    (run.rank(0) / "rank.json").touch()
+    assert followed(run, FakeAgent(), signals=signals).exit_code == code
+
+
+def test_stack_stop_now_ends_at_once(run):
+    (run.rank(0) / "rank.json").touch()
+    stop_request.ask(run, now=True)
+    found = followed(run, FakeAgent())
+    assert (found.message, found.exit_code) == ("stopped by stack stop", 143)
+
+
+def test_who_asks_for_a_save_that_is_under_way_does_not_break_it(run):
+    (run.rank(0) / "rank.json").touch()
+    stop_request.ask(run, now=False)
+    assert followed(run, FakeAgent(), signals=(signal.SIGINT,)).exit_code == 75
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_before_a_rank_is_up_the_first_request_ends_at_once(run, number, code):
+    agent = FakeAgent()
+    assert followed(run, agent, signals=(number,)).exit_code == code
+    assert agent.asked == []
+
+
+def test_an_agent_that_is_silent_ends_the_run(run):
+    agent = FakeAgent()
+    agent.silent = lambda _: Failure("HostError", "no word", 9, host="host-b")
+    assert followed(run, FakeAgent(), agent).message == "no word"
+
+
+def test_a_hang_is_asked_about_on_the_hosts_that_have_said_nothing(run):
+    gave_up = f"{WAITED} health.hang_timeout_s: gloo/"
+    hung = Ended(1, 101, "error", {"rank": 1, "type": "HangError", "message": gave_up, "exit_code": 8, "time": 1.0})
+    stopped = Look(3, "host-b", 103, True, 12, "training")
+    found = followed(run, FakeAgent(report(hung)), FakeAgent(looks=[stopped]))
+    assert (found.type, found.rank, found.host) == ("HangError", 3, "host-b")
+    assert found.message.startswith("process 103 on host-b is stopped")

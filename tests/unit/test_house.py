@@ -5,10 +5,11 @@ import tomllib
 from pathlib import Path
 
 STACK = Path(__file__).parents[2] / "stack"
-#: From top to bottom. `errors`, `disk` and `config` may be imported by all.
+#: From top to bottom. `errors`, `disk`, `interpreter` and `config` may be imported by all.
 ROOMS = [
     "errors",
     "disk",
+    "interpreter",
     "config",
     "plan",
     "data",

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from stack.config.schema import Config
 from stack.errors import LayoutError
-from stack.launch.agent import Command
 from stack.launch.backends import deepspeed, local, slurm, torchrun
+from stack.launch.order import Command
 from stack.launch.place import Place
 from stack.plan.layout import Plan
 from stack.plan.policies import local_devices

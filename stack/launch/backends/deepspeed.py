@@ -2,9 +2,9 @@
 
 import base64
 import json
-import sys
 
-from stack.launch.agent import Command
+from stack.interpreter import PYTHON
+from stack.launch.order import Command
 from stack.launch.place import Place
 from stack.train.rundir import RunDir
 
@@ -13,7 +13,7 @@ def commands(place: Place, run: RunDir, node: int) -> list[Command]:
     """One launcher for all ranks of host number `node`."""
     world = {host.name: list(range(host.slots)) for host in place.hosts}
     argv = [
-        sys.executable,
+        *PYTHON,
         *("-u", "-m", "deepspeed.launcher.launch"),
         f"--world_info={base64.urlsafe_b64encode(json.dumps(world).encode()).decode()}",
         f"--node_rank={node}",

@@ -1,8 +1,7 @@
 """No launcher: the ranks of this host, one process each. The one to copy for a new backend."""
 
-import sys
-
-from stack.launch.agent import Command
+from stack.interpreter import PYTHON
+from stack.launch.order import Command
 from stack.launch.place import Place
 from stack.train.rundir import RunDir
 
@@ -12,5 +11,5 @@ def commands(place: Place, run: RunDir, node: int) -> list[Command]:
     size = place.hosts[node].slots
     shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     shared |= {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port)}
-    argv = [sys.executable, "-u", "-m", "stack.train", "--config", str(run.config)]
+    argv = [*PYTHON, "-u", "-m", "stack.train", "--config", str(run.config)]
     return [Command(argv, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, rank) for rank in range(size)]

@@ -2,11 +2,11 @@
 
 import os
 import shutil
-import sys
 
 from stack.config.schema import Config
 from stack.errors import LayoutError
-from stack.launch.agent import Command
+from stack.interpreter import PYTHON
+from stack.launch.order import Command
 from stack.launch.place import Place
 from stack.plan.layout import Plan
 from stack.train.ranks import LAUNCHER
@@ -52,7 +52,7 @@ def commands(place: Place, run: RunDir, node: int) -> list[Command]:
         # A bad exit must not end the others before they have said why they leave.
         *("--kill-on-bad-exit=0", f"--wait={_WAIT_S}"),
         *place.options,
-        *(sys.executable, "-u", "-m", "stack.train"),
+        *(*PYTHON, "-u", "-m", "stack.train"),
         *("--config", str(run.config)),
     ]
     environment = {LAUNCHER: "slurm", "MASTER_ADDR": place.address, "MASTER_PORT": str(place.port)}

@@ -1,8 +1,7 @@
 """PyTorch's torchrun, on each host."""
 
-import sys
-
-from stack.launch.agent import Command
+from stack.interpreter import PYTHON
+from stack.launch.order import Command
 from stack.launch.place import Place
 from stack.train.rundir import RunDir
 
@@ -10,7 +9,7 @@ from stack.train.rundir import RunDir
 def commands(place: Place, run: RunDir, node: int) -> list[Command]:
     """One torchrun for all ranks of host number `node`."""
     argv = [
-        sys.executable,
+        *PYTHON,
         *("-m", "torch.distributed.run"),
         f"--nnodes={len(place.hosts)}",
         f"--node-rank={node}",

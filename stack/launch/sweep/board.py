@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
@@ -18,6 +18,7 @@ from rich.text import Text
 from stack.launch.sweep.jobs import DONE, FAILED, RUNNING, STOPPED, WAITING, Job, best_of, why_failed
 from stack.observe.jsonl import Follower
 from stack.observe.metrics import StepRecord
+from stack.observe.table import aligned
 
 _REFRESH_HZ = 2
 _TITLES = ("job", "state", "step", "loss", "held-out", "time", "overrides")
@@ -61,6 +62,10 @@ class Board:
             words.append(f"exit code {job.exit_code}: {why_failed(job)}\n{'':8}  log: {job.log}")
         self._print("  ".join(words))
 
+    def note(self, text: str) -> None:
+        """Prints a line of its own."""
+        self._print(text)
+
     def close(self, folder: Path) -> None:
         """Takes the live table away, and prints the closing one, the best run and how to go on with it."""
         if self._live is not None:
@@ -69,7 +74,7 @@ class Board:
         if not self.jobs:
             return
         ranked = sorted(self.jobs, key=_rank)
-        self._print("\n" + _aligned([_TITLES, *map(self._cells, ranked)]))
+        self._print("\n" + aligned([_TITLES, *map(self._cells, ranked)]))
         if best := best_of(self.jobs):
             self._print(f"\nbest: {best.measure} {best.value:.6f}  {best.job.name}")
             self._print(f"to go on with it: {best.command}")
@@ -79,7 +84,7 @@ class Board:
 
     def _table(self) -> Text:
         rows = [self._cells(job) for job in sorted(self.jobs, key=lambda job: _ORDER.index(job.state))]
-        return Text(_aligned([_TITLES, *rows]), no_wrap=True, overflow="crop")
+        return Text(aligned([_TITLES, *rows]), no_wrap=True, overflow="crop")
 
     def _cells(self, job: Job) -> Sequence[str]:
         last = self._last(job)
@@ -127,12 +132,3 @@ def _clock(job: Job) -> str:
     if job.started is None:
         return ""
     return str(timedelta(seconds=round((job.ended or time.time()) - job.started)))
-
-
-def _aligned(rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; the last one as it is."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -17,12 +16,13 @@ from stack.config.multirun import Request, job_id, key_of
 from stack.config.places import settled
 from stack.config.schema import Config
 from stack.errors import LayoutError, StackError
+from stack.interpreter import PYTHON
 from stack.observe import jsonl
 from stack.plan.layout import Plan, make_plan
 from stack.train.rundir import RunDir, read_json
 
 #: The `stack` command, by this interpreter.
-STACK = (sys.executable, "-m", "stack")
+STACK = (*PYTHON, "-m", "stack")
 #: How a job stands. `waiting` to be started, `running`, `stopped` by whoever stopped the sweep.
 WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
 

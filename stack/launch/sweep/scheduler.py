@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from stack.errors import RankFailure, Requeue, StackError
+from stack.launch.signals import saves
 from stack.launch.sweep.jobs import (
     DONE,
     FAILED,
@@ -45,6 +46,7 @@ class Scheduler:
     Args:
         requests: signals that asked the sweep to end, as they come in.
         report: is told of each change of a job's state.
+        note: takes a line for the user.
         stack: the `stack` command.
     """
 
@@ -54,11 +56,13 @@ class Scheduler:
         requests: list[signal.Signals],
         report: Callable[[Job], object],
         *,
+        note: Callable[[str], object],
         max_parallel: int,
         fail_fast: bool,
         stack: Sequence[str] = STACK,
     ) -> None:
         self._slots, self._requests, self._report, self._stack = slots, requests, report, stack
+        self._note = note
         self._max_parallel, self._fail_fast = max_parallel, fail_fast
         self._started: list[_Started] = []
 
@@ -155,11 +159,13 @@ class Scheduler:
         self._report(job)
 
     def _stop(self) -> None:
-        """All jobs at once: each stops its own ranks, and what does not end is killed. Where the sweep got SIGTERM they
-        have all the time that they need to save, until it gets another signal."""
+        """All jobs at once: each stops its own ranks, and what does not end is killed. Where the sweep got Ctrl-C or
+        SIGTERM they have all the time that they need to save, until it gets another signal."""
+        if saves(self._requests) and self._running():
+            self._note("the jobs at work save after this step, and end; a second Ctrl-C or signal ends them at once")
         self._terminate()
         began = time.monotonic()
-        while self._running() and (self._requests == [signal.SIGTERM] or time.monotonic() - began < _SAVE_S):
+        while self._running() and (saves(self._requests) or time.monotonic() - began < _SAVE_S):
             time.sleep(_POLL_S)
         self._terminate()
         for started in list(self._started):

@@ -21,8 +21,8 @@ from stack.config.multirun import Request
 from stack.config.places import absolute, settled
 from stack.errors import ConfigError, RankFailure, Requeue, StackError, UsageError
 from stack.health.orphan import is_alive
-from stack.launch.follow import SIGNALLED
-from stack.launch.signals import stop_requests
+from stack.health.stopped import SIGNALLED
+from stack.launch.signals import saves, stop_requests
 from stack.launch.sweep.board import Board
 from stack.launch.sweep.jobs import FAILED, STACK, Job, best_of, make_job
 from stack.launch.sweep.scheduler import SWEEP_PID, Scheduler
@@ -65,7 +65,7 @@ def sweep(lines: Sequence[str], *, stack: Sequence[str] = STACK) -> int:
         finally:
             work.close()
     saved = any(job.exit_code == Requeue.exit_code for job in work.board.jobs)
-    if requests and not (saved and requests == [signal.SIGTERM]):
+    if requests and not (saved and saves(requests)):
         return SIGNALLED + requests[0]
     if any(job.state == FAILED for job in work.board.jobs):
         return RankFailure.exit_code
@@ -100,7 +100,13 @@ class _Work:
         self._known |= new
         self.board.jobs += new.values()
         scheduler = Scheduler(
-            slots, self._requests, self._tell, max_parallel=max_parallel, fail_fast=fail_fast, stack=self._stack
+            slots,
+            self._requests,
+            self._tell,
+            note=self._note,
+            max_parallel=max_parallel,
+            fail_fast=fail_fast,
+            stack=self._stack,
         )
         scheduler.run(list(new.values()))
         if self._requests or (fail_fast and any(job.state == FAILED for job in new.values())):
@@ -122,6 +128,10 @@ class _Work:
             counts = Counter(job.state for job in self.board.jobs)
             with contextlib.suppress(OSError):
                 write_json(self._folder / "sweep.json", {"time": time.time(), "jobs": dict(counts), "best": told})
+
+    def _note(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.board.note(text)
 
     def _tell(self, job: Job) -> None:
         # Whoever read the output may be gone, or the disk be full; the jobs are not for that.

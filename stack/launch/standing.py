@@ -1,0 +1,75 @@
+"""How a run stands, by what lies in its directory: it may be at work on another host, or be damaged."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stack.train.lock import LOCK, Holder
+from stack.train.rundir import RunDir
+
+RUNNING, DONE, SAVED, FAILED, ENDED = "running", "done", "saved", "failed", "ended"
+#: A lock on another host that was not renewed for so long is that of a process which is gone.
+_STALE_S = 60.0
+_WORDS = 200
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run stands."""
+
+    state: str
+    """`running`, `done`, `saved` on request, `failed`; or `ended`, without leaving a word, as after SIGKILL."""
+    why: str = ""
+    """One line, where there is something to say."""
+    exit_code: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.state}: {self.why}" if self.why else self.state
+
+
+def standing(run: RunDir, me: Holder) -> Standing:
+    """How a run stands.
+
+    Args:
+        me: this process; to whom a process of the same host is visible.
+    """
+    if run.done.exists():
+        return Standing(DONE)
+    for state, file in ((SAVED, run.saved), (FAILED, run.failed)):
+        if file.exists():
+            return _told(state, file)
+    if holder := at_work(run, me):
+        return Standing(RUNNING, one_line(f"process {holder.pid} on {holder.host}"))
+    return Standing(ENDED, "it left no word: it was killed, or its host was")
+
+
+def at_work(run: RunDir, me: Holder) -> Holder | None:
+    """The process that works in a run directory, or None."""
+    file = run.path / LOCK
+    try:
+        holder = Holder(**json.loads(file.read_bytes()))
+        age_s = time.time() - file.stat().st_mtime
+        gone = holder.is_gone if holder.place == me.place else age_s > _STALE_S
+    except (OSError, ValueError, TypeError, RecursionError):
+        # There is none, or one that is damaged and names nobody.
+        return None
+    return None if gone else holder
+
+
+def _told(state: str, file: Path) -> Standing:
+    try:
+        told: dict[str, Any] = json.loads(file.read_bytes())
+        kind, message, exit_code = told["type"], told["message"], int(told["exit_code"])
+        rank = "" if told.get("rank") is None else f"rank {told['rank']}: "
+        who = f"{kind}: {rank}" if state == FAILED else ""
+        return Standing(state, one_line(f"{who}{message}"), exit_code)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return Standing(state, f"{file.name} is damaged", 1)
+
+
+def one_line(text: str) -> str:
+    """The first line, of printable letters alone: what is in a file must not steer a terminal."""
+    first = (text.strip().splitlines() or [""])[0][:_WORDS]
+    return "".join(letter if letter.isprintable() else "?" for letter in first)

@@ -36,6 +36,7 @@ def make(folder: Path, *arguments: str) -> tuple[str, float]:
     return done.stdout, time.monotonic() - began
 
 
+@pytest.mark.ci
 @pytest.mark.timeout(900)
 def test_make_train_then_make_test_on_a_fresh_clone(clone):
     assert "make train" in README

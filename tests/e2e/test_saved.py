@@ -113,6 +113,7 @@ def test_ranks_without_a_driver_save_too(running, tmp_path):
     step_saved(command.run)
 
 
+@pytest.mark.ci
 def test_a_job_of_slurm_is_requeued_and_goes_on(tiny, tmp_path, monkeypatch):
     programs = tmp_path / "bin"
     programs.mkdir()

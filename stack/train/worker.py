@@ -40,18 +40,19 @@ def main(argv: Sequence[str]) -> int:
 
     The arguments are `--config RUN_DIR/config.yaml` from the driver, or Hydra overrides from a bare launcher.
     """
-    rank = 0
+    launched = ranks.Launched(local_rank=ranks.local_rank())
     if VISIBLE_DEVICES in os.environ:
         # The launcher numbers the devices from 0 whatever the user had made visible.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[VISIBLE_DEVICES]
     run: RunDir | None = None
     try:
-        rank, world_size, hosts = ranks.from_environment()
-        exit_with_parent(lambda error: _failed(run, rank, error, error.exit_code))
+        launched = ranks.from_environment()
+        rank = launched.rank
+        exit_with_parent(lambda error: _failed(run, launched, error, error.exit_code))
         config_path, overrides = _parse(argv)
         run = RunDir(config_path.parent) if config_path else None
         cfg = from_yaml(config_path) if config_path else settled(compose(overrides))
-        plan = make_plan(cfg, world_size, hosts)
+        plan = make_plan(cfg, launched.world_size, launched.hosts)
         if cfg.launch.bind_cores:
             # Ahead of the imports that start threads.
             cores.bind()
@@ -68,18 +69,20 @@ def main(argv: Sequence[str]) -> int:
         elif run.check.exists():
             _check(cfg, plan, run, rank=rank)
         else:
-            _train(cfg, plan, run, stop, rank=rank, screen=screen)
+            _train(cfg, plan, run, stop, launched=launched, screen=screen)
         # A rank that is gone without this, an error.json or a stopped.json was killed.
         rundir.write_json(run.rank(rank) / "done.json", {"time": time.time()})
     except StackError as error:
-        return _failed(run, rank, error, error.exit_code)
+        return _failed(run, launched, error, error.exit_code)
     except Exception as error:  # noqa: BLE001 - whatever it was, the driver must learn which rank failed first
         hang = _as_hang(error)
-        return _failed(run, rank, hang or error, hang.exit_code if hang else RankFailure.exit_code)
+        return _failed(run, launched, hang or error, hang.exit_code if hang else RankFailure.exit_code)
     return 0
 
 
-def _train(cfg: Config, plan: Plan, run: RunDir, stop: Stop, *, rank: int, screen: TextIO | None) -> None:
+def _train(
+    cfg: Config, plan: Plan, run: RunDir, stop: Stop, *, launched: ranks.Launched, screen: TextIO | None
+) -> None:
     """
     Raises:
         Requeue: somebody asked for the end of the run, and it is saved.
@@ -95,7 +98,7 @@ def _train(cfg: Config, plan: Plan, run: RunDir, stop: Stop, *, rank: int, scree
     restart = Restart(cfg, plan, run, mesh)
     engine = restart.engine()
     try:
-        with Recorder(cfg, plan, run, engine, rank=rank, screen=screen) as recorder:
+        with Recorder(cfg, plan, run, engine, launched=launched, screen=screen) as recorder:
             state = restart.state(engine, tell=recorder.note)
             training, heldout = open_batches(cfg, plan, run.corpus, before=restart.before(state))
             with restart.saver(engine, tell=recorder.note) as saver:
@@ -122,7 +125,7 @@ def _train(cfg: Config, plan: Plan, run: RunDir, stop: Stop, *, rank: int, scree
         # Every rank is here. The launcher ends all when one ends, and rank 0 has the curve and W&B to finish before.
         zero.close()
         raise
-    if rank == 0:
+    if launched.rank == 0:
         rundir.write_json(run.done, {"step": state.step, "tokens": state.tokens, "time": time.time()})
 
 
@@ -251,24 +254,24 @@ def _as_hang(error: Exception) -> HangError | None:
     return hang
 
 
-def _failed(run: RunDir | None, rank: int, error: Exception, exit_code: int) -> int:
+def _failed(run: RunDir | None, launched: ranks.Launched, error: Exception, exit_code: int) -> int:
     """Leaves the error where the driver finds it and its traceback in the log."""
     if run is None:
         # Nobody has a folder yet. One line a host: a config is wrong on all of them, a corpus may be missing on one.
         if not isinstance(error, StackError):
             traceback.print_exception(error)
-        elif os.environ.get("LOCAL_RANK", "0") == "0":
+        elif launched.local_rank == 0:
             print(f"{type(error).__name__}: {error} (on {socket.gethostname()})", file=sys.stderr)
         return exit_code
     traceback.print_exception(error)
     told: dict[str, Any] = {
-        "rank": rank,
+        "rank": launched.rank,
         "type": type(error).__name__,
         "message": str(error) or type(error).__name__,
         "exit_code": exit_code,
         "time": time.time(),
     }
-    rundir.write_json(run.rank(rank) / "error.json", told)
+    rundir.write_json(run.rank(launched.rank) / "error.json", told)
     if AGENT_PID not in os.environ:
         # Nobody else is there to say how the run ended. What says most is kept.
         file = run.ended_early(exit_code)

@@ -23,9 +23,10 @@ from stack.errors import StackError, UsageError
 from stack.observe.jsonl import MetricsWriter, read
 from stack.observe.metrics import StepRecord
 from stack.observe.wandb.session import Facts
-from stack.observe.wandb.sink import WandbSink, host_number
+from stack.observe.wandb.sink import WandbSink
 from stack.plan.layout import make_plan
-from stack.train import rundir, tracking
+from stack.train import recorder, rundir, tracking
+from stack.train.ranks import from_environment
 from stack.train.rundir import RunDir
 from tests.helpers.rows import row
 from tests.helpers.wandb_server import KEY, Run, WandbServer
@@ -542,11 +543,22 @@ def test_another_host_does_not_wait_for_a_run_that_never_comes(started: Started)
     assert started.notes == []
 
 
-def test_each_host_has_one_client() -> None:
-    assert host_number({}) == 0
-    assert host_number({"LOCAL_RANK": "1", "CROSS_RANK": "0"}) is None
-    assert host_number({"LOCAL_RANK": "0", "CROSS_RANK": "2"}) == 2
-    assert host_number({"LOCAL_RANK": "0", "GROUP_RANK": "1"}) == 1
+@pytest.mark.parametrize("named", ["CROSS_RANK", "GROUP_RANK", "SLURM_NODEID"])
+def test_each_host_has_one_client_also_where_each_rank_sees_one_gpu(
+    started: Started, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """DeepSpeed wants the number of the device in LOCAL_RANK, which is then 0 for every rank."""
+    clients = []
+    monkeypatch.setattr(recorder, "WandbSink", lambda *_, node, **__: clients.append(node))
+    started.begin("disabled")
+    for rank in range(1, 4):
+        for name, value in {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": rank % 2}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv(named, str(rank // 2))
+        launched = from_environment()
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        recorder.Recorder(started.cfg, started.plan, started.run, None, launched=launched, screen=None)  # type: ignore[arg-type]
+    assert clients == [1]
 
 
 def test_a_run_of_an_agent_is_the_run_that_the_agent_named(

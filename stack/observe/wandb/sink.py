@@ -112,16 +112,3 @@ class WandbSink:
             self._work.catch_up()
         self._work.catch_up()
         self._work.end(self._exit_code)
-
-
-def host_number(environment: dict[str, str]) -> int | None:
-    """Number of this rank's host, or None of a rank that is not its host's first.
-
-    Args:
-        environment: what a launcher gave the rank.
-    """
-    if environment.get("LOCAL_RANK", "0") != "0":
-        return None
-    # The DeepSpeed launcher's name, torchrun's, and Slurm's.
-    named = [environment[name] for name in ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID") if name in environment]
-    return int(named[0]) if named else 0

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -225,10 +226,13 @@ def test_no_file_has_a_secret():
         assert not SECRET_VALUE.search(file.read_text())
 
 
-def test_what_the_image_copies_is_there():
+def test_the_image_copies_what_it_installs():
     copied = re.findall(r"^COPY (.*) \S+$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)
-    names = [name for line in copied for name in line.split()]
-    assert {"pyproject.toml", "constraints.txt", "stack", "conf"} <= set(names)
+    names = {name for line in copied for name in line.split()}
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    places = about["tool"]["setuptools"]["package-dir"]
+    folders = {places.get(package, package).split(".")[0] for package in about["tool"]["setuptools"]["packages"]}
+    assert names == {"pyproject.toml", "constraints.txt", about["project"]["readme"], "LICENSE", *folders}
     assert all((ROOT / name).exists() for name in names)
 
 

@@ -22,7 +22,7 @@ from stack.config.schema import Config
 from stack.errors import StackError, UsageError
 from stack.observe.jsonl import MetricsWriter, read
 from stack.observe.metrics import StepRecord
-from stack.observe.wandb.session import Facts
+from stack.observe.wandb.session import Facts, run_id
 from stack.observe.wandb.sink import WandbSink
 from stack.plan.layout import make_plan
 from stack.train import recorder, rundir, tracking
@@ -571,6 +571,45 @@ def test_a_run_of_an_agent_is_the_run_that_the_agent_named(
     assert started.id == "named1"
     run = assert_whole(started, server)
     assert run.about["sweep"] == "sweep1"
+
+
+def test_a_run_id_in_the_environment_of_all_runs_names_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "exported")
+    assert len({run_id(tmp_path / name) for name in "ab"} - {"exported"}) == 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "words"),
+    [
+        ("offline", {}, []),
+        ("offline", {"WANDB_MODE": "dryrun"}, []),
+        ("online", {"WANDB_MODE": "run"}, []),
+        ("disabled", {"WANDB_DISABLED": "true"}, []),
+        ("offline", {"WANDB_DISABLED": "false"}, []),
+        ("shared", {"WANDB_RUN_ID": "x", "WANDB_SWEEP_ID": "y"}, []),
+        ("offline", {"WANDB_MODE": "disabled"}, ["WANDB_MODE=disabled", "set log.wandb.mode=disabled"]),
+        ("disabled", {"WANDB_MODE": "online"}, ["WANDB_MODE=online", "set log.wandb.mode=online"]),
+        ("online", {"WANDB_MODE": "dryrun"}, ["WANDB_MODE=dryrun", "set log.wandb.mode=offline"]),
+        ("online", {"WANDB_MODE": "off"}, ["WANDB_MODE=off", "set log.wandb.mode=disabled"]),
+        ("online", {"WANDB_DISABLED": "1", "WANDB_MODE": "online"}, ["WANDB_DISABLED=1", "set log.wandb.mode=disabled"]),
+        ("offline", {"WANDB_RUN_ID": "exported"}, ["WANDB_RUN_ID=exported"]),
+    ],
+)
+def test_what_the_environment_says_against_the_config_is_told_in_a_line(
+    started: Started, monkeypatch: pytest.MonkeyPatch, mode: str, environment: dict[str, str], words: list[str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(WandbSink, "_run", lambda _: None)
+    started.begin(mode)
+    [line] = started.notes or [""]
+    assert bool(line) == bool(words)
+    assert all(word in line for word in words)
+    if line and "log.wandb.mode" in line:
+        # The advice works.
+        started.notes.clear()
+        started.begin(line.rpartition("log.wandb.mode=")[2])
+        assert started.notes == []
 
 
 def test_the_documented_sweep_gives_overrides() -> None:

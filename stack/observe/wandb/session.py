@@ -18,6 +18,7 @@ from stack.observe.course import Course
 from stack.observe.jsonl import Follower
 from stack.observe.metrics import StepRecord
 from stack.observe.wandb import library
+from stack.observe.wandb.environment import agents_run_id
 
 #: Folder inside the W&B run. At its top W&B writes a config.yaml of its own.
 _FILES_FOLDER = "stack"
@@ -247,12 +248,11 @@ def _id_file(folder: Path) -> Path:
 
 
 def run_id(folder: Path) -> str:
-    """The W&B id of the run in `folder`, made at the first call and the same ever after. `wandb agent` names the runs
-    that it starts itself."""
+    """The W&B id of the run in `folder`, made at the first call and the same ever after."""
     path = _id_file(folder)
     if path.exists() and (known := path.read_text(encoding="ascii").strip()):
         return known
-    new = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)
+    new = agents_run_id() or secrets.token_hex(8)
     write(path, new + "\n")
     return new
 

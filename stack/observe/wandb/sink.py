@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from stack.config.schema import Wandb
 from stack.observe.wandb import library
+from stack.observe.wandb.environment import passed_over
 from stack.observe.wandb.node import Node
 from stack.observe.wandb.session import Facts, Session
 
@@ -37,6 +38,8 @@ class WandbSink:
             self._work = Node(facts, cfg, node, ended=self._ended)
         else:
             self._work = Session(facts, cfg, note=self._notes.put)
+            for line in passed_over(cfg.mode):
+                note(line)
         self._failed = threading.Event()
         self._failing = threading.Lock()
         self._imported = False

@@ -578,6 +578,12 @@ def test_a_run_id_in_the_environment_of_all_runs_names_none(tmp_path: Path, monk
     assert len({run_id(tmp_path / name) for name in "ab"} - {"exported"}) == 2
 
 
+def test_what_wandb_writes_is_not_for_everybody_on_the_host(tmp_path: Path) -> None:
+    """The library notes the user, the host, the command and its errors there."""
+    run_id(tmp_path)
+    assert (tmp_path / "wandb").stat().st_mode & 0o007 == 0
+
+
 @pytest.mark.parametrize(
     ("mode", "environment", "words"),
     [

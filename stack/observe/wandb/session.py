@@ -253,13 +253,14 @@ def run_id(folder: Path) -> str:
     if path.exists() and (known := path.read_text(encoding="ascii").strip()):
         return known
     new = agents_run_id() or secrets.token_hex(8)
+    # For the user and the group, as the umask allows: the library notes the user, the host and the command in there.
+    path.parent.mkdir(mode=0o770, parents=True, exist_ok=True)
     write(path, new + "\n")
     return new
 
 
 def write(path: Path, text: str) -> None:
     """Writes all of a small file or, in a crash, nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     draft.write_text(text, encoding="ascii")
     os.replace(draft, path)

@@ -1,4 +1,4 @@
-"""What launch/Dockerfile copies is enough to install `stack` from. Its base image and its GPU are not needed for that."""
+"""What launch/Dockerfile copies is enough to install `stack` from; its base image is not needed to see that."""
 
 import re
 import shutil

@@ -597,7 +597,11 @@ def test_what_wandb_writes_is_not_for_everybody_on_the_host(tmp_path: Path) -> N
         ("disabled", {"WANDB_MODE": "online"}, ["WANDB_MODE=online", "set log.wandb.mode=online"]),
         ("online", {"WANDB_MODE": "dryrun"}, ["WANDB_MODE=dryrun", "set log.wandb.mode=offline"]),
         ("online", {"WANDB_MODE": "off"}, ["WANDB_MODE=off", "set log.wandb.mode=disabled"]),
-        ("online", {"WANDB_DISABLED": "1", "WANDB_MODE": "online"}, ["WANDB_DISABLED=1", "set log.wandb.mode=disabled"]),
+        (
+            "online",
+            {"WANDB_DISABLED": "1", "WANDB_MODE": "online"},
+            ["WANDB_DISABLED=1", "set log.wandb.mode=disabled"],
+        ),
         ("offline", {"WANDB_RUN_ID": "exported"}, ["WANDB_RUN_ID=exported"]),
     ],
 )

@@ -2,7 +2,7 @@
 
 import os
 
-#: Values of WANDB_MODE and of `log.wandb.mode` that mean the same. An unknown value is taken for one that asks for less.
+#: What values of WANDB_MODE are called in `log.wandb.mode`; all others are taken for `disabled`.
 _MODES = {"online": "online", "run": "online", "shared": "shared", "offline": "offline", "dryrun": "offline"}
 _FALSE = ("", "0", "false", "no", "off")
 

@@ -7,23 +7,14 @@ import random
 import struct
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from stack.config.compose import compose
-from stack.config.schema import Precision
 from stack.errors import StackError
 from stack.observe.curve import draw
 from stack.observe.jsonl import Follower, MetricsWriter, latest, read
 from stack.observe.metrics import _PEAKS, StepRecord, mfu, peak_flops
-from stack.parallel.step import StepResult
-from stack.plan.layout import make_plan
-from stack.train.ranks import Launched
-from stack.train.recorder import Recorder
-
-DTYPES = next(field.metadata["choices"] for field in dataclasses.fields(Precision) if field.name == "dtype")
 
 
 def row(step: int, **changed) -> StepRecord:
@@ -192,22 +183,6 @@ def test_latest_keeps_the_run_as_it_went_in_the_end() -> None:
 )
 def test_peaks_by_the_name_the_driver_gives(name: str, dtype: str, peak: float | None) -> None:
     assert peak_flops(name, dtype) == peak
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [" ".join(["NVIDIA", *words]) for words, _ in _PEAKS] + ["NVIDIA RTX 9999"])
-def test_a_rank_with_a_gpu_knows_its_share_of_the_peak_in_every_dtype(
-    name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
-    cfg = replace(compose(["launch.ranks_per_node=2", "log.wandb.mode=disabled"]), precision=Precision(dtype=dtype))
-    plan = make_plan(cfg)
-    recorder = Recorder(cfg, plan, None, None, launched=Launched(rank=1, local_rank=1), screen=None)  # type: ignore[arg-type]
-    step = StepResult(1.0, 1.0, 1000, 1e-3, 0.5, bubble_fraction=0.0, memory_peak_bytes=0, stage_busy_s=(0.1, 0.1))
-    peak = peak_flops(name, dtype)
-    assert (peak is None) == name.endswith("9999")
-    assert recorder.mfu(step) == (peak and plan.shape.training_flops(plan.seq_len) * 1000 / (0.5 * 2 * peak))
 
 
 def test_the_tensor_cores_are_as_fast_in_fp16_as_in_bf16() -> None:

@@ -25,8 +25,7 @@ from stack.observe.metrics import StepRecord
 from stack.observe.wandb.session import Facts, run_id
 from stack.observe.wandb.sink import WandbSink
 from stack.plan.layout import make_plan
-from stack.train import recorder, rundir, tracking
-from stack.train.ranks import from_environment
+from stack.train import rundir, tracking
 from stack.train.rundir import RunDir
 from tests.helpers.rows import row
 from tests.helpers.wandb_server import KEY, Run, WandbServer
@@ -244,10 +243,10 @@ def test_online_without_a_server_or_a_key_goes_on_offline(
     if key:
         monkeypatch.setenv("WANDB_API_KEY", key)
     before = time.monotonic()
-    started.begin("online", timeout_s=20.0).steps(1)
-    assert time.monotonic() - before < 5
+    started.begin("online", timeout_s=8.0).steps(1)
+    assert time.monotonic() - before < 2
     started.finish()
-    assert time.monotonic() - before < 30
+    assert time.monotonic() - before < 8 + 3
     assert started.notes[0].startswith("W&B goes on offline: ")
     assert reason in started.notes[0]
     assert "stack wandb-sync" in started.notes[1]
@@ -309,8 +308,15 @@ def test_attempts_that_never_reached_the_server_come_with_the_next_one(started: 
     assert run.config["log"]["wandb"]["mode"] == "online"
 
 
-@pytest.mark.parametrize("fault", [401, 500, "stall"])
-@pytest.mark.parametrize("when", ["start", "middle"])
+@pytest.mark.parametrize(
+    ("when", "fault"),
+    [
+        ("start", "stall"),
+        ("middle", 401),
+        *(pytest.param("start", fault, marks=pytest.mark.ci) for fault in (401, 500)),
+        *(pytest.param("middle", fault, marks=pytest.mark.ci) for fault in (500, "stall")),
+    ],
+)
 def test_a_server_that_fails_is_made_good_by_sync(
     started: Started, server: WandbServer, fault: int | str, when: str
 ) -> None:
@@ -417,13 +423,14 @@ def test_finish_that_hangs_returns_by_the_deadline(started: Started, monkeypatch
         threading.Event().wait()
 
     monkeypatch.setattr("wandb.Run.finish", hang)
-    started.begin("offline", timeout_s=8.0).steps(1)
+    started.begin("offline", timeout_s=3.0).steps(1)
+    wait_until(lambda: started.sink._work.rows == 1)
     before = time.monotonic()
     started.finish()
     assert reached.is_set()
-    assert time.monotonic() - before < 8 + 3
+    assert time.monotonic() - before < 3 + 3
     assert len(started.notes) == 1
-    assert "it did not finish within log.wandb.timeout_s=8" in started.notes[0]
+    assert "it did not finish within log.wandb.timeout_s=3" in started.notes[0]
     started.sink.advance()
     started.sink.finish()
     assert len(started.notes) == 1
@@ -514,10 +521,13 @@ sink.finish()
 """
 
 
-def test_shared_adds_the_system_metrics_of_other_hosts(started: Started, server: WandbServer) -> None:
+def test_shared_adds_the_system_metrics_of_other_hosts(
+    started: Started, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def labels() -> set[str]:
         return {name.partition("/l:")[2] for event in server.runs[started.id].events for name in event} - {""}
 
+    monkeypatch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "0.5")
     started.begin("shared").steps(1, 2)
     command = [sys.executable, "-c", JOIN_AS_ANOTHER_HOST, str(started.run.path)]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -541,24 +551,6 @@ def test_another_host_does_not_wait_for_a_run_that_never_comes(started: Started)
     sink.finish()
     assert time.monotonic() - before < 10
     assert started.notes == []
-
-
-@pytest.mark.parametrize("named", ["CROSS_RANK", "GROUP_RANK", "SLURM_NODEID"])
-def test_each_host_has_one_client_also_where_each_rank_sees_one_gpu(
-    started: Started, monkeypatch: pytest.MonkeyPatch, named: str
-) -> None:
-    """DeepSpeed wants the number of the device in LOCAL_RANK, which is then 0 for every rank."""
-    clients = []
-    monkeypatch.setattr(recorder, "WandbSink", lambda *_, node, **__: clients.append(node))
-    started.begin("disabled")
-    for rank in range(1, 4):
-        for name, value in {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": rank % 2}.items():
-            monkeypatch.setenv(name, str(value))
-        monkeypatch.setenv(named, str(rank // 2))
-        launched = from_environment()
-        monkeypatch.setenv("LOCAL_RANK", "0")
-        recorder.Recorder(started.cfg, started.plan, started.run, None, launched=launched, screen=None)  # type: ignore[arg-type]
-    assert clients == [1]
 
 
 def test_a_run_of_an_agent_is_the_run_that_the_agent_named(

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from stack.checkpoint import manifest as manifests
 from tests.helpers.saved import LAYOUTS, logical_state, run_from
+from tests.helpers.tiers import in_ci_unless
 from tests.helpers.tiny import family_settings
 
 _STEPS = 2
@@ -44,14 +44,13 @@ def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
         assert torch.equal(tensor, two[name]), name
 
 
-def _cases() -> Iterator[Any]:
-    """Every layout with every model; `make test` runs every layout with one of them, and CI all."""
-    for (number, layout), (turn, model) in itertools.product(enumerate(LAYOUTS), enumerate(_MODELS)):
-        marks = () if number % len(_MODELS) == turn else pytest.mark.ci
-        yield pytest.param(layout, model, id=f"{layout}-{model}", marks=marks)
+#: Each layout with one model, the next layout with the next one.
+_FAST = list(zip(LAYOUTS, itertools.cycle(_MODELS), strict=False))
 
 
-@pytest.mark.parametrize(("layout", "model"), _cases())
+@pytest.mark.parametrize(
+    ("layout", "model"), in_ci_unless(lambda case: case in _FAST, itertools.product(LAYOUTS, _MODELS))
+)
 def test_another_layout_loads_the_same_state_and_goes_on_with_the_same_losses(ranks, origin, tmp_path, layout, model):
     root, state, onwards = origin(model)
     there = run(ranks, layout, model, root, step=_STEPS, until=_STEPS + 2, load=True, save_loaded=tmp_path)

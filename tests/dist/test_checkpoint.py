@@ -1,7 +1,6 @@
 """A checkpoint is the logical state: any layout saves the same thing, and any layout loads it."""
 
 import functools
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from stack.checkpoint import manifest as manifests
 from tests.helpers.saved import LAYOUTS, logical_state, run_from
-from tests.helpers.tiers import in_ci_unless
+from tests.helpers.tiers import each_in_turn
 from tests.helpers.tiny import family_settings
 
 _STEPS = 2
@@ -44,13 +43,7 @@ def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
         assert torch.equal(tensor, two[name]), name
 
 
-#: Each layout with one model, the next layout with the next one.
-_FAST = list(zip(LAYOUTS, itertools.cycle(_MODELS), strict=False))
-
-
-@pytest.mark.parametrize(
-    ("layout", "model"), in_ci_unless(lambda case: case in _FAST, itertools.product(LAYOUTS, _MODELS))
-)
+@pytest.mark.parametrize(("layout", "model"), each_in_turn(LAYOUTS, list(_MODELS)))
 def test_another_layout_loads_the_same_state_and_goes_on_with_the_same_losses(ranks, origin, tmp_path, layout, model):
     root, state, onwards = origin(model)
     there = run(ranks, layout, model, root, step=_STEPS, until=_STEPS + 2, load=True, save_loaded=tmp_path)

@@ -1,6 +1,6 @@
 # `make train` and `make test` work on a fresh machine: the environment is made when it is missing or out of date.
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-all plan data train sweep resume export eval verify doctor \
+.PHONY: help setup check test test-ci test-all plan data train sweep resume export eval verify doctor \
 	wandb-sync eval-harness bench bench-checkpoints bench-scaling bench-gpu clean
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ RUN ?=
 OUT ?=
 # What the harness evaluates, and on which tasks, e.g. make eval-harness OUT=my-model TASKS=hellaswag,arc_easy.
 TASKS ?= python_source
-# What `make test` and `make test-all` run, e.g. make test TESTS=tests/unit.
+# What `make test`, `make test-ci` and `make test-all` run, e.g. make test TESTS=tests/unit.
 TESTS ?= tests
 
 help: ## list the targets
@@ -39,8 +39,11 @@ check: $(READY) ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: $(READY) ## run the fast tests (TESTS=tests/unit for a part)
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+test: $(READY) ## run the fast tests, in 15 minutes on two cores (TESTS=tests/unit for a part)
+	$(BIN)/python -m pytest -m "not ci and not slow" $(TESTS)
+
+test-ci: $(READY) ## run what CI runs after the fast tests: dying ranks, two hosts, Slurm, a fresh clone
+	$(BIN)/python -m pytest -m "ci and not slow" $(TESTS)
 
 test-all: $(READY) ## run all tests, with the whole parity matrix
 	$(BIN)/python -m pytest $(TESTS)

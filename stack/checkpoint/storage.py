@@ -1,8 +1,8 @@
 """Our files under torch.distributed.checkpoint (DCP): it plans who writes and reads which slice, we keep the bytes.
 
 DCP's own files pickle their metadata. Ours are safetensors, whose headers say where their slices begin the way DCP's
-HuggingFaceStorageReader reads it, and the manifest, which is JSON: no file is ever unpickled. DCP does send its plans
-from rank to rank as pickles.
+HuggingFaceStorageReader reads it, and the manifest, which is JSON: no file is ever unpickled. DCP's planning does send
+pickled plans between the ranks of a run.
 """
 
 import json

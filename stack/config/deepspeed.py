@@ -77,8 +77,8 @@ def _zero(cfg: Config, *, rank_params: int, streams: bool) -> dict[str, Any]:
     if cfg.parallel.zero == 3:
         zero |= {
             "stage3_prefetch_bucket_size": 0,
-            # A decoder layer is one leaf module and gathered whole, so keeping its small tensors resident saves
-            # no collective.
+            # stack/parallel/gathering.py gathers a decoder layer whole, so keeping its small tensors resident saves no
+            # collective.
             "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,

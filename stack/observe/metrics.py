@@ -147,7 +147,7 @@ def _shown(value: Any) -> str:
 
 #: Words of the device's name, and its dense peak FLOP/s by dtype; the first row whose words are all there counts.
 _PEAKS: tuple[tuple[frozenset[str], dict[str, float]], ...] = tuple(
-    (frozenset(words.split()), {"bf16": bf16, "fp32": fp32})
+    (frozenset(words.split()), {"bf16": bf16, "fp16": bf16, "fp32": fp32})
     for words, bf16, fp32 in (
         ("H100 NVL", 835.5e12, 60.0e12),
         ("H100 PCIE", 756e12, 51.2e12),
@@ -166,8 +166,9 @@ _PEAKS: tuple[tuple[frozenset[str], dict[str, float]], ...] = tuple(
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """Dense peak of one device in FLOP/s, without structured sparsity; None when the device is not in the table.
 
-    `device_name` is what the driver calls it, e.g. "NVIDIA H100 80GB HBM3" (the SXM part). `dtype` is "bf16"
-    (tensor cores) or "fp32" (plain fp32 units: TF32 is off, so the tensor cores do nothing).
+    `device_name` is what the driver calls it, e.g. "NVIDIA H100 80GB HBM3" (the SXM part). `dtype` is "bf16" or
+    "fp16" (tensor cores, as fast in one as in the other on all of these devices) or "fp32" (plain fp32 units: TF32 is
+    off, so the tensor cores do nothing).
 
     Sources, all NVIDIA: H100 Tensor Core GPU Architecture whitepaper (H100 SXM and PCIe), H100, H200 and GH200
     datasheets (with sparsity: half is dense), A100 and L40S datasheets, Blackwell Architecture Technical Brief
@@ -175,8 +176,8 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
     Raises ValueError for another dtype.
     """
-    if dtype not in ("bf16", "fp32"):
-        raise ValueError(f"dtype={dtype} has no peak in the table; use bf16 or fp32")
+    if dtype not in _PEAKS[0][1]:
+        raise ValueError(f"dtype={dtype} has no peak in the table; use one of {', '.join(_PEAKS[0][1])}")
     words = frozenset(re.split(r"[\s_-]+", device_name.upper()))
     if "MIG" in words:
         return None

@@ -51,7 +51,8 @@ def init_distributed(*, timeout: timedelta) -> None:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # DeepSpeed takes it for the device's number; with one visible GPU a rank (Slurm's --gpus-per-task) it is not.
+        # DeepSpeed takes LOCAL_RANK for the number of the device. The launcher's number of the rank, which is another
+        # one where each rank sees one GPU (Slurm's --gpus-per-task), was read before (`ranks.from_environment`).
         os.environ["LOCAL_RANK"] = str(device.index)
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",

@@ -1,6 +1,5 @@
 """Where the rows of a run go: metrics.jsonl always, the screen and W&B from rank 0, the picture at the end."""
 
-import os
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -14,11 +13,12 @@ from stack.observe.curve import draw
 from stack.observe.jsonl import MetricsWriter, read
 from stack.observe.lines import Lines
 from stack.observe.metrics import StepRecord, mfu, peak_flops
-from stack.observe.wandb.sink import WandbSink, host_number
+from stack.observe.wandb.sink import WandbSink
 from stack.parallel.engine import Engine
 from stack.parallel.step import StepResult
 from stack.plan.layout import Plan
 from stack.train import rundir
+from stack.train.ranks import Launched
 from stack.train.rundir import RunDir
 from stack.train.tracking import facts
 
@@ -30,15 +30,17 @@ class Recorder:
     `screen` is where lines for the user go, or None where a driver shows metrics.jsonl instead.
     """
 
-    def __init__(self, cfg: Config, plan: Plan, run: RunDir, engine: Engine, *, rank: int, screen: TextIO | None):
+    def __init__(
+        self, cfg: Config, plan: Plan, run: RunDir, engine: Engine, *, launched: Launched, screen: TextIO | None
+    ):
         self._run, self._plan, self._engine = run, plan, engine
-        self._writes = rank == 0
+        self._writes = launched.rank == 0
         self._peak = _device_peak(cfg.precision.dtype)
         self._first = True
         self._wandb: WandbSink | None = None
         if not self._writes:
-            if host := host_number(dict(os.environ)):
-                self._wandb = WandbSink(facts(run, cfg), cfg.log.wandb, note=print, node=host)
+            if launched.host and launched.local_rank == 0:
+                self._wandb = WandbSink(facts(run, cfg), cfg.log.wandb, note=print, node=launched.host)
             return
         rundir.write_json(run.ds_config, engine.ds_config)
         # For the line that says that the disk is full, or for the file that says how the run ended.

@@ -236,12 +236,13 @@ def create_evaluation(parent: Path, cfg: Config, plan: Plan, *, corpus: Path, ch
     """
     try:
         run = _new(parent)
+        # Before config.yaml: what has that alone is taken for a run.
+        write_json(run.evaluation, {"checkpoints": str(checkpoints) if checkpoints else None})
         _describe(run, cfg, plan, corpus)
     except OSError as error:
         raise UsageError(
             f"{error.filename or parent} cannot be created ({error.strerror}); evaluate where you can write"
         ) from error
-    write_json(run.evaluation, {"checkpoints": str(checkpoints) if checkpoints else None})
     return run
 
 
@@ -256,8 +257,9 @@ def create_check(parent: Path, cfg: Config, plan: Plan, *, parity: Sequence[str]
     """
     try:
         run = _new(parent)
-        _describe(run, cfg, plan, parent)
+        # Before config.yaml: what has that alone is taken for a run.
         write_json(run.check, {"parity": list(parity)})
+        _describe(run, cfg, plan, parent)
     except OSError as error:
         raise UsageError(
             f"{error.filename or parent} cannot be created ({error.strerror}); set run.root to a folder that can"

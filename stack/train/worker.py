@@ -10,29 +10,27 @@ import signal
 import socket
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from stack import disk
 from stack.config.compose import compose, from_yaml
 from stack.config.places import settled
 from stack.config.schema import Config
-from stack.errors import HangError, NumericsError, RankFailure, Requeue, StackError, UsageError
-from stack.health.cause import WAITED, cause_of, is_collective_timeout, is_out_of_memory
+from stack.errors import NumericsError, RankFailure, Requeue, UsageError
 from stack.health.faults import FAULT
 from stack.health.orphan import AGENT_PID, exit_with_parent
 from stack.health.stopped import Stop
 from stack.plan.layout import Plan, make_plan
 from stack.train import bare, cores, ranks, rundir
+from stack.train.ending import explained, failed
 from stack.train.inputs import open_batches
-from stack.train.memory import out_of_memory
 from stack.train.output import own_output
-from stack.train.progress import Phase, Progress, look
+from stack.train.progress import Phase, Progress
 from stack.train.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -57,7 +55,7 @@ def _main(argv: Sequence[str], held: contextlib.ExitStack) -> int:
     Args:
         held: takes the lock of the run directory; closed by whatever ends the process other than by a return.
     """
-    rank = 0
+    launched = ranks.Launched(local_rank=ranks.local_rank())
     if VISIBLE_DEVICES in os.environ:
         # The launcher numbers the devices from 0 whatever the user had made visible.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[VISIBLE_DEVICES]
@@ -68,11 +66,12 @@ def _main(argv: Sequence[str], held: contextlib.ExitStack) -> int:
     progress = Progress()
 
     def orphaned(error: RankFailure) -> None:
-        _failed(run, rank, error, error)
+        failed(run, launched, error, error)
         held.close()
 
     try:
-        rank, world_size, hosts = ranks.from_environment()
+        launched = ranks.from_environment()
+        rank = launched.rank
         exit_with_parent(orphaned)
         config_path, overrides = _parse(argv)
         named = RunDir(config_path.parent) if config_path else None
@@ -80,7 +79,7 @@ def _main(argv: Sequence[str], held: contextlib.ExitStack) -> int:
             # Without a driver the run is not this process's until it holds the lock: it leaves nothing there before.
             run = named
         cfg = from_yaml(config_path) if config_path else settled(compose(overrides))
-        plan = make_plan(cfg, world_size, hosts)
+        plan = make_plan(cfg, launched.world_size, launched.hosts)
         if cfg.launch.bind_cores:
             # Ahead of the imports that start threads.
             cores.bind()
@@ -97,11 +96,11 @@ def _main(argv: Sequence[str], held: contextlib.ExitStack) -> int:
         elif run.check.exists():
             _check(cfg, plan, run, rank=rank)
         else:
-            _train(cfg, plan, run, stop, progress, rank=rank, screen=screen)
+            _train(cfg, plan, run, stop, progress, launched=launched, screen=screen)
         # A rank that is gone without this, an error.json or a stopped.json was killed.
         rundir.write_last(run.rank(rank) / "done.json", {"time": time.time()})
     except Exception as error:  # noqa: BLE001 - whatever it was, the driver must learn which rank failed first
-        return _failed(run, rank, error, _explained(error, cfg, plan))
+        return failed(run, launched, error, explained(error, cfg, plan))
     return 0
 
 
@@ -117,7 +116,14 @@ def _prepare_process() -> None:
 
 
 def _train(
-    cfg: Config, plan: Plan, run: RunDir, stop: Stop, progress: Progress, *, rank: int, screen: TextIO | None
+    cfg: Config,
+    plan: Plan,
+    run: RunDir,
+    stop: Stop,
+    progress: Progress,
+    *,
+    launched: ranks.Launched,
+    screen: TextIO | None,
 ) -> None:
     """
     Raises:
@@ -134,14 +140,14 @@ def _train(
     restart = Restart(cfg, plan, run, mesh)
     engine = restart.engine()
     try:
-        with Recorder(cfg, plan, run, engine, rank=rank, screen=screen) as recorder:
+        with Recorder(cfg, plan, run, engine, launched=launched, screen=screen) as recorder:
             if FAULT in os.environ:
                 recorder.note(f"{FAULT}={os.environ[FAULT]}: faults of tests will happen in this run")
             state = restart.state(engine, tell=recorder.note)
             training, heldout = open_batches(cfg, plan, run.corpus, before=restart.before(state))
             with restart.saver(engine, tell=recorder.note) as saver:
                 asked = stop.asked
-                if rank == 0 and AGENT_PID not in os.environ:
+                if launched.rank == 0 and AGENT_PID not in os.environ:
                     asked = bare.hears_stop(run, asked, saves=cfg.checkpoint.every > 0)
                 if cfg.checkpoint.every:
                     stop.wait_for_step()
@@ -169,7 +175,7 @@ def _train(
         # Every rank is here. The launcher ends all when one ends, and rank 0 has the curve and W&B to finish before.
         zero.close()
         raise
-    if rank == 0:
+    if launched.rank == 0:
         rundir.write_last(run.done, {"step": state.step, "tokens": state.tokens, "time": time.time()})
 
 
@@ -260,59 +266,3 @@ def _own_output(run: RunDir, rank: int, progress: Progress, *, shown: bool) -> T
 
 def _stop(folder: Path, held: contextlib.ExitStack) -> Stop:
     return Stop(lambda: rundir.write_json(folder / "stopped.json", {"time": time.time()}), leave=held.close)
-
-
-def _explained(error: Exception, cfg: Config | None, plan: Plan | None) -> BaseException:
-    """What the user is to read of an error: not where it came up, but what happened, and what helps."""
-    cause = cause_of(error)
-    if isinstance(cause, StackError):
-        return cause
-    if is_out_of_memory(cause):
-        return out_of_memory(cause, cfg, plan)
-    if is_collective_timeout(cause):
-        return HangError(f"{WAITED} {_timeout_of(str(cause), cfg)}: {cause}")
-    return cause
-
-
-def _timeout_of(words: str, cfg: Config | None) -> str:
-    """The key that bounded a wait. gloo says how long it was; only the group that waits for disks has its own bound."""
-    disks_s = cfg.checkpoint.timeout_s if cfg and cfg.checkpoint.timeout_s != cfg.health.hang_timeout_s else None
-    return "checkpoint.timeout_s" if disks_s and f" {disks_s * 1000:.0f}ms" in words else "health.hang_timeout_s"
-
-
-def _failed(run: RunDir | None, rank: int, error: Exception, cause: BaseException) -> int:
-    """Leaves the cause where the driver finds it and the traceback of the error in the log; returns the exit code."""
-    exit_code = cause.exit_code if isinstance(cause, StackError) else RankFailure.exit_code
-    # The launcher's output may go to a full disk, or to nobody.
-    with contextlib.suppress(OSError):
-        if run is not None or not isinstance(cause, StackError):
-            traceback.print_exception(error)
-            if cause is not error:
-                print(f"{type(cause).__name__}: {cause}", file=sys.stderr)
-        elif os.environ.get("LOCAL_RANK", "0") == "0":
-            # One line a host: a config is wrong on all of them.
-            print(f"{type(cause).__name__}: {cause} (on {socket.gethostname()})", file=sys.stderr)
-    if run is None:
-        return exit_code
-    told: dict[str, Any] = {
-        "rank": rank,
-        "type": type(cause).__name__,
-        "message": str(cause) or type(cause).__name__,
-        "exit_code": exit_code,
-        "time": time.time(),
-    }
-    has_driver = AGENT_PID in os.environ
-    if not has_driver and exit_code == HangError.exit_code and (stopped := _stopped_here(run)):
-        told["message"] = f"{stopped}; {told['message']}"
-    rundir.write_last(run.rank(rank) / "error.json", told)
-    if not has_driver:
-        # Without a driver the ranks themselves say how the run ended.
-        rundir.record_end(run, told)
-    return exit_code
-
-
-def _stopped_here(run: RunDir) -> str:
-    """Ranks of this host that are stopped: nobody else is there to look why ranks hang."""
-    ranks_ = [int(folder.name) for folder in run.path.glob("ranks/*") if folder.name.isdigit()]
-    stopped = [str(seen) for seen in look(run, sorted(ranks_)) if seen.stopped]
-    return f"{', '.join(stopped)} is stopped (SIGSTOP, or a debugger)" if stopped else ""

@@ -9,6 +9,7 @@ import torch
 
 from stack.checkpoint import manifest as manifests
 from tests.helpers.saved import LAYOUTS, logical_state, run_from
+from tests.helpers.tiers import each_in_turn
 from tests.helpers.tiny import family_settings
 
 _STEPS = 2
@@ -42,16 +43,14 @@ def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> 
         assert torch.equal(tensor, two[name]), name
 
 
-@pytest.mark.parametrize("model", _MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "model"), each_in_turn(LAYOUTS, list(_MODELS)))
 def test_another_layout_loads_the_same_state_and_goes_on_with_the_same_losses(ranks, origin, tmp_path, layout, model):
     root, state, onwards = origin(model)
-    run(ranks, layout, model, root, step=_STEPS, until=_STEPS, load=True, save=tmp_path)
+    there = run(ranks, layout, model, root, step=_STEPS, until=_STEPS + 2, load=True, save_loaded=tmp_path)
     assert_equal(state, logical_state(tmp_path, _STEPS))
-    # And back.
-    again = run(ranks, _HOME, model, tmp_path, step=_STEPS, until=_STEPS + 2, load=True)
-    assert again[0]["steps"] == onwards[0]["steps"]
-    there = run(ranks, layout, model, root, step=_STEPS, until=_STEPS + 2, load=True)
     for got, expected in zip(there[0]["steps"], onwards[0]["steps"], strict=True):
         assert got == pytest.approx(expected, rel=1e-5)
     assert there[0]["heldout"] == pytest.approx(onwards[0]["heldout"], rel=1e-5)
+    # And back.
+    again = run(ranks, _HOME, model, tmp_path, step=_STEPS, until=_STEPS + 2, load=True)
+    assert again[0]["steps"] == onwards[0]["steps"]

@@ -11,6 +11,7 @@ from stack.health.faults import FAULT
 from stack.observe.jsonl import latest, read
 from stack.train.rundir import RunDir, read_json
 from tests.helpers.forked import tiny_again, tiny_run
+from tests.helpers.tiers import in_ci_unless
 
 _STEPS = 6
 #: Dropout, a corpus of a few steps, and padding: whatever could go another way.
@@ -65,10 +66,17 @@ _KILLS = [
     *((rank, phase) for rank in (0, 1) for phase in ("stage", "before_shard", "half_shard", "before_manifest")),
     (0, "before_rename"),
 ]
+#: Each phase once.
+_FAST = [
+    (0, "stage", True), (1, "before_shard", True), (0, "half_shard", False), (1, "before_manifest", False),
+    (0, "before_rename", True),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("in_background", [True, False])
-@pytest.mark.parametrize(("rank", "phase"), _KILLS)
+@pytest.mark.parametrize(
+    ("rank", "phase", "in_background"),
+    in_ci_unless(lambda case: case in _FAST, ((*kill, background) for kill in _KILLS for background in (True, False))),
+)
 def test_killed_in_any_phase_of_a_save_a_run_goes_on_bit_for_bit(
     zygote, tmp_path, expected, rank, phase, in_background
 ):
@@ -109,7 +117,7 @@ _LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("layout", _LAYOUTS)
+@pytest.mark.parametrize("layout", in_ci_unless(lambda layout: layout in ("zero2 dp2", "bf16", "zbv"), _LAYOUTS))
 def test_in_the_same_layout_the_curve_goes_on_bit_for_bit(zygote, tmp_path, layout):
     ranks, settings = _LAYOUTS[layout]
     settings = {**_RUN, **settings}
@@ -121,6 +129,7 @@ def test_in_the_same_layout_the_curve_goes_on_bit_for_bit(zygote, tmp_path, layo
     assert curve(run) == expected
 
 
+@pytest.mark.ci
 def test_ten_kills_in_a_row_change_nothing(zygote, tmp_path):
     settings = {**_RUN, "train.steps": 12, "checkpoint.every": 1}
     expected = straight(zygote, tmp_path / "straight", settings)

@@ -73,6 +73,7 @@ def test_a_backend_of_this_host_gives_the_same_run(start, by_deepspeed, backend)
     assert curve(start({"launch.backend": backend})) == by_deepspeed
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("slurm")
 def test_slurm_gives_the_same_run(start, by_deepspeed):
     run = start({"launch.backend": "slurm", "launch.ranks_per_node": 1})
@@ -80,6 +81,7 @@ def test_slurm_gives_the_same_run(start, by_deepspeed):
     assert "2 ranks with srun on 2 hosts" in run.stdout
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("slurm")
 def test_a_killed_task_of_slurm_is_named(start):
     endless = {"train.steps": 1_000_000, "schedule.kind": "constant", "train.log_every": 1000}

@@ -9,6 +9,8 @@ import pytest
 
 from tests.helpers.runs import STACK
 
+pytestmark = pytest.mark.ci
+
 #: Longer than any test waits.
 ENDLESS = {
     "train.steps": 1_000_000,

@@ -96,6 +96,7 @@ def test_pp2_dp2_zero3_equals_one_process_without_any_of_it(pp2_dp2, start):
     assert max(worst.values()) < 1e-5
 
 
+@pytest.mark.ci
 def test_a_slow_end_of_rank_0_is_no_failure(start):
     command = start()
     rank = command.rank(1)

@@ -96,6 +96,7 @@ def test_one_rank_that_is_asked_is_enough(running):
     assert_saved(command, command.run)
 
 
+@pytest.mark.ci
 def test_a_second_request_ends_a_run_that_cannot_save(running):
     command = running({"launch.grace_s": 1})
     command.rank(1).suspend()
@@ -105,6 +106,7 @@ def test_a_second_request_ends_a_run_that_cannot_save(running):
     assert_failed(command, 143, "Interrupted", "stopped by SIGTERM")
 
 
+@pytest.mark.ci
 def test_without_checkpoints_it_ends_at_once(running):
     command = running({"checkpoint.every": 0})
     command.send(signal.SIGINT)
@@ -118,6 +120,7 @@ def test_before_the_first_step_there_is_nothing_to_save(start):
     assert_failed(command, 143, "Interrupted", "stopped by SIGTERM")
 
 
+@pytest.mark.ci
 def test_ranks_without_a_driver_save_too(running, tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("localhost slots=2\n")
@@ -132,6 +135,7 @@ def test_ranks_without_a_driver_save_too(running, tmp_path):
     step_saved(command.run)
 
 
+@pytest.mark.ci
 def test_a_job_of_slurm_is_requeued_and_goes_on(tiny, tmp_path, monkeypatch):
     programs = tmp_path / "bin"
     programs.mkdir()

@@ -61,6 +61,7 @@ def test_a_sweep_is_stopped_gone_on_with_and_then_done(start, tmp_path):
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"runs"}
 
 
+@pytest.mark.ci
 @pytest.mark.timeout(300)
 def test_a_sweep_that_is_killed_takes_its_jobs_with_it(start):
     command = start({**SETTINGS, "train.steps": 1_000_000, "schedule.kind": "constant"}, SWEEP)

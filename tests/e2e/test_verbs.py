@@ -203,6 +203,7 @@ def test_a_mistake_costs_one_line(run, tmp_path, arguments, code, words):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.ci
 def test_the_harness_runs_on_the_export(run):
     pytest.importorskip("lm_eval", reason="lm_eval not installed")
     command = ["make", "eval-harness", f"OUT={out(run)}", "ARGS=--limit 2 --device cpu"]

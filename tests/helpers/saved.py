@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from stack.config.schema import Config
+from stack.plan.layout import Plan
 from tests.helpers.tiny import replica_batch, tiny_config
 
 #: (ranks, settings) of the layouts that checkpoints are carried between.
@@ -32,7 +34,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def run_from(
-    settings: dict[str, Any], root: Path, *, step: int, until: int, load: bool = False, save: Path | None = None
+    settings: dict[str, Any],
+    root: Path,
+    *,
+    step: int,
+    until: int,
+    load: bool = False,
+    save: Path | None = None,
+    save_loaded: Path | None = None,
 ) -> dict[str, Any]:
     """One rank's part: called on every rank of a pool.
 
@@ -42,6 +51,7 @@ def run_from(
         until: to train to.
         load: the checkpoint of `step` in `root` first.
         save: a checkpoint of `until` into this root.
+        save_loaded: a checkpoint of `step` into this root, written in the background while the first step trains.
 
     Returns:
         steps: (loss, grad_norm) of each step, as hexadecimal; heldout: token loss sum at the end.
@@ -49,8 +59,6 @@ def run_from(
     import torch.distributed as dist
 
     from stack.checkpoint import load as loading
-    from stack.checkpoint.save import Saver
-    from stack.models.build import parameter_shapes
     from stack.parallel.engine import Engine
     from stack.parallel.mesh import make_mesh
     from stack.plan.layout import make_plan
@@ -63,23 +71,16 @@ def run_from(
         found = loading.find(root, step, mesh, tell=print)
         assert found is not None
         loading.load(found, engine.rank_engine)
+    early = _save(save_loaded, step, engine, cfg, plan) if save_loaded else None
     results = []
     for number in range(step, until):
         batch = replica_batch(cfg, number, replica=mesh.replica, replicas=mesh.replicas, kind="padded")
         engine.seed(number)
         results.append(engine.train_batch(batch, lr=cfg.optim.lr))
+    if early:
+        early.close()
     if save:
-        about = {"course": {"batch.global_size": cfg.batch.global_size}, "plan": plan.to_dict(), "versions": {}}
-        saver = Saver(
-            save,
-            engine.rank_engine,
-            cfg.checkpoint,
-            about=about,
-            shapes=parameter_shapes(cfg),
-            tell=print,
-            phase=lambda *_: None,
-        )
-        saver.save(until, {"step": until}, heldout_loss=None, last=not cfg.checkpoint.async_save)
+        saver = _save(save, until, engine, cfg, plan)
         if cfg.checkpoint.async_save and results:
             # What is saved is the state of this step, whatever training does while it is being written.
             engine.train_batch(batch, lr=cfg.optim.lr)
@@ -90,6 +91,25 @@ def run_from(
         "heldout": engine.eval_batch(held),
         "dtypes": engine.dtypes,
     }
+
+
+def _save(root: Path, step: int, engine: Any, cfg: Config, plan: Plan) -> Any:
+    """Begins a checkpoint of `step`; returns the Saver, whose `close` waits for it."""
+    from stack.checkpoint.save import Saver
+    from stack.models.build import parameter_shapes
+
+    about = {"course": {"batch.global_size": cfg.batch.global_size}, "plan": plan.to_dict(), "versions": {}}
+    saver = Saver(
+        root,
+        engine.rank_engine,
+        cfg.checkpoint,
+        about=about,
+        shapes=parameter_shapes(cfg),
+        tell=print,
+        phase=lambda *_: None,
+    )
+    saver.save(step, {"step": step}, heldout_loss=None, last=not cfg.checkpoint.async_save)
+    return saver
 
 
 def logical_state(root: Path, step: int) -> dict[str, torch.Tensor]:

@@ -11,6 +11,8 @@ from tests.helpers.runs import STACK, Command
 from tests.multinode.conftest import BOTH, as_overrides
 from tests.multinode.hosts import WIRE, two_hosts
 
+pytestmark = pytest.mark.ci
+
 HANG_S = 5
 #: Longer than any test waits.
 ENDLESS = {

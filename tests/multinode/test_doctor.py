@@ -9,6 +9,8 @@ from tests.helpers.runs import STACK
 from tests.multinode.conftest import BOTH, as_overrides
 from tests.multinode.hosts import Hosts
 
+pytestmark = pytest.mark.ci
+
 
 @pytest.fixture
 def doctor(hosts: Hosts, tiny: dict[str, object], tmp_path: Path):

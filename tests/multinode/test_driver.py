@@ -10,6 +10,8 @@ import pytest
 from tests.helpers.runs import STACK, Command
 from tests.multinode.conftest import as_overrides
 
+pytestmark = pytest.mark.ci
+
 #: Longer than any test waits; a hang must not be how a fault is found.
 ENDLESS = {
     "train.steps": 1_000_000,

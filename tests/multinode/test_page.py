@@ -11,6 +11,8 @@ import pytest
 from tests.helpers.runs import Command
 from tests.multinode.conftest import as_overrides
 
+pytestmark = pytest.mark.ci
+
 PAGE = Path(__file__).parents[2] / "docs" / "multinode.md"
 BLOCKS = re.findall(r"^```\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 HOSTFILE = next(block for block in BLOCKS if "slots=" in block)

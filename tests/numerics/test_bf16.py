@@ -70,7 +70,7 @@ def _single(pool: Any, family: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", _cases())
-def test_bf16_does_not_depend_on_the_layout(ranks, case, request):
+def test_bf16_keeps_all_but_the_parameters_in_fp32_and_does_not_depend_on_the_layout(ranks, case, request):
     results = ranks(4).run(run_layout, _settings(*case), "packed")
     name = request.node.callspec.id
     single = _single(ranks(1), case[0])
@@ -78,12 +78,7 @@ def test_bf16_does_not_depend_on_the_layout(ranks, case, request):
     assert worst.size < BF16, worst.what
     worst = record("bf16 against one rank", name, against_run(results, single))
     assert worst.size < BF16_UPDATED, worst.what
-
-
-@pytest.mark.parametrize(("_family", "zero", "reduce", "gather", "schedule"), _FAST)
-def test_bf16_keeps_all_but_the_parameters_in_fp32(ranks, _family, zero, reduce, gather, schedule):
-    settings = _settings("llama", zero, reduce, gather, schedule)
-    assert ranks(4).run(run_layout, settings, "full")[0]["dtypes"] == {
+    assert results[0]["dtypes"] == {
         "parameters": "bfloat16",
         "masters": "float32",
         "gradient sums": "float32",

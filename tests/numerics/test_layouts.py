@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.layouts import run_layout
+from tests.helpers.tiers import each_in_turn
 from tests.helpers.tiny import family_settings
 
 #: (ranks, settings); together every schedule, and both ways that ZeRO-3 gathers.
@@ -43,8 +44,7 @@ def _single(pool: Any, family: str, tied: bool) -> float:
     return result["heldout"]
 
 
-@pytest.mark.parametrize("family", _MODELS)
-@pytest.mark.parametrize("name", _LAYOUTS)
+@pytest.mark.parametrize(("name", "family"), each_in_turn(_LAYOUTS, list(_MODELS)))
 def test_heldout_loss_is_the_same_in_every_layout(ranks, name, family):
     world_size, layout = _LAYOUTS[name]
     tied = _MODELS[family]

@@ -17,6 +17,7 @@ from stack.errors import DataError, UsageError
 from stack.models import export as export_module
 from stack.models.build import parameter_shapes
 from stack.models.export import export
+from tests.helpers.tiers import each_in_turn
 from tests.helpers.tiny import FAMILIES, family_settings, global_batch, tiny_config
 
 
@@ -48,8 +49,7 @@ def contents(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "tied"), each_in_turn(FAMILIES, [False, True]))
 @torch.no_grad()
 def test_transformers_loads_what_was_trained(family, tied, tmp_path):
     cfg = tiny_config(**family_settings(family, tied=tied))

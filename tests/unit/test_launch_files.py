@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -225,10 +226,13 @@ def test_no_file_has_a_secret():
         assert not SECRET_VALUE.search(file.read_text())
 
 
-def test_what_the_image_copies_is_there():
+def test_the_image_copies_what_it_installs():
     copied = re.findall(r"^COPY (.*) \S+$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)
-    names = [name for line in copied for name in line.split()]
-    assert {"pyproject.toml", "constraints.txt", "stack", "conf"} <= set(names)
+    names = {name for line in copied for name in line.split()}
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    places = about["tool"]["setuptools"]["package-dir"]
+    folders = {places.get(package, package).split(".")[0] for package in about["tool"]["setuptools"]["packages"]}
+    assert names == {"pyproject.toml", "constraints.txt", about["project"]["readme"], "LICENSE", *folders}
     assert all((ROOT / name).exists() for name in names)
 
 
@@ -277,15 +281,27 @@ class Stage:
     def calls(self) -> list[str]:
         return self._calls.read_text().splitlines() if self._calls.exists() else []
 
-    def made(self, run_id: str, *, done: bool = False) -> Path:
-        """A run that an earlier start left, with what may be taken for one."""
-        run = self.runs / "llama-8b" / run_id
-        for folder in (run, run / "attempts" / "1", run / "evaluations" / "e", self.runs / "evaluations" / "z"):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").touch()
+    def made(self, run_id: str, *, name: str = "llama-8b", done: bool = False) -> Path:
+        """A run that an earlier start left, with folders that may be taken for a run."""
+        run = self.runs / name / run_id
+        for folder in (run, run / "attempts" / "1", run / "evaluations" / "e"):
+            self._made(folder)
+        self.looked_at()
         if done:
             (run / "DONE.json").touch()
         return run
+
+    def looked_at(self, *, done: bool = True) -> None:
+        """What `stack doctor` and `stack eval` of an export leave, both of them later than any run."""
+        for folder, file in (("doctor", "check.json"), ("evaluations", "evaluation.json")):
+            self._made(self.runs / folder / "20260909-000000-ffff")
+            (self.runs / folder / "20260909-000000-ffff" / file).touch()
+            if done:
+                (self.runs / folder / "20260909-000000-ffff" / "DONE.json").touch()
+
+    def _made(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").touch()
 
 
 @pytest.fixture
@@ -313,9 +329,20 @@ def test_a_pod_begins_a_run(pod, stage):
     assert compose(overrides).run.root == str(stage.runs)
 
 
+@pytest.mark.parametrize("done", [True, False])
+def test_a_check_and_an_evaluation_are_no_runs(pod, sbatch, stage, done):
+    stage.looked_at(done=done)
+    assert pod().returncode == 0
+    assert sbatch(0).returncode == 0
+    # Both begin a run: with their overrides, and without --config.
+    assert " -m stack.train experiment=8b " in stage.calls[0]
+    assert stage.calls[0].endswith(f" run.root={stage.runs}")
+    assert stage.calls[-1].endswith(f" stack experiment=8b run.root={stage.runs}")
+
+
 def test_a_pod_goes_on_with_the_newest_run(pod, stage):
-    stage.made("20260101-000000-ffff", done=True)
-    newest = stage.made("20260102-000000-0000")
+    stage.made("20260101-000000-ffff", name="zephyr", done=True)
+    newest = stage.made("20260102-000000-0000", name="8b")
     assert pod().returncode == 0
     assert stage.calls[0].endswith(f" -m stack.train --config {newest}/config.yaml")
 
@@ -387,7 +414,8 @@ def test_a_job_that_cannot_be_requeued_says_so(stage, sbatch):
 
 
 def test_a_requeued_job_goes_on(sbatch, stage):
-    newest = stage.made("20260102-000000-0000")
+    stage.made("20260101-000000-ffff", name="zephyr", done=True)
+    newest = stage.made("20260102-000000-0000", name="a name, with blanks")
     sbatch(0)
     # Of srun's arguments one is several lines.
     assert stage.calls[-1].endswith(f" stack --config {newest}/config.yaml")

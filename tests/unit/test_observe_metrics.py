@@ -14,7 +14,7 @@ import pytest
 from stack.errors import StackError
 from stack.observe.curve import draw
 from stack.observe.jsonl import Follower, MetricsWriter, latest, read
-from stack.observe.metrics import StepRecord, mfu, peak_flops
+from stack.observe.metrics import _PEAKS, StepRecord, mfu, peak_flops
 
 
 def row(step: int, **changed) -> StepRecord:
@@ -181,6 +181,10 @@ def test_latest_keeps_the_run_as_it_went_in_the_end() -> None:
 )
 def test_peaks_by_the_name_the_driver_gives(name: str, dtype: str, peak: float | None) -> None:
     assert peak_flops(name, dtype) == peak
+
+
+def test_the_tensor_cores_are_as_fast_in_fp16_as_in_bf16() -> None:
+    assert all(peaks["fp16"] == peaks["bf16"] > peaks["fp32"] for _, peaks in _PEAKS)
 
 
 def test_peak_of_another_dtype_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Weights & Biases: the real library, offline, against a stand-in of the server, and broken in every way we know."""
 
+import itertools
 import json
 import os
 import shutil
@@ -22,12 +23,13 @@ from stack.config.schema import Config
 from stack.errors import StackError, UsageError
 from stack.observe.jsonl import MetricsWriter, read
 from stack.observe.metrics import StepRecord
-from stack.observe.wandb.session import Facts, Session
-from stack.observe.wandb.sink import WandbSink, host_number
+from stack.observe.wandb.session import Facts, Session, run_id
+from stack.observe.wandb.sink import WandbSink
 from stack.plan.layout import make_plan
 from stack.train import rundir, tracking
 from stack.train.rundir import RunDir
 from tests.helpers.rows import row
+from tests.helpers.tiers import in_ci_unless
 from tests.helpers.wandb_server import KEY, Run, WandbServer
 
 OURS = ("_", "pictures/")
@@ -244,10 +246,10 @@ def test_online_without_a_server_or_a_key_goes_on_offline(
     if key:
         monkeypatch.setenv("WANDB_API_KEY", key)
     before = time.monotonic()
-    started.begin("online", timeout_s=20.0).steps(1)
-    assert time.monotonic() - before < 5
+    started.begin("online", timeout_s=8.0).steps(1)
+    assert time.monotonic() - before < 2
     started.finish()
-    assert time.monotonic() - before < 30
+    assert time.monotonic() - before < 8 + 3
     assert started.notes[0].startswith("W&B goes on offline: ")
     assert reason in started.notes[0]
     assert "stack wandb-sync" in started.notes[1]
@@ -309,8 +311,13 @@ def test_attempts_that_never_reached_the_server_come_with_the_next_one(started: 
     assert run.config["log"]["wandb"]["mode"] == "online"
 
 
-@pytest.mark.parametrize("fault", [401, 500, "stall"])
-@pytest.mark.parametrize("when", ["start", "middle"])
+@pytest.mark.parametrize(
+    ("when", "fault"),
+    in_ci_unless(
+        lambda case: case == ("middle", 401),
+        itertools.product(("start", "middle"), (401, 500, "stall")),
+    ),
+)
 def test_a_server_that_fails_is_made_good_by_sync(
     started: Started, server: WandbServer, fault: int | str, when: str
 ) -> None:
@@ -417,13 +424,14 @@ def test_finish_that_hangs_returns_by_the_deadline(started: Started, monkeypatch
         threading.Event().wait()
 
     monkeypatch.setattr("wandb.Run.finish", hang)
-    started.begin("offline", timeout_s=8.0).steps(1)
+    started.begin("offline", timeout_s=3.0).steps(1)
+    wait_until(lambda: started.sink._work.rows == 1)
     before = time.monotonic()
     started.finish()
     assert reached.is_set()
-    assert time.monotonic() - before < 8 + 3
+    assert time.monotonic() - before < 3 + 3
     assert len(started.notes) == 1
-    assert "it did not finish within log.wandb.timeout_s=8" in started.notes[0]
+    assert "it did not finish within log.wandb.timeout_s=3" in started.notes[0]
     started.sink.advance()
     started.sink.finish()
     assert len(started.notes) == 1
@@ -451,7 +459,7 @@ print(notes[0])
 """
 
 
-@pytest.mark.parametrize("signal_name", ["SIGSTOP", "SIGKILL"])
+@pytest.mark.parametrize("signal_name", in_ci_unless(lambda name: name == "SIGKILL", ["SIGSTOP", "SIGKILL"]))
 def test_a_process_exits_although_the_service_hangs_or_died(tmp_path: Path, signal_name: str) -> None:
     """The library's exit hook would wait for a stopped service for ever, and print a traceback for a dead one."""
     before = time.monotonic()
@@ -514,10 +522,13 @@ sink.finish()
 """
 
 
-def test_shared_adds_the_system_metrics_of_other_hosts(started: Started, server: WandbServer) -> None:
+def test_shared_adds_the_system_metrics_of_other_hosts(
+    started: Started, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def labels() -> set[str]:
         return {name.partition("/l:")[2] for event in server.runs[started.id].events for name in event} - {""}
 
+    monkeypatch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "0.5")
     started.begin("shared").steps(1, 2)
     command = [sys.executable, "-c", JOIN_AS_ANOTHER_HOST, str(started.run.path)]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -543,13 +554,6 @@ def test_another_host_does_not_wait_for_a_run_that_never_comes(started: Started)
     assert started.notes == []
 
 
-def test_each_host_has_one_client() -> None:
-    assert host_number({}) == 0
-    assert host_number({"LOCAL_RANK": "1", "CROSS_RANK": "0"}) is None
-    assert host_number({"LOCAL_RANK": "0", "CROSS_RANK": "2"}) == 2
-    assert host_number({"LOCAL_RANK": "0", "GROUP_RANK": "1"}) == 1
-
-
 def test_a_run_of_an_agent_is_the_run_that_the_agent_named(
     started: Started, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -560,6 +564,55 @@ def test_a_run_of_an_agent_is_the_run_that_the_agent_named(
     assert started.id == "named1"
     run = assert_whole(started, server)
     assert run.about["sweep"] == "sweep1"
+
+
+def test_a_run_id_in_the_environment_of_all_runs_names_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "exported")
+    assert len({run_id(tmp_path / name) for name in "ab"} - {"exported"}) == 2
+
+
+def test_what_wandb_writes_is_not_for_everybody_on_the_host(tmp_path: Path) -> None:
+    """The library notes the user, the host, the command and its errors there."""
+    run_id(tmp_path)
+    assert (tmp_path / "wandb").stat().st_mode & 0o007 == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "words"),
+    [
+        ("offline", {}, []),
+        ("offline", {"WANDB_MODE": "dryrun"}, []),
+        ("online", {"WANDB_MODE": "run"}, []),
+        ("disabled", {"WANDB_DISABLED": "true"}, []),
+        ("offline", {"WANDB_DISABLED": "false"}, []),
+        ("shared", {"WANDB_RUN_ID": "x", "WANDB_SWEEP_ID": "y"}, []),
+        ("offline", {"WANDB_MODE": "disabled"}, ["WANDB_MODE=disabled", "set log.wandb.mode=disabled"]),
+        ("disabled", {"WANDB_MODE": "online"}, ["WANDB_MODE=online", "set log.wandb.mode=online"]),
+        ("online", {"WANDB_MODE": "dryrun"}, ["WANDB_MODE=dryrun", "set log.wandb.mode=offline"]),
+        ("online", {"WANDB_MODE": "off"}, ["WANDB_MODE=off", "set log.wandb.mode=disabled"]),
+        (
+            "online",
+            {"WANDB_DISABLED": "1", "WANDB_MODE": "online"},
+            ["WANDB_DISABLED=1", "set log.wandb.mode=disabled"],
+        ),
+        ("offline", {"WANDB_RUN_ID": "exported"}, ["WANDB_RUN_ID=exported"]),
+    ],
+)
+def test_what_the_environment_says_against_the_config_is_told_in_a_line(
+    started: Started, monkeypatch: pytest.MonkeyPatch, mode: str, environment: dict[str, str], words: list[str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(WandbSink, "_run", lambda _: None)
+    started.begin(mode)
+    [line] = started.notes or [""]
+    assert bool(line) == bool(words)
+    assert all(word in line for word in words)
+    if line and "log.wandb.mode" in line:
+        # The advice works.
+        started.notes.clear()
+        started.begin(line.rpartition("log.wandb.mode=")[2])
+        assert started.notes == []
 
 
 def test_the_documented_sweep_gives_overrides() -> None:

@@ -1,8 +1,10 @@
 """The layout arithmetic: rank grid, stage split, batch triangle, and what it says when they do not fit."""
 
 import itertools
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -209,3 +211,11 @@ def test_planning_imports_neither_torch_nor_deepspeed():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip().endswith("set()")
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "conf").rglob("*.yaml")), ids=lambda file: file.stem
+)
+def test_the_plan_that_a_file_of_conf_names_can_be_made(file):
+    for overrides in re.findall(r"^# stack plan ([^;\n]+)", file.read_text(), re.MULTILINE):
+        make_plan(compose(overrides.split()))

@@ -27,6 +27,19 @@ def begin_again(run: RunDir) -> None:
     rundir.begin_again(run, cfg, make_plan(cfg), corpus=run.corpus)
 
 
+def test_a_check_and_an_evaluation_are_never_taken_for_a_run(tmp_path, monkeypatch):
+    """The jobs of launch/ take every folder with a config.yaml for a run, unless it says that it is none."""
+    cfg = compose([f"run.root={tmp_path}"])
+    written = []
+    whole = rundir.write_text
+    monkeypatch.setattr(rundir, "write_text", lambda path, text: (written.append(path.name), whole(path, text)))
+    rundir.create_check(tmp_path / "doctor", cfg, make_plan(cfg), parity=[])
+    assert written.index("check.json") < written.index("config.yaml")
+    written.clear()
+    rundir.create_evaluation(tmp_path / "e", cfg, make_plan(cfg), corpus=tmp_path, checkpoints=None)
+    assert written.index("evaluation.json") < written.index("config.yaml")
+
+
 def test_an_attempt_leaves_its_files_and_the_next_one_has_its_own(run):
     run.metrics.write_text("rows\n")
     rundir.write_json(run.failed, {"why": "test"})

@@ -7,6 +7,7 @@ import pytest
 
 from stack.errors import ConfigError
 from stack.parallel import selftest
+from tests.helpers.tiers import in_ci_unless
 
 #: Runs the self-test with one private name of DeepSpeed's gone, or with one that does something else.
 WITHOUT = """
@@ -42,7 +43,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", in_ci_unless(lambda change: CHANGES[change] == "is off by", CHANGES))
 def test_what_changed_is_named(change, monkeypatch):
     run = subprocess.run
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT.format(change=change)]

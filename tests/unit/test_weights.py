@@ -14,6 +14,7 @@ from stack.errors import CheckpointError, ConfigError
 from stack.models import weights
 from stack.models.build import build_stages, open_weights
 from stack.plan.layout import make_plan
+from tests.helpers.tiers import each_in_turn
 from tests.helpers.tiny import FAMILIES, family_settings, global_batch, tiny_config
 
 CPU = torch.device("cpu")
@@ -49,8 +50,7 @@ def logits(row, ids, positions):
     return row[-1].model(**{"input_ids" if row[-1].first else "inputs_embeds": hidden}, position_ids=positions).logits
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "tied"), each_in_turn(FAMILIES, [False, True]))
 @torch.no_grad()
 def test_stages_hold_what_transformers_loads(family, tied, tmp_path):
     ids, _, positions = map(torch.from_numpy, global_batch(tiny_config(), 0, "full"))

@@ -1,7 +1,6 @@
 """One W&B run, opened once: what it is given at its start, while it runs and at its end. It may wait, and raise."""
 
 import json
-import os
 import secrets
 import shlex
 import shutil
@@ -19,6 +18,7 @@ from stack.observe.course import Course
 from stack.observe.jsonl import Follower
 from stack.observe.metrics import StepRecord
 from stack.observe.wandb import library
+from stack.observe.wandb.environment import agents_run_id
 
 #: Folder inside the W&B run. At its top W&B writes a config.yaml of its own.
 _FILES_FOLDER = "stack"
@@ -248,12 +248,12 @@ def _id_file(folder: Path) -> Path:
 
 
 def run_id(folder: Path) -> str:
-    """The W&B id of the run in `folder`, made at the first call and the same ever after. `wandb agent` names the runs
-    that it starts itself."""
+    """The W&B id of the run in `folder`, made at the first call and the same ever after."""
     path = _id_file(folder)
     if path.exists() and (known := path.read_text(encoding="ascii").strip()):
         return known
-    new = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    new = agents_run_id() or secrets.token_hex(8)
+    # For the user and the group, as the umask allows: the library notes the user, the host and the command in there.
+    path.parent.mkdir(mode=0o770, parents=True, exist_ok=True)
     write_whole(path, new + "\n")
     return new

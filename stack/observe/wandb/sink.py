@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from stack.config.schema import Wandb
 from stack.observe.wandb import library
+from stack.observe.wandb.environment import passed_over
 from stack.observe.wandb.node import Node
 from stack.observe.wandb.session import Facts, Session
 
@@ -37,6 +38,8 @@ class WandbSink:
             self._work = Node(facts, cfg, node, ended=self._ended)
         else:
             self._work = Session(facts, cfg, note=self._notes.put)
+            for line in passed_over(cfg.mode):
+                note(line)
         self._failed = threading.Event()
         self._failing = threading.Lock()
         self._imported = False
@@ -112,16 +115,3 @@ class WandbSink:
             self._work.catch_up()
         self._work.catch_up()
         self._work.end(self._exit_code)
-
-
-def host_number(environment: dict[str, str]) -> int | None:
-    """Number of this rank's host, or None of a rank that is not its host's first.
-
-    Args:
-        environment: what a launcher gave the rank.
-    """
-    if environment.get("LOCAL_RANK", "0") != "0":
-        return None
-    # The DeepSpeed launcher's name, torchrun's, and Slurm's.
-    named = [environment[name] for name in ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID") if name in environment]
-    return int(named[0]) if named else 0

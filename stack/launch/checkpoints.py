@@ -18,6 +18,7 @@ from stack.checkpoint.manifest import Manifest
 from stack.checkpoint.storage import whole
 from stack.config.compose import from_yaml, saved_value, to_yaml
 from stack.config.families import FAMILIES
+from stack.config.model_folder import model_fields
 from stack.config.schema import Config
 from stack.data.manifest import TOKENIZER
 from stack.errors import CheckpointError, DataError
@@ -25,7 +26,6 @@ from stack.launch import driver
 from stack.launch.driver import newest
 from stack.models.build import parameter_shapes
 from stack.models.export import export as export_model
-from stack.plan.shape import model_fields
 from stack.train.rundir import RunDir
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}

@@ -153,7 +153,6 @@ BAD_LAYOUTS = [
     (["parallel.hpz=4", "parallel.gather=microbatch"], 4, "a group would cross stages; use parallel.hpz=2"),
     (["parallel.hpz=2"], 4, "use parallel.zero=3 gather=microbatch, or parallel.hpz=1"),
     (["parallel.quantized_weights=true", "parallel.zero=2"], 4, "use parallel.zero=3 or quantized_weights=false"),
-    (["parallel.quantized_weights=true"], 4, "use parallel.quantized_weights=false"),
     (
         ["parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2", "parallel.reduce=microbatch"],
         4,
@@ -199,7 +198,7 @@ def test_the_printed_plan_gives_a_reason_for_each_number():
     text = render(plan_of(), config_of())
     assert "batch.global_size 32 / (micro_size 4 x 2 replicas)" in text
     assert "4 ranks / 2 stages" in text
-    assert text.count("\n") < 25
+    assert text.count("\n") < 30
 
 
 def test_planning_imports_neither_torch_nor_deepspeed():

@@ -59,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_full(stream: TextIO) -> bool:
-    """Whether what was printed cannot be written: it is still in the buffer then, and fails again."""
+    """Whether nothing can be written to a stream, so that it was the output that failed and no file."""
     try:
+        stream.write("\n")
         stream.flush()
     except OSError:
         return True

@@ -197,7 +197,7 @@ def _split(parallel: Parallel, shape: ModelShape, seq_len: int) -> tuple[tuple[i
             what += f" x parallel.virtual_stages={parallel.virtual_stages}"
             most = f"virtual_stages={shape.layers // parallel.pipeline}"
         raise LayoutError(
-            f"{what} is more than the model's {shape.layers} decoder layers and every stage needs one; "
+            f"{what} is more than model.config.num_hidden_layers={shape.layers} and every stage needs a layer; "
             f"use at most {most}"
         )
     if parallel.split == "auto":

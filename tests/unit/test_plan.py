@@ -112,7 +112,7 @@ def test_world_size_comes_from_the_recipe_when_nobody_launched():
 
 BAD_LAYOUTS = [
     (["parallel.pipeline=3"], 8, "parallel.pipeline=3 does not divide 8 ranks; use 1, 2, 4 or 8"),
-    (["parallel.pipeline=7"], 7, "parallel.pipeline=7 is more than the model's 6 decoder layers"),
+    (["parallel.pipeline=7"], 7, "parallel.pipeline=7 is more than model.config.num_hidden_layers=6"),
     (["parallel.data=3"], 4, "use parallel.data=2 (or auto), or start 6 ranks"),
     (["batch.global_size=30"], 4, "nearest: global_size=32 micro_size=4 (4 microbatches)"),
     (["batch.global_size=8"], 4, "parallel.schedule=1f1b needs one for each of 2 stages"),
@@ -166,7 +166,7 @@ BAD_LAYOUTS = [
     (
         ["parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=4"],
         4,
-        "every stage needs one; use at most virtual_stages=3",
+        "every stage needs a layer; use at most virtual_stages=3",
     ),
     (["model.config.vocab_size=1000"], 4, "use model.config.vocab_size=4096"),
     (["model.config.num_attention_heads=7"], 4, "does not divide hidden_size=192; use 6"),

@@ -12,6 +12,8 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 TORCH_INDEX ?=
 # Hydra overrides, e.g. make train ARGS="train.steps=50 parallel.zero=1".
 ARGS ?=
+# The recipe of `make train`, unless ARGS chooses one, e.g. make train ARGS="experiment=8b".
+RECIPE = $(if $(filter experiment=% ~experiment,$(ARGS)),,experiment=quickstart)
 # What resume, export, eval and verify are about, e.g. make export RUN=runs/quickstart/20261123-101500-a1b2 OUT=my-model.
 RUN ?=
 OUT ?=
@@ -54,8 +56,8 @@ plan: $(READY) ## print the layout of a run (ARGS="experiment=8b")
 data: $(READY) ## tokenize the corpus
 	$(BIN)/stack data $(ARGS)
 
-train: $(READY) ## train (ARGS="train.steps=50 parallel.zero=1")
-	$(BIN)/stack train $(ARGS)
+train: $(READY) ## train the quickstart, or another recipe (ARGS="experiment=8b train.steps=50")
+	$(BIN)/stack train $(RECIPE) $(ARGS)
 
 sweep: $(READY) ## train one run for each of several values (ARGS="optim.lr=1e-3,3e-3 run.seed=1,2")
 	$(BIN)/stack train -m $(ARGS)

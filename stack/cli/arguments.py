@@ -32,7 +32,7 @@ def is_path(word: str) -> bool:
 
 def _is_override(word: str) -> bool:
     from stack.config.check import schema_tree
-    from stack.config.compose import conf_folder, groups_of
+    from stack.config.recipes import conf_folder, groups_of
 
     if "=" not in word and not word.startswith("~"):
         return False

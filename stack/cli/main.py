@@ -4,6 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from stack import __version__
 from stack.cli.verbs import VERBS, Verb
@@ -16,6 +17,7 @@ usage: stack VERB [ARGUMENTS] [OVERRIDES]
 {verbs}
 
 Overrides are Hydra's: key=value, or group=choice such as experiment=8b. A sweep: stack train -m key=1,2
+Recipes of your own: experiment=mine.yaml, or --config-dir DIR with DIR/experiment/mine.yaml (docs/configs.md)
 Every key with its meaning: stack/config/schema.py
 Exit codes: 0 done, 2 usage, 3 config, 4 layout, 5 data, 6 checkpoint, 7 numerics, 8 hang, 9 a rank failed,
 75 saved on Ctrl-C, SIGTERM or stack stop, and to be resumed; 128 + signal when it was ended at once (130 for Ctrl-C)
@@ -46,9 +48,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader is gone, as after `| head`; what is left in the buffer goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return code or _BROKEN_PIPE
+    except OSError as error:
+        if not _is_full(sys.stdout):
+            raise
+        _drop_output()
+        print(f"UsageError: the output cannot be written ({error.strerror}); send it elsewhere", file=sys.stderr)
+        return code or UsageError.exit_code
     return code
+
+
+def _is_full(stream: TextIO) -> bool:
+    """Whether nothing can be written to a stream, so that it was the output that failed and no file."""
+    try:
+        stream.write("\n")
+        stream.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """Sends what is left in the buffer of stdout nowhere, so that the end of the process does not fail on it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
@@ -85,7 +108,19 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"usage: stack {_call(VERBS[verb])}[OVERRIDES]\n\n{VERBS[verb].about}\n")
         print("\n".join(f"  {example}" for example in VERBS[verb].examples))
         return 0
+    _check_folder()
     return VERBS[verb].run(overrides)
+
+
+def _check_folder() -> None:
+    """
+    Raises:
+        UsageError: the current folder was removed; no relative path means anything in it.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UsageError("the folder that this command was started in is gone; cd to one that is there") from error
 
 
 def _usage() -> str:

@@ -1,5 +1,6 @@
 """The verbs of the `stack` command: one function each, with what `--help` shows of it."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,22 @@ def plan(overrides: Sequence[str]) -> int:
 
     cfg = compose(overrides)
     print(render(make_plan(cfg), cfg))
+    return 0
+
+
+@_verb(
+    "show",
+    examples=[
+        "stack show experiment=8b",
+        "stack show --config-dir DIR experiment=mine optim.lr=1e-4",
+    ],
+)
+def show(overrides: Sequence[str]) -> int:
+    """print the config of a run as YAML, every key with its value; starts no process"""
+    from stack.config.compose import compose, to_yaml
+
+    text = to_yaml(compose(overrides))
+    print(f"# stack train {shlex.join(overrides)}".rstrip(), text, sep="\n", end="")
     return 0
 
 
@@ -201,11 +218,12 @@ def verify(arguments: Sequence[str]) -> int:
 )
 def doctor(arguments: Sequence[str]) -> int:
     """look at the hosts and links of a run before it; --parity: also at its numbers"""
+    from stack.config.recipes import FLAG
     from stack.launch.doctor import PARITY, examine
 
     overrides = [word for word in arguments if word != PARITY]
-    if flag := next((word for word in overrides if word.startswith("-")), None):
-        raise UsageError(f"{flag}: stack doctor knows {PARITY}, and overrides key=value")
+    if flag := next((word for word in overrides if word.startswith("-") and not word.startswith(FLAG)), None):
+        raise UsageError(f"{flag}: stack doctor knows {PARITY}, {FLAG} DIR, and overrides key=value")
     return examine(overrides, parity=len(overrides) < len(arguments))
 
 

@@ -1,5 +1,6 @@
 """A tree of plain values -> Config. Every entry to a config ends here, so every mistake reads the same."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -8,11 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
-from stack.config.families import FAMILIES, base_fields
+from stack.config.auto import warmup_steps, without_auto
+from stack.config.families import FAMILIES
 from stack.config.kernels import check_kernels
-from stack.config.model_fields import Tree, check_fields, check_rope, union
-from stack.config.model_folder import check_weights, is_copy
+from stack.config.model_fields import Tree, check_fields, union
+from stack.config.model_folder import base_fields, check_weights, is_copy, model_fields
 from stack.config.places import settled
+from stack.config.rotary import SECTION, check_rope
 from stack.config.schema import Config
 from stack.config.values import Spec, check_value, closest_path, refuse, show, spec_of
 from stack.errors import ConfigError
@@ -45,6 +48,10 @@ def to_config(raw: Any) -> Config:
         ConfigError: a key is unknown, a value is not one its field allows, or two values contradict each other.
     """
     config = typed(raw)
+    for rule in _MODEL_RULES:
+        rule(config)
+    # Which word `auto` can stand for depends on the model.
+    config = without_auto(config)
     for rule in _RULES:
         rule(config)
     return config
@@ -155,11 +162,18 @@ def _place_rules(config: Config) -> None:
 def _run_rules(config: Config) -> None:
     name = config.run.name
     if "/" in name or "\\" in name:
-        without = re.sub(r"[/\\]+", "-", name).strip("-. ") or "quickstart"
+        without = re.sub(r"[/\\]+", "-", name).strip("-. ") or "run"
         refuse("run.name", name, f"a folder name cannot contain a slash; for example {without}")
-    if name.startswith((".", "-")) or name != name.strip() or len(name.encode()) > 200:
+    if name.startswith((".", "-")) or name != name.strip() or len(os.fsencode(name)) > 200:
         why = "must be a folder name of at most 200 bytes, not begun by a dot or a dash, with no space at its ends"
-        refuse("run.name", name, f"{why}; for example quickstart")
+        refuse("run.name", name, f"{why}; for example run-1")
+    if not _is_utf8(name):
+        refuse("run.name", name, "must be UTF-8, since it is also a name in files and in W&B; for example run-1")
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a word of the command line, in which Python keeps other bytes as surrogates, was UTF-8."""
+    return not any(0xD800 <= ord(char) <= 0xDFFF for char in text)
 
 
 def _model_rules(config: Config) -> None:
@@ -167,7 +181,8 @@ def _model_rules(config: Config) -> None:
     name = fields["model_type"]
     family = FAMILIES[name]
     check_fields(config.model.config, family.fields, name)
-    check_rope(config.model.config.get("rope_parameters", {}))
+    given = {**family.defaults, **model_fields(config.model)}
+    check_rope(config.model.config.get(SECTION, {}), _head_dim(given))
     if config.model.attention == "flash_attention_2" and config.precision.dtype == "fp32":
         why = "its kernels have no fp32; add precision=bf16, or use model.attention=sdpa"
         refuse("model.attention", config.model.attention, why)
@@ -176,11 +191,15 @@ def _model_rules(config: Config) -> None:
             "model.attention", "sdpa", f"{name} caps its attention logits, which sdpa cannot; use model.attention=eager"
         )
     # Rotary embeddings reach past the length of a folder's model, a table of positions does not.
-    given = config.model.config if family.rotary else {**family.defaults, **fields, **config.model.config}
-    longest = given.get("max_position_embeddings")
+    longest = (config.model.config if family.rotary else given).get("max_position_embeddings")
     if longest is not None and config.data.seq_len > longest:
         why = f"longer than model.config.max_position_embeddings={longest}; at most {longest}"
         refuse("data.seq_len", config.data.seq_len, why)
+
+
+def _head_dim(given: Mapping[str, Any]) -> int:
+    """Width of a head; whether heads divide the model's width is judged by the planner."""
+    return given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"]
 
 
 def _pretrained_rules(config: Config) -> None:
@@ -218,11 +237,11 @@ def _compile_rules(config: Config) -> None:
 
 def _expert_rules(config: Config) -> None:
     """torch's grouped product of half-precision matrices reads rows in units of 16 bytes."""
-    fields = base_fields(config.model.name)
+    fields = model_fields(config.model)
     family = FAMILIES[fields["model_type"]]
     if not family.experts or config.precision.dtype == "fp32":
         return
-    given = {**family.defaults, **fields, **config.model.config}
+    given = {**family.defaults, **fields}
     inner = "moe_intermediate_size" if "moe_intermediate_size" in given else "intermediate_size"
     for name in ("hidden_size", inner):
         if given[name] % 8:
@@ -258,7 +277,7 @@ def _split_rules(config: Config) -> None:
 def _schedule_rules(config: Config) -> None:
     steps, schedule = config.train.steps, config.schedule
     if schedule.warmup_steps > steps:
-        why = f"more than train.steps={steps}; add schedule.warmup_steps={steps // 10}, at most {steps}"
+        why = f"more than train.steps={steps}; use schedule.warmup_steps={warmup_steps(steps)}, at most {steps}"
         refuse("schedule.warmup_steps", schedule.warmup_steps, why)
     left = steps - schedule.warmup_steps
     if schedule.decay_steps > left:
@@ -266,11 +285,8 @@ def _schedule_rules(config: Config) -> None:
         refuse("schedule.decay_steps", schedule.decay_steps, f"{why}{schedule.warmup_steps}; at most {left}")
 
 
+_MODEL_RULES: tuple[Callable[[Config], None], ...] = (_place_rules, _run_rules, _model_rules, _pretrained_rules)
 _RULES: tuple[Callable[[Config], None], ...] = (
-    _place_rules,
-    _run_rules,
-    _model_rules,
-    _pretrained_rules,
     _compile_rules,
     _expert_rules,
     check_kernels,

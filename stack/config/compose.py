@@ -4,7 +4,6 @@ Hydra composes the groups of `conf/` and reads the overrides. The tree it compos
 converts in silence ("5" to 5, 1 to true): `stack.config.check` judges what the user really wrote, and types it.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,51 +12,64 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from stack.config.check import Tree, check_fragment, leaves, schema_tree, to_config, typed, unknown_key
-from stack.config.families import base_fields
-from stack.config.model_folder import check_weights, is_copy
+from stack.config import recipes, yaml_file
+from stack.config.check import check_fragment, schema_tree, to_config, typed
+from stack.config.model_folder import base_fields, check_weights, is_copy, rotary_section
+from stack.config.overrides import MODEL_FIELDS, is_model_field, node_of, parse
+from stack.config.rotary import SECTION
 from stack.config.schema import Config, Data
-from stack.config.values import Spec, closest, one_line, show
+from stack.config.values import one_line, show
 from stack.errors import ConfigError
 
 #: Folder beside a run's config.yaml with a copy of what `model.name` named when the run began, without weights.
 MODEL_COPY = "model"
 #: Keys of `data` that say more about `data.source`.
 SOURCE_KEYS = ("paths", "name", "subset", "split", "text_key", "extensions")
+_ROTARY = f"{MODEL_FIELDS}.{SECTION}"
 
 
 def compose(overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
     """The config of a run: `conf/config.yaml`, its groups, then `overrides` in Hydra's grammar.
 
+    `--config-dir DIR` among the overrides adds the groups of a folder: see `stack.config.recipes`. Nobody changes a
+    config once it is composed.
+
     Args:
         values: dotted key -> value, set after the groups and ahead of the overrides of single keys.
-
-    Nobody changes a config once it is composed.
 
     Raises:
         ConfigError: an override or a file of `conf/` is wrong; the message is one line.
     """
-    conf = conf_folder()
-    groups = groups_of(conf)
-    parsed = _parse(overrides, groups)
-    choices = [str(override.input_line) for override in parsed if override.key_or_group in groups]
+    conf = recipes.conf_folder()
+    lines, known = recipes.find(overrides, conf)
+    parsed = parse(lines, known.groups)
+    choices = [override for override in parsed if override.key_or_group in known.groups]
+    hydras = [_hydras(override) for override in choices]
     ConfigStore.instance().store(name="schema", node=asdict(Config()))
     try:
         with initialize_config_dir(str(conf), job_name="stack", version_base="1.3"):
-            tree = hydra_compose("config", overrides=choices)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{' '.join(choices) or conf}: {_first_words(error)}") from error
+            tree = hydra_compose("config", overrides=[*hydras, *known.search_path])
+    except (HydraException, OmegaConfBaseException, YAMLError, RecursionError, ValueError) as error:
+        shown = " ".join(str(override.input_line) for override in choices)
+        raise ConfigError(f"{shown or conf}: {yaml_file.first_words(error)}") from error
     with open_dict(tree):
         for key, value in (values or {}).items():
             OmegaConf.update(tree, key, value, force_add=True)
-    return _typed(tree, [override for override in parsed if override.key_or_group not in groups])
+    return _typed(tree, [override for override in parsed if override.key_or_group not in known.groups])
+
+
+def _hydras(choice: Override) -> str:
+    """A choice as Hydra is told it: a file by the name under which it was stored."""
+    line, value = str(choice.input_line), choice.value()
+    if not recipes.is_file_choice(value):
+        return line
+    return f"{choice.key_or_group}={recipes.store(choice.key_or_group, str(value))}"
 
 
 def from_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -70,10 +82,10 @@ def from_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file cannot be read, is not a config of this schema, or an override is wrong.
     """
-    groups = groups_of(conf_folder())
-    parsed = _parse(overrides, groups)
+    _, known = recipes.find([], recipes.conf_folder())
+    parsed = parse(overrides, known.groups)
     for override in parsed:
-        if override.key_or_group in groups:
+        if override.key_or_group in known.groups:
             raise ConfigError(f"{override.input_line}: a choice is for a new run; here set its keys one by one")
     tree = OmegaConf.create(asdict(as_saved(path)))
     given = {override.key_or_group for override in parsed}
@@ -82,7 +94,7 @@ def from_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if "model.name" not in given:
         _stand_in(tree, Path(path).parent / MODEL_COPY)
     try:
-        return _typed(tree, parsed)
+        return _typed(tree, parsed, is_whole=True)
     except ConfigError as error:
         if parsed:
             raise
@@ -96,16 +108,9 @@ def as_saved(path: str | Path) -> Config:
     Raises:
         ConfigError: the file cannot be read, or is not a config of this schema.
     """
-    try:
-        tree = OmegaConf.load(path)
-    except OSError as error:
-        why = error.strerror or error
-        raise ConfigError(f"{path}: cannot be read ({why}); give the config.yaml of a run") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a saved config ({_first_words(error)})") from error
+    tree = yaml_file.load(Path(path), what="the config.yaml of a run")
     # A file that was cut short must not be filled up with defaults.
-    missing = [section for section in schema_tree() if section not in tree]
-    if missing or not isinstance(tree, DictConfig):
+    if missing := [section for section in schema_tree() if section not in tree]:
         raise ConfigError(f"{path}: not a whole saved config; it lacks {', '.join(missing)}")
     try:
         return typed(OmegaConf.to_container(tree))
@@ -143,16 +148,18 @@ def saved_value(path: str | Path, key: str) -> str | None:
     Raises:
         ConfigError: the file cannot be read, or lacks it.
     """
+    tree = yaml_file.load(Path(path), what="the config.yaml of a run")
     try:
-        value: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        value: Any = OmegaConf.to_container(tree)
         for name in key.split("."):
             value = value[name]
     except (KeyError, TypeError, IndexError) as error:
         raise ConfigError(f"{path}: not a saved config, it has no {key}") from error
-    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a saved config ({_first_words(error)})") from error
     if not isinstance(value, str | None):
         raise ConfigError(f"{path}: not a saved config, its {key}={show(value)} is no text")
+    if value is not None and "${" in value:
+        # A saved config has none. Resolved, one could put any variable of the environment into an error message.
+        raise ConfigError(f"{path}: not a saved config, its {key}={show(value)} is an interpolation")
     return value
 
 
@@ -161,161 +168,90 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
-def conf_folder() -> Path:
-    """The folder of YAML groups: `stack/conf` in an installed wheel, `conf` beside the package in a checkout.
+def _typed(tree: DictConfig, overrides: Sequence[Override], *, is_whole: bool = False) -> Config:
+    """Apply single keys in order, resolve interpolations, and type the result.
 
-    Raises:
-        ConfigError: there is neither.
+    Args:
+        is_whole: whether rotary settings in the tree are all that there are, as in a saved config; otherwise they
+            override those of the model folder key by key.
     """
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise ConfigError(f"{package.parent / 'conf'}: no config.yaml there; install stack again")
-
-
-def _first_words(error: Exception) -> str:
-    """What is wrong and where, without the excerpts and search paths that follow."""
-    if isinstance(error, MarkedYAMLError) and error.problem_mark:
-        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
-    return one_line(str(error).partition("Config search path")[0])
-
-
-def groups_of(conf: Path) -> dict[str, list[str]]:
-    """Group -> its choices."""
-    return {
-        folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in conf.iterdir() if folder.is_dir()
-    }
-
-
-def _parse(lines: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[Override]:
-    """The overrides, each judged alone; what only the whole config can tell is left to `to_config`."""
-    first: dict[str, str] = {}
-    parsed = []
-    for line in lines:
-        _check_words(line)
-        override = parse_line(line)
-        key = override.key_or_group
-        if key in first:
-            raise ConfigError(f"{show(line)}: {key} is given twice, first as {show(first[key])}; keep one")
-        first[key] = line
-        if override.package is not None:
-            raise ConfigError(f"{show(line)}: packages are not used here; drop @{override.package}")
-        if key in groups:
-            _check_choice(line, override, groups[key])
-        else:
-            _check_key(line, override, groups)
-        parsed.append(override)
-    return parsed
-
-
-def parse_line(line: str) -> Override:
-    """One override by Hydra's grammar alone.
-
-    Raises:
-        ConfigError: it is not in that grammar.
-    """
-    try:
-        return OverridesParser.create().parse_override(line)
-    except HydraException as error:
-        why = f"not in Hydra's grammar ({one_line(error)})"
-        raise ConfigError(f"{show(line)}: {why}; quote a special value past the shell: 'key=\"value\"'") from error
-
-
-def _check_words(line: str) -> None:
-    """Refuse what is not an override at all before Hydra's grammar calls it a token error."""
-    key = re.split("[=@:]", line.lstrip("+~"), maxsplit=1)[0]
-    if re.match(r"hydra($|[./])", key):
-        raise ConfigError(f"{show(line)}: hydra.* is for a sweep, which stack train -m starts; drop it")
-    if line in ("-m", "--multirun"):
-        raise ConfigError(f"{line}: only stack train starts a sweep; drop it")
-    if line.startswith("-"):
-        raise ConfigError(f"{show(line)}: not an override; write key=value, for example train.steps=200")
-    if "=" not in line and not line.startswith("~"):
-        spec = dict(leaves(schema_tree())).get(key)
-        example = f"{key}={show(spec.example)}" if spec else "train.steps=200"
-        raise ConfigError(f"{show(line)}: not an override; write key=value, for example {example}")
-
-
-def _check_choice(line: str, override: Override, choices: Sequence[str]) -> None:
-    group, listed = override.key_or_group, ", ".join(choices)
-    if override.is_add() or override.is_force_add():
-        raise ConfigError(f"{show(line)}: {group} has a choice already; drop the +")
-    if override.is_delete():
-        if override.value() is not None:
-            raise ConfigError(f"{show(line)}: write ~{group} to compose without it")
-        return
-    if override.is_sweep_override() or isinstance(override.value(), dict | list):
-        sweep = "; add -m to stack train for a sweep" if override.is_sweep_override() else ""
-        raise ConfigError(
-            f"{show(line)}: {group} takes one choice, its keys come one by one; choices are {listed}{sweep}"
-        )
-    if override.value() is None:
-        raise ConfigError(f"{show(line)}: write ~{group} to compose without it; choices are {listed}")
-    name = show(override.value())
-    if name not in choices:
-        meant = closest(name, choices)
-        hint = f"did you mean {meant}? " if meant else ""
-        raise ConfigError(f"{show(line)}: no such choice; {hint}choices are {listed}")
-
-
-def _check_key(line: str, override: Override, groups: Mapping[str, Sequence[str]]) -> None:
-    path = override.key_or_group
-    node = node_of(path)
-    if node is None:
-        unknown_key(path, show(line), groups)
-    if override.is_sweep_override():
-        is_list = isinstance(node, Spec) and node.is_list
-        hint = f"or write {path}=[{line.partition('=')[2]}]" if is_list else "or give one value"
-        raise ConfigError(
-            f"{show(line)}: several values are a sweep, and this is one run; add -m to stack train, {hint}"
-        )
-    in_model = path.startswith("model.config.")
-    if override.is_delete():
-        if not in_model or override.value() is not None:
-            raise ConfigError(f"{show(line)}: only ~model.config.KEY can be deleted; write {path}=VALUE to change it")
-        return
-    if override.is_add() and not in_model:
-        raise ConfigError(f"{show(line)}: {path} exists already; drop the +")
-    value = override.value()
-    # What an interpolation stands for is known once everything is composed.
-    if "${" not in str(value):
-        check_fragment(path, value, node)
-
-
-def node_of(path: str) -> Spec | Tree | None:
-    """What the schema has at a dotted key; None where there is no such key."""
-    node: Any = schema_tree()
-    for part in path.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            return None
-        node = node[part]
-    return node
-
-
-def _typed(tree: DictConfig, overrides: Sequence[Override]) -> Config:
-    """Apply single keys in order, resolve interpolations, and type the result."""
+    fields = [override for override in overrides if is_model_field(override)]
     with open_dict(tree):
         for override in overrides:
-            try:
+            if override not in fields:
                 _apply(tree, override)
-            except OmegaConfBaseException as error:
-                raise ConfigError(f"{show(override.input_line)}: cannot be set ({one_line(error)})") from error
+        # `model.name` is known from here on, and with it whose settings the fields change.
+        _bring_rotary(tree, fields, is_whole=is_whole)
+        for override in fields:
+            _apply(tree, override)
     try:
         raw = OmegaConf.to_container(tree, resolve=True)
-    except InterpolationResolutionError as error:
+    except OmegaConfBaseException as error:
         why = str(error).splitlines()[0]
         raise ConfigError(f"{error.full_key}: its interpolation leads nowhere ({why})") from error
+    except RecursionError as error:
+        raise ConfigError("config: an interpolation in it stands for itself; write the value out") from error
+    for override in overrides:
+        if "${" in str(override.value()):
+            # Before the whole config: what follows from this key would be blamed otherwise.
+            path, node = override.key_or_group, node_of(override.key_or_group)
+            assert node is not None
+            check_fragment(path, _at(raw, path), node)
     return to_config(raw)
 
 
 def _apply(tree: DictConfig, override: Override) -> None:
+    """
+    Raises:
+        ConfigError: there is nothing to delete, or OmegaConf cannot set it.
+    """
     path = override.key_or_group
-    if not override.is_delete():
-        OmegaConf.update(tree, path, override.value(), merge=True, force_add=True)
+    try:
+        if not override.is_delete():
+            OmegaConf.update(tree, path, override.value(), merge=True, force_add=True)
+            return
+        section, _, key = path.rpartition(".")
+        parent = OmegaConf.select(tree, section)
+        if parent is not None and key in parent:
+            del parent[key]
+        elif path == _ROTARY and _folder_rotary(tree):
+            # Empty, so that the class takes its own settings.
+            OmegaConf.update(tree, path, {}, force_add=True)
+        else:
+            raise ConfigError(f"{show(override.input_line)}: {path} is not set; drop it")
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{show(override.input_line)}: cannot be set ({one_line(error)})") from error
+
+
+def _bring_rotary(tree: DictConfig, fields: Sequence[Override], *, is_whole: bool) -> None:
+    """Puts a model folder's rotary settings below those in the tree, where an override, or a preset, changes some of
+    them: the others then stay as the folder has them."""
+    own = OmegaConf.select(tree, _ROTARY)
+    if own is None and not any(_sets_rotary(override) for override in fields):
         return
-    section, _, key = path.rpartition(".")
-    parent = OmegaConf.select(tree, section)
-    if parent is None or key not in parent:
-        raise ConfigError(f"{show(override.input_line)}: {path} is not set; drop it")
-    del parent[key]
+    if own is not None and is_whole:
+        return
+    if theirs := _folder_rotary(tree):
+        OmegaConf.update(tree, _ROTARY, OmegaConf.merge(theirs, own or {}), merge=False, force_add=True)
+
+
+def _sets_rotary(override: Override) -> bool:
+    path, value = override.key_or_group, override.value()
+    if path == MODEL_FIELDS:
+        return isinstance(value, dict) and SECTION in value
+    return path.startswith(f"{_ROTARY}.") or (path == _ROTARY and not override.is_delete())
+
+
+def _folder_rotary(tree: DictConfig) -> dict[str, Any] | None:
+    try:
+        name = OmegaConf.select(tree, "model.name")
+    except OmegaConfBaseException:
+        # Told when the whole config is resolved.
+        return None
+    return rotary_section(name) if isinstance(name, str) else None
+
+
+def _at(raw: Any, path: str) -> Any:
+    for name in path.split("."):
+        raw = raw[name]
+    return raw

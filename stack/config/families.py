@@ -3,15 +3,13 @@
 Defaults are those of the family's config class in transformers 5; tests/unit/test_shape.py holds them together.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from stack.config.model_fields import PARTIAL, PLAIN_ROPE, ROPE, SPECS, Tree
-from stack.config.model_folder import local_folder
-from stack.config.values import Spec, closest, one_line, refuse
+from stack.config.model_fields import SPECS, Tree
+from stack.config.rotary import PARTIAL, PHI_ROPE, ROPE
+from stack.config.values import Spec
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,11 @@ class Family:
     def rotary(self) -> bool:
         """False: positions are learned, in a table of max_position_embeddings."""
         return "rope_parameters" in self.fields
+
+    @property
+    def rotary_by_layer(self) -> bool:
+        """Whether rotary settings have a section for each layer type."""
+        return "full_attention" in self.fields.get("rope_parameters", {})
 
 
 _DECODER: dict[str, Any] = {
@@ -176,7 +179,7 @@ FAMILIES: dict[str, Family] = {
             hidden_size=3072,
             intermediate_size=8192,
             max_position_embeddings=4096,
-            rope_parameters=PLAIN_ROPE,
+            rope_parameters=PHI_ROPE,
             rms_norm_eps=1e-5,
             resid_pdrop=0.0,
             sliding_window=None,
@@ -341,30 +344,3 @@ FAMILIES: dict[str, Family] = {
         aliases={"num_local_experts": "num_experts"},
     ),
 }
-
-_OFFER = f"the families are {', '.join(FAMILIES)}, and docs/add-a-family.md adds one"
-
-
-def base_fields(name: str) -> dict[str, Any]:
-    """Fields that `model.name` stands for, `model_type` among them: a family's, or those of a folder's or hub model's
-    config.json.
-
-    Raises:
-        ConfigError: it is none of them, or the folder's model is of no known family.
-    """
-    if name in FAMILIES:
-        return {"model_type": name}
-    if "/" not in name and not Path(name).exists():
-        meant = closest(name, [*FAMILIES], cutoff=0.7)
-        hint = f" (did you mean {meant}?)" if meant else ""
-        refuse("model.name", name, f"neither a family nor a folder{hint}; {_OFFER}")
-    try:
-        fields = json.loads((local_folder(name, weights=False) / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        refuse("model.name", name, f"its config.json cannot be read ({error.strerror}); give a Hugging Face folder")
-    except ValueError as error:
-        refuse("model.name", name, f"its config.json is not JSON ({one_line(error)})")
-    family = fields.get("model_type") if isinstance(fields, dict) else None
-    if family not in FAMILIES:
-        refuse("model.name", name, f"its config.json has model_type {family}; {_OFFER}")
-    return {FAMILIES[family].aliases.get(key, key): value for key, value in fields.items()}

@@ -3,7 +3,8 @@
 from dataclasses import fields
 from typing import Any
 
-from stack.config.families import FAMILIES, Family, base_fields
+from stack.config.families import FAMILIES, Family
+from stack.config.model_folder import model_fields
 from stack.config.schema import Config
 from stack.config.values import refuse, show
 
@@ -63,6 +64,6 @@ def _changed_after_head(config: Config) -> str | None:
 
 def _model(config: Config) -> tuple[str, Family, dict[str, Any]]:
     """Name of the family, the family, and the values of its fields."""
-    folder = base_fields(config.model.name)
-    name = folder["model_type"]
-    return name, FAMILIES[name], {**FAMILIES[name].defaults, **folder, **config.model.config}
+    given = model_fields(config.model)
+    name = given["model_type"]
+    return name, FAMILIES[name], {**FAMILIES[name].defaults, **given}

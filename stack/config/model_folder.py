@@ -1,14 +1,22 @@
-"""What `model.name` names beside a family: a model folder on this machine, or a hub's, in the Hugging Face cache."""
+"""What `model.name` names: a family, a model folder on this machine, or a hub's in the Hugging Face cache; and the
+fields of the model, which its config.json and `model.config` give together."""
 
+import copy
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from stack.config.values import one_line, refuse
+from stack.config.families import FAMILIES, Family
+from stack.config.model_fields import SPECS
+from stack.config.rotary import SECTION, rotary_of, without_rotary
+from stack.config.schema import Model
+from stack.config.values import check_value, closest, one_line, refuse, show
 from stack.disk import parse_json, read_regular
+from stack.errors import ConfigError
 
 #: One file of weights, or many and the index that says which tensor is where.
 SINGLE = "model.safetensors"
@@ -25,8 +33,98 @@ _DESCRIBING = re.compile(
 #: What is fetched with the weights. Some hubs also keep them under other names, for other programs.
 _ALL = ("*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+#: Fields that are null in published config.json files even where the class has a number.
+_MAY_BE_NULL = ("head_dim", "num_key_value_heads", "sliding_window", "layer_types", "no_rope_layers", "n_inner")
 #: Endings of files that may hold a model's weights in a form that is not read here.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors")
+
+_OFFER = f"the families are {', '.join(FAMILIES)}, and docs/add-a-family.md adds one"
+
+
+def base_fields(name: str) -> dict[str, Any]:
+    """Fields that `model.name` stands for, `model_type` among them: a family's, or those of a folder's or hub model's
+    config.json, under the names that the family has here. The caller may change what it gets.
+
+    Raises:
+        ConfigError: it is none of them, the folder's model is of no known family, or a number in its config.json is
+            one that no model has.
+    """
+    if name in FAMILIES:
+        return {"model_type": name}
+    if "/" not in name and not Path(name).exists():
+        meant = closest(name, [*FAMILIES], cutoff=0.7)
+        hint = f" (did you mean {meant}?)" if meant else ""
+        refuse("model.name", name, f"neither a family nor a folder{hint}; {_OFFER}")
+    file = local_folder(name, weights=False) / _CONFIG[0]
+    try:
+        state = file.stat()
+    except OSError as error:
+        refuse("model.name", name, f"its config.json cannot be read ({error.strerror}); give a Hugging Face folder")
+    return copy.deepcopy(_read_fields(name, file, state.st_mtime_ns, state.st_ino, state.st_size))
+
+
+def model_fields(model: Model) -> dict[str, Any]:
+    """Hugging Face config fields of the model, `model_type` among them: those that its name stands for, overridden by
+    `model.config`. Rotary settings in `model.config` are whole: see `stack.config.compose`.
+
+    Raises:
+        ConfigError: as `base_fields`.
+    """
+    fields = base_fields(model.name)
+    if SECTION in model.config:
+        fields = without_rotary(fields)
+    return {**fields, **model.config}
+
+
+def rotary_section(name: str) -> dict[str, Any] | None:
+    """The rotary settings of the folder that `model.name` names; None of a family, or of one without such settings.
+
+    Raises:
+        ConfigError: as `base_fields`.
+    """
+    fields = base_fields(name)
+    family = FAMILIES[fields["model_type"]]
+    if name in FAMILIES or not family.rotary:
+        return None
+    return rotary_of(fields, layer_types=family.rotary_by_layer)
+
+
+# The file's state is a part of the key: a folder may be written anew under the same name.
+@lru_cache(maxsize=64)
+def _read_fields(name: str, file: Path, *_state: int) -> dict[str, Any]:
+    try:
+        fields = parse_json(read_regular(file))
+    except OSError as error:
+        refuse("model.name", name, f"its config.json cannot be read ({error.strerror}); give a Hugging Face folder")
+    except ValueError as error:
+        refuse("model.name", name, f"its config.json is not JSON ({one_line(error)})")
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        refuse("model.name", name, f"its config.json has model_type {show(kind)}; {_OFFER}")
+    family = FAMILIES[kind]
+    fields = {family.aliases.get(key, key): value for key, value in fields.items()}
+    _check_numbers(name, fields, family)
+    return fields
+
+
+def _check_numbers(name: str, fields: Mapping[str, Any], family: Family) -> None:
+    """Judges what the planner computes with; the class itself judges the rest."""
+    for key in (SECTION, "rope_scaling"):
+        if not isinstance(fields.get(key) or {}, Mapping):
+            refuse("model.name", name, f"its config.json has {key}={show(fields[key])}, which is no section")
+    for key, spec in family.fields.items():
+        value = fields.get(key)
+        if isinstance(spec, Mapping):
+            continue
+        # Null is what a file says of a field that its model does not use.
+        if value is None and (spec.nullable or SPECS[key].nullable or key in _MAY_BE_NULL or key not in fields):
+            continue
+        if spec.kind is str and not spec.is_list:
+            continue
+        try:
+            check_value(key, value, spec)
+        except ConfigError as error:
+            refuse("model.name", name, f"its config.json has {error}")
 
 
 def is_hub_name(name: str) -> bool:

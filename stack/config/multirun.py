@@ -19,8 +19,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from omegaconf.errors import OmegaConfBaseException
 
+from stack.config import recipes
 from stack.config.check import unknown_key
-from stack.config.compose import compose, conf_folder, groups_of, node_of, parse_line
+from stack.config.compose import compose
+from stack.config.overrides import node_of, parse_line
+from stack.config.recipes import Recipes
 from stack.config.schema import Config
 from stack.config.values import Spec, one_line, show
 from stack.errors import ConfigError, StackError
@@ -49,6 +52,8 @@ class Request:
     """Hydra's own: its launcher, its sweeper."""
     folder: str | None
     """`hydra.sweep.dir`."""
+    recipes: Recipes
+    """What its groups can be chosen from."""
 
     @property
     def is_optuna(self) -> bool:
@@ -81,8 +86,10 @@ def read(lines: Sequence[str]) -> Request:
     Raises:
         ConfigError: a line is not an override, or sets what a sweep does not let be set.
     """
-    groups = groups_of(conf_folder())
-    shared, swept, hydra, folder = [], [], [], None
+    lines, known = recipes.find(lines, recipes.conf_folder())
+    # In front, and absolute: every job is told it again.
+    shared = [f"{recipes.FLAG}={known.own}"] if known.own else []
+    swept, hydra, folder = [], [], None
     for line in lines:
         if re.match(r"[+~]*hydra($|[./])", line):
             _check_hydra(line)
@@ -96,10 +103,10 @@ def read(lines: Sequence[str]) -> Request:
         if override is None or not override.is_sweep_override():
             shared.append(line)
             continue
-        _check_swept(line, override, groups)
+        _check_swept(line, override, known)
         _check_values(line, override)
         swept.append(line)
-    request = Request(tuple(shared), tuple(swept), tuple(hydra), folder)
+    request = Request(tuple(shared), tuple(swept), tuple(hydra), folder, known)
     _check_sweeper(request)
     return request
 
@@ -126,25 +133,27 @@ def multirun(request: Request, folder: Path, run_jobs: RunJobs) -> None:
         StackError: whatever `run_jobs` raises.
     """
     ConfigStore.instance().store(name="schema", node=asdict(Config()))
+    files: dict[str, str] = {}
     lines = [
         *_defaults(request),
+        *request.recipes.search_path,
         *request.hydra,
         f"hydra.sweep.dir={_quoted(str(folder))}",
-        *map(_open, request.swept),
+        *(_open(line, request.recipes, files) for line in request.swept),
     ]
 
     own: list[Exception] = []
 
     def task(jobs: list[list[str]], **settings: Any) -> list[float | None]:
         try:
-            # What was opened for Hydra's tree; ours is strict about it.
-            return run_jobs([[line.lstrip("+") for line in job] for job in jobs], **settings)
+            # What was opened and renamed for Hydra's tree; ours is strict about it.
+            return run_jobs([[files.get(line, line.lstrip("+")) for line in job] for job in jobs], **settings)
         except Exception as error:
             own.append(error)
             raise
 
     try:
-        with initialize_config_dir(str(conf_folder()), job_name="stack", version_base="1.3"):
+        with initialize_config_dir(str(recipes.conf_folder()), job_name="stack", version_base="1.3"):
             hydra = GlobalHydra.instance().hydra
         # Out of the context: each job is composed in one of its own, which Hydra does not nest.
         assert hydra is not None
@@ -183,12 +192,12 @@ def _check_hydra(line: str) -> None:
         raise ConfigError(f"{show(line)}: only hydra/launcher=stack gives each job processes of its own; drop it")
 
 
-def _check_swept(line: str, override: Override, groups: dict[str, list[str]]) -> None:
+def _check_swept(line: str, override: Override, known: Recipes) -> None:
     key = override.key_or_group
     if key in ("run.root", "run.name"):
         raise ConfigError(f"{show(line)}: all jobs of a sweep lie in one folder, which {key} names; give one value")
-    if key not in groups and node_of(key) is None:
-        unknown_key(key, show(line), groups)
+    if key not in known.groups and node_of(key) is None:
+        unknown_key(key, show(line), known.groups)
 
 
 def _check_values(line: str, override: Override) -> None:
@@ -237,6 +246,8 @@ def _space(override: Override) -> list[str]:
 
 
 def _canonical(line: str) -> str:
+    if line.startswith(f"{recipes.FLAG}="):
+        return json.dumps(line)
     override = parse_line(line)
     path, value = override.key_or_group, override.value()
     node = node_of(path)
@@ -245,9 +256,22 @@ def _canonical(line: str) -> str:
     return json.dumps(["~" if override.is_delete() else "", path, value], sort_keys=True, default=str)
 
 
-def _open(line: str) -> str:
-    """For Hydra's tree, which is closed: the model's fields are those of its family, and not in it beforehand."""
-    return f"++{line.lstrip('+')}" if key_of(line).startswith("model.config.") else line
+def _open(line: str, known: Recipes, files: dict[str, str]) -> str:
+    """A swept override as Hydra's tree can take it: the tree is closed, and lacks the fields of the model's family; and
+    a file is a choice there under another name.
+
+    Args:
+        files: gets the override that each of Hydra's stands for.
+    """
+    key = key_of(line)
+    if key.startswith("model.config."):
+        return f"++{line.lstrip('+')}"
+    if key not in known.groups:
+        return line
+    choices = [override.partition("=")[2] for override in _values(parse_line(line))]
+    names = {choice: recipes.store(key, choice) for choice in choices if recipes.is_file_choice(choice)}
+    files |= {f"{key}={name}": f"{key}={choice}" for choice, name in names.items()}
+    return f"{key}={','.join(names.get(choice, choice) for choice in choices)}" if names else line
 
 
 def _quoted(text: str) -> str:

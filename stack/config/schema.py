@@ -17,8 +17,13 @@ def _at_least(default: Any, low: float) -> Any:
     return field(default=default, metadata={"low": low})
 
 
-def _between(default: float, low: float, high: float) -> Any:
+def _between(default: Any, low: float, high: float) -> Any:
     return field(default=default, metadata={"low": low, "high": high})
+
+
+def _size(default: int, low: int) -> Any:
+    # 16 M: beyond any run, and small enough for arithmetic and loops.
+    return _between(default, low, 2**24)
 
 
 def _above(default: Any, above: float) -> Any:
@@ -34,7 +39,7 @@ def _seconds(default: float) -> Any:
 class Run:
     root: str = "runs"
     """Folder that holds all runs; on several hosts a folder all of them see."""
-    name: str = "quickstart"
+    name: str = "run"
     """Name of the experiment; each start of it makes `<root>/<name>/<run_id>`."""
     seed: int = _at_least(1234, 0)
     """Seeds parameter initialisation, data order and dropout."""
@@ -72,14 +77,15 @@ class Data:
     """Split of the dataset, for `hf`."""
     text_key: str = "text"
     """Column that holds the text, for csv, jsonl, json, parquet and `hf`; `data.text` is the field `text` in `data`."""
-    tokenizer: str = "bpe"
-    """`bpe` trains a byte-level BPE of `vocab_size` on the corpus; else a Hugging Face tokenizer folder or name."""
+    tokenizer: str = field(default="auto", metadata={"example": "bpe"})
+    """`bpe` trains a byte-level BPE of `vocab_size` on the corpus; else a Hugging Face tokenizer folder or name. `auto`
+    is the one of `model.name` with model.init=pretrained, else `bpe`."""
     special_tokens: str = _one_of("parse", "parse", "text")
     """What a document means by spelling a special token such as `<|im_start|>`: `parse` gives it that token's id, as
     transformers does; `text` takes it for ordinary text, which is safe for text that strangers wrote."""
-    vocab_size: int = _at_least(4096, 257)
+    vocab_size: int = _size(4096, 257)
     """Size of the trained BPE, all 256 bytes and the end-of-document token included."""
-    seq_len: int = _at_least(256, 8)
+    seq_len: int = _size(256, 8)
     """Tokens in a sequence, as the model sees it."""
     pack: bool = True
     """True: documents are joined and cut into full sequences. False: one document a sequence, cut or padded."""
@@ -105,21 +111,21 @@ class Offload:
 
 @dataclass
 class Parallel:
-    pipeline: int = _at_least(2, 1)
+    pipeline: int = _size(2, 1)
     """Ranks along the pipe; each holds `virtual_stages` stages."""
-    data: Any = field(default="auto", metadata={"auto": int, "low": 1, "example": 4})
+    data: Any = field(default="auto", metadata={"auto": int, "low": 1, "high": 2**24, "example": 4})
     """Replicas; `auto` is ranks / pipeline."""
     zero: int = field(default=3, metadata={"choices": (0, 1, 2, 3)})
     """ZeRO stage inside each pipeline stage's data group."""
     schedule: str = _one_of("1f1b", "1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")
     """Order of forwards and backwards of the microbatches."""
-    virtual_stages: int = _at_least(1, 1)
+    virtual_stages: int = _size(1, 1)
     """Stages on each rank of the pipe: more than one for the interleaved schedules, two for `zbv`."""
     reduce: str = _one_of("step", "step", "microbatch")
     """Reduce gradients once a step (full stage gradients live meanwhile) or after every backward."""
     gather: str = _one_of("step", "step", "microbatch")
     """ZeRO-3: hold a stage's gathered parameters for the whole step, or gather them again for each microbatch."""
-    hpz: int = _at_least(1, 1)
+    hpz: int = _size(1, 1)
     """ZeRO-3 with gather=microbatch: ranks that keep a second copy of the parameters between them, so that backwards
     gather inside a host; 1 keeps none."""
     quantized_weights: bool = False
@@ -138,15 +144,15 @@ class Activation:
     """`full` keeps only each decoder layer's input and recomputes the layer in the backward; `every_k` does so in one
     layer of `every`; `selective` also keeps the results of matrix products, those of experts too, and of attention
     without dropout."""
-    every: int = _at_least(2, 1)
+    every: int = _size(2, 1)
     """The k of `every_k`: layers 0, k, 2k, ... are recomputed."""
 
 
 @dataclass
 class Batch:
-    global_size: int = _at_least(16, 1)
+    global_size: int = _size(16, 1)
     """Sequences in one optimizer step, over all replicas and microbatches."""
-    micro_size: int = _at_least(2, 1)
+    micro_size: int = _size(2, 1)
     """Sequences in one microbatch of one replica; the number of microbatches follows."""
 
 
@@ -177,8 +183,8 @@ class Kernels:
 class Optim:
     kind: str = _one_of("adamw", "adamw", "sgd")
     """`sgd` is SGD with `momentum`."""
-    lr: float = _above(3e-3, 0)
-    """Peak learning rate."""
+    lr: Any = field(default="auto", metadata={"auto": float, "above": 0, "example": 3e-4})
+    """Peak learning rate. `auto` is 3e-4 for AdamW with model.init=scratch; SGD or pretrained weights need a number."""
     momentum: float = field(default=0.9, metadata={"low": 0, "below": 1})
     """SGD's momentum."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"length": 2, "low": 0, "below": 1})
@@ -197,8 +203,8 @@ class Optim:
 class Schedule:
     kind: str = _one_of("cosine", "cosine", "wsd", "linear", "constant")
     """Learning rate after warm-up; `wsd` is constant, then linear decay over `decay_steps`."""
-    warmup_steps: int = _at_least(20, 0)
-    """Steps of linear warm-up from 0 to `optim.lr`."""
+    warmup_steps: Any = field(default="auto", metadata={"auto": int, "low": 0, "example": 20})
+    """Steps of linear warm-up from 0 to `optim.lr`; `auto` is a tenth of `train.steps`, at most 2000."""
     decay_steps: int = _at_least(0, 0)
     """Length of the final decay of `wsd`, in steps; 0 is a tenth of `train.steps`."""
     min_lr_ratio: float = _between(0.1, 0, 1)

@@ -80,6 +80,8 @@ def config_of_folder(name: str, overrides: Sequence[str]) -> tuple[Config, Data 
         **{key: value for key, value in known.items() if key in DEFINING and not _is_replaced(key, given)},
         "model.name": name,
         "model.init": "pretrained",
+        # Nothing is trained, and `auto` is refused with pretrained weights.
+        "optim.lr": 1e-5,
     }
     if "data.tokenizer" not in given:
         if folder.is_dir() and not has_tokenizer(folder):

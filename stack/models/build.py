@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from stack.config.kernels import loss_kernel
+from stack.config.model_folder import model_fields
 from stack.config.schema import Config
 from stack.data.batches import IGNORE
 from stack.models.documents import Documents, known
@@ -23,7 +24,6 @@ from stack.models.kernels import LossHead, put_in_liger, require
 from stack.models.router import Router
 from stack.models.weights import Weights
 from stack.plan.layout import Plan
-from stack.plan.shape import model_fields
 
 #: Calls with each unit as soon as it is materialised.
 Place = Callable[[nn.Module], None]

@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from stack import disk
 from stack.config.families import FAMILIES
-from stack.config.model_folder import INDEX, SINGLE, local_folder
+from stack.config.model_folder import INDEX, SINGLE, local_folder, model_fields
 from stack.config.schema import Config
 from stack.data.tokenizer import copy_tokenizer
 from stack.disk import place, sync, sync_tree
@@ -28,7 +28,6 @@ from stack.models import tensorfile
 from stack.models.build import whole_model
 from stack.models.families import parts_of
 from stack.models.tensorfile import Entry
-from stack.plan.shape import model_fields
 
 #: Most bytes of tensors in one file.
 MAX_FILE = 5 * 10**9

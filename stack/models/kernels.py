@@ -19,12 +19,18 @@ _INTERPRETER = "TRITON_INTERPRET"
 
 
 def require(cfg: Config, device: torch.device) -> None:
-    """Refuses kernels that this host cannot run; what a model cannot have is refused in `stack.config.kernels`.
+    """Refuses what this rank's device cannot run; what a model cannot have is refused in `stack.config.kernels`.
 
     Raises:
         ConfigError: liger-kernel is not installed.
-        LayoutError: there is no NVIDIA GPU, nor Triton's interpreter (TRITON_INTERPRET=1).
+        LayoutError: there is no NVIDIA GPU, which 8-bit gathers need, and Liger's kernels without Triton's interpreter
+            (TRITON_INTERPRET=1).
     """
+    if cfg.parallel.quantized_weights and device.type != "cuda":
+        raise LayoutError(
+            "parallel.quantized_weights=true on a host without NVIDIA GPUs: DeepSpeed's quantizer has no CPU kernel; "
+            "use parallel.quantized_weights=false"
+        )
     for part in liger_parts(cfg):
         other = "chunked" if part == "loss" else "torch"
         if importlib.util.find_spec("liger_kernel") is None:

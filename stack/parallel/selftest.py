@@ -172,7 +172,7 @@ def _tiny(zero_stage: int, reduce: str, gather: str) -> Any:
     }
     cfg.data.seq_len, cfg.data.vocab_size = 16, 64
     cfg.batch.global_size, cfg.batch.micro_size = 2, 1
-    cfg.optim.grad_clip, cfg.optim.eps = 0.0, 1e-3
+    cfg.optim.lr, cfg.optim.grad_clip, cfg.optim.eps = 3e-3, 0.0, 1e-3
     cfg.parallel.zero, cfg.parallel.reduce, cfg.parallel.gather = zero_stage, reduce, gather
     return cfg
 

@@ -5,11 +5,15 @@ import re
 from pathlib import Path
 
 from stack.config.schema import Config
+from stack.config.values import show
+from stack.disk import read_regular
 from stack.errors import LayoutError
 from stack.plan.policies import local_devices
 
 #: Ranks on a host without a GPU: pp2 x dp2, the smallest layout in which nothing is trivial.
 CPU_RANKS = 4
+#: As launch.ranks_per_node.
+_MOST_SLOTS = 1024
 _LINE = re.compile(r"(?P<name>\w[\w.:%@-]*)\s+slots\s*=\s*(?P<slots>[1-9]\d*)")
 _EXAMPLE = "a line is NAME slots=RANKS, for example node-0 slots=8"
 
@@ -20,22 +24,28 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     Raises:
         LayoutError: the file cannot be read, or is no hostfile.
     """
+    given = f"launch.hostfile={show(path)}"
     try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_regular(Path(path)).decode().splitlines()
+    except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "not text"
-        raise LayoutError(f"launch.hostfile={path}: cannot be read ({why}); {_EXAMPLE}") from error
+        raise LayoutError(f"{given}: cannot be read ({why}); {_EXAMPLE}") from error
     found: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not (entry := line.partition("#")[0].strip()):
             continue
         if not (match := _LINE.fullmatch(entry)):
-            raise LayoutError(f"launch.hostfile={path}, line {number}: {entry!r} is no host; {_EXAMPLE}")
+            raise LayoutError(f"{given}, line {number}: '{show(entry)}' is no host; {_EXAMPLE}")
+        slots = match["slots"]
+        if len(slots) > len(str(_MOST_SLOTS)) or int(slots) > _MOST_SLOTS:
+            raise LayoutError(
+                f"{given}, line {number}: slots={show(slots)}: no host has so many; use at most {_MOST_SLOTS}"
+            )
         if match["name"] in found:
-            raise LayoutError(f"launch.hostfile={path}, line {number}: {match['name']} is there twice; keep one line")
-        found[match["name"]] = int(match["slots"])
+            raise LayoutError(f"{given}, line {number}: {match['name']} is there twice; keep one line")
+        found[match["name"]] = int(slots)
     if not found:
-        raise LayoutError(f"launch.hostfile={path}: names no host; {_EXAMPLE}")
+        raise LayoutError(f"{given}: names no host; {_EXAMPLE}")
     return found
 
 
@@ -64,18 +74,24 @@ def ranks_of_hosts(cfg: Config) -> tuple[int, int, str]:
     """
     if hosts := hosts_of(cfg):
         ranks, why = _ranks_of_slots(cfg, hosts)
-        return len(hosts), ranks, why
+        return len(hosts), ranks, f"launch.hostfile, {why}"
     in_slurm = cfg.launch.backend == "slurm"
-    nodes = cfg.launch.nodes
+    nodes, by = cfg.launch.nodes, "launch.nodes; "
     if nodes == "auto":
-        nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if in_slurm else 1
+        nodes, by = _of_slurm("SLURM_JOB_NUM_NODES") or 1 if in_slurm else 1, ""
     if cfg.launch.ranks_per_node != "auto":
-        return nodes, cfg.launch.ranks_per_node, "launch.ranks_per_node"
-    if in_slurm and (tasks := re.match(r"\d+", os.environ.get("SLURM_NTASKS_PER_NODE", ""))):
-        return nodes, int(tasks[0]), "the allocation's tasks per node"
+        return nodes, cfg.launch.ranks_per_node, f"{by}launch.ranks_per_node"
+    if in_slurm and (tasks := _of_slurm("SLURM_NTASKS_PER_NODE")):
+        return nodes, tasks, f"{by}the allocation's tasks per node"
     if gpus := local_devices():
-        return nodes, gpus, f"one for each of this host's {gpus} NVIDIA GPUs"
-    return nodes, CPU_RANKS, "no NVIDIA GPU here: the CPU default"
+        return nodes, gpus, f"{by}one for each of this host's {gpus} NVIDIA GPUs"
+    return nodes, CPU_RANKS, f"{by}no NVIDIA GPU here: the CPU default"
+
+
+def _of_slurm(variable: str) -> int | None:
+    """The number that a variable of the allocation begins with (`8(x2)` is 8 on each of two hosts)."""
+    found = re.match(r"\d{1,6}(?!\d)", os.environ.get(variable, ""))
+    return int(found[0]) if found else None
 
 
 def _ranks_of_slots(cfg: Config, hosts: dict[str, int]) -> tuple[int, str]:
@@ -93,4 +109,4 @@ def _ranks_of_slots(cfg: Config, hosts: dict[str, int]) -> tuple[int, str]:
             f"launch.hostfile={cfg.launch.hostfile}: {fewest} has {hosts[fewest]} slots, others have more, and every "
             f"host runs as many ranks; use launch.ranks_per_node={hosts[fewest]}"
         )
-    return hosts[fewest], "slots of the hostfile"
+    return hosts[fewest], "its slots"

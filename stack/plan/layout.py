@@ -4,13 +4,23 @@ Pure arithmetic made once, before any process starts. Everything downstream read
 """
 
 import dataclasses
+import itertools
+import math
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from stack.config.schema import Config, Parallel
 from stack.errors import LayoutError
 from stack.plan.hosts import ranks_of_hosts
 from stack.plan.policies import SCHEDULES, check_policies
 from stack.plan.shape import ModelShape, divisors, model_shape
+
+#: Legal values that an error lists.
+_MOST_OFFERED = 12
+#: How far around a microbatch size others are tried.
+_NEAR = 32
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,8 @@ class Plan:
 
     def holder_of(self, stage: int) -> int:
         """The rank of the pipe that holds a stage."""
-        return next(pipe_rank for pipe_rank in range(self.pipeline) if stage in self.stages_of(pipe_rank))
+        turn, place = divmod(stage, self.pipeline)
+        return self.pipeline - 1 - place if turn % 2 and SCHEDULES[self.schedule].folded else place
 
     @property
     def tied_apart(self) -> bool:
@@ -83,6 +94,11 @@ class Plan:
     def rank_params(self, pipe_rank: int) -> int:
         """Parameters of all stages of a rank of the pipe."""
         return sum(map(self.stage_params, self.stages_of(pipe_rank)))
+
+    @cached_property
+    def largest_rank_params(self) -> int:
+        """Parameters of the rank of the pipe that has most."""
+        return max(map(self.rank_params, range(self.pipeline)))
 
     def stage_flops(self, stage: int) -> float:
         """Forward FLOPs of a stage per token."""
@@ -115,15 +131,17 @@ def make_plan(cfg: Config, world_size: int | None = None, nodes: int = 1) -> Pla
         nodes, per_node, why = ranks_of_hosts(cfg)
         world_size = nodes * per_node
         reasons["ranks"] = f"{nodes} {'host' if nodes == 1 else 'hosts'} x {per_node} ranks ({why})"
+        ranks = f"{world_size} ranks ({why})"
     else:
         reasons["ranks"] = "as launched"
-    replicas = _replicas(cfg.parallel, world_size)
+        ranks = f"{world_size} ranks"
+    replicas = _replicas(cfg.parallel, world_size, ranks)
     reasons["replicas"] = f"{world_size} ranks / {cfg.parallel.pipeline} stages"
     shape = model_shape(cfg.model)
     _check_model(cfg, shape)
     check_policies(cfg, replicas, tied=shape.tied)
     first_layers, reasons["split"] = _split(cfg.parallel, shape, cfg.data.seq_len)
-    microbatches = _microbatches(cfg, replicas)
+    microbatches = _microbatches(cfg, replicas, ranks)
     reasons["microbatches"] = (
         f"batch.global_size {cfg.batch.global_size} / (micro_size {cfg.batch.micro_size} x {replicas} replicas)"
     )
@@ -145,14 +163,19 @@ def make_plan(cfg: Config, world_size: int | None = None, nodes: int = 1) -> Pla
     )
 
 
-def _replicas(parallel: Parallel, world_size: int) -> int:
+def _replicas(parallel: Parallel, world_size: int, ranks: str) -> int:
+    """
+    Args:
+        ranks: their number and where it comes from, for the error.
+    """
     if world_size % parallel.pipeline:
-        legal = [str(d) for d in divisors(world_size)]
-        raise LayoutError(f"parallel.pipeline={parallel.pipeline} does not divide {world_size} ranks; use {_or(legal)}")
+        legal = sorted(sorted(divisors(world_size), key=lambda d: abs(d - parallel.pipeline))[:_MOST_OFFERED])
+        offer = _or([str(d) for d in legal])
+        raise LayoutError(f"parallel.pipeline={parallel.pipeline} does not divide {ranks}; use {offer}")
     replicas = world_size // parallel.pipeline
     if parallel.data not in ("auto", replicas):
         raise LayoutError(
-            f"parallel.data={parallel.data} x parallel.pipeline={parallel.pipeline} is not {world_size} ranks; "
+            f"parallel.data={parallel.data} x parallel.pipeline={parallel.pipeline} is not {ranks}; "
             f"use parallel.data={replicas} (or auto), or start {parallel.data * parallel.pipeline} ranks"
         )
     return replicas
@@ -174,7 +197,7 @@ def _split(parallel: Parallel, shape: ModelShape, seq_len: int) -> tuple[tuple[i
             what += f" x parallel.virtual_stages={parallel.virtual_stages}"
             most = f"virtual_stages={shape.layers // parallel.pipeline}"
         raise LayoutError(
-            f"{what} is more than the model's {shape.layers} decoder layers and every stage needs one; "
+            f"{what} is more than model.config.num_hidden_layers={shape.layers} and every stage needs a layer; "
             f"use at most {most}"
         )
     if parallel.split == "auto":
@@ -193,43 +216,61 @@ def balanced_split(shape: ModelShape, stages: int, seq_len: int) -> tuple[int, .
     """First layer of each stage so that the costliest stage is as cheap as can be.
 
     A stage's cost is its share of the FLOPs, the output projection on the last stage counted; a hundredth of its
-    share of the parameters decides between splits of equal FLOPs. Every stage gets a layer. Exact (dynamic
-    programming over contiguous partitions), O(stages x layers^2).
+    share of the parameters decides between splits of equal FLOPs. Every stage gets a layer. Of the splits that are as
+    cheap, the one whose last stage is largest is taken, and the stages ahead of it are split in the same way.
     """
     flops = shape.layers * shape.layer_flops(seq_len) + shape.head_flops
     params = max(shape.total_params, 1)
     layer = shape.layer_flops(seq_len) / flops + 0.01 * shape.layer_params / params
     first = 0.01 * shape.embedding_params / params
-    last = shape.head_flops / flops + 0.01 * shape.head_params / params
+    head = shape.head_flops / flops + 0.01 * shape.head_params / params
 
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-    for stage in range(stages):
-        extra = (first if stage == 0 else 0) + (last if stage == stages - 1 else 0)
-        following: dict[int, tuple[float, tuple[int, ...]]] = {}
-        ends = [shape.layers] if stage == stages - 1 else range(stage + 1, shape.layers - (stages - stage - 1) + 1)
-        for end in ends:
-            following[end] = min(
-                (max(cost, (end - start) * layer + extra), (*starts, start))
-                for start, (cost, starts) in best.items()
-                if start < end
-            )
-        best = following
-    return best[shape.layers][1]
+    def ahead(count: int, layers: int) -> float:
+        """Cost of the costliest of the first `count` stages, which have `layers` layers: of the first one, which has
+        the embedding, or of the others, which share the rest evenly."""
+        if count == 1:
+            return layers * layer + first
+        return _balance(
+            range(1, layers - count + 2),
+            growing=lambda own: own * layer + first,
+            falling=lambda own: math.ceil((layers - own) / (count - 1)) * layer,
+        )[1]
+
+    def start_of_last(count: int, layers: int, extra: float) -> int:
+        """First layer of the last of `count` stages, which have `layers` layers."""
+        return _balance(
+            range(count - 1, layers),
+            growing=lambda start: ahead(count - 1, start),
+            falling=lambda start: (layers - start) * layer + extra,
+        )[0]
+
+    starts, end = [0], shape.layers
+    for count in range(stages, 1, -1):
+        end = start_of_last(count, end, head if count == stages else 0.0)
+        starts.insert(1, end)
+    return tuple(starts)
 
 
-def _microbatches(cfg: Config, replicas: int) -> int:
+def _balance(numbers: range, growing: Callable[[int], float], falling: Callable[[int], float]) -> tuple[int, float]:
+    """The number, the smallest of several, for which the larger of both functions is least; and that value."""
+    meet = bisect_left(numbers, True, key=lambda number: growing(number) >= falling(number))
+    near = numbers[max(meet - 1, 0) : meet + 1]
+    return min(((number, max(growing(number), falling(number))) for number in near), key=lambda found: found[1])
+
+
+def _microbatches(cfg: Config, replicas: int, ranks: str) -> int:
     """The batch triangle: global_size = micro_size x microbatches x replicas, in sequences."""
     size, micro, parallel = cfg.batch.global_size, cfg.batch.micro_size, cfg.parallel
     microbatches, rest = divmod(size, micro * replicas)
     if rest:
         raise LayoutError(
-            f"batch.global_size={size} is not a multiple of batch.micro_size={micro} x {replicas} replicas; "
-            f"nearest: {_nearest_batches(size, micro, replicas, parallel)}"
+            f"batch.global_size={size} is not a multiple of batch.micro_size={micro} x {replicas} replicas, of "
+            f"{ranks}; nearest: {_nearest_batches(size, micro, replicas, parallel)}"
         )
     if why := _illegal_count(microbatches, parallel):
         raise LayoutError(
-            f"batch.global_size={size} gives {microbatches} microbatches and parallel.schedule={parallel.schedule} "
-            f"{why}; nearest: {_nearest_batches(size, micro, replicas, parallel)}"
+            f"batch.global_size={size} gives {microbatches} microbatches on {ranks}, and "
+            f"parallel.schedule={parallel.schedule} {why}; nearest: {_nearest_batches(size, micro, replicas, parallel)}"
         )
     return microbatches
 
@@ -245,19 +286,33 @@ def _illegal_count(microbatches: int, parallel: Parallel) -> str:
 
 
 def _nearest_batches(size: int, micro: int, replicas: int, parallel: Parallel) -> str:
-    """The three legal (global_size, micro_size, microbatches) closest to what was asked for, in relative change."""
-    legal = []
-    for candidate in range(1, 2 * micro + 1):
+    """Three legal (global_size, micro_size, microbatches) that are close to what was asked for, in relative change."""
+    legal = set()
+    for candidate in _micro_sizes(size, micro, replicas, parallel.pipeline):
         unit = candidate * replicas
-        around = range(max(1, size // unit - parallel.pipeline), size // unit + 2 * parallel.pipeline + 1)
-        possible = sorted((c for c in around if not _illegal_count(c, parallel)), key=lambda c: abs(c * unit - size))
-        for count in possible[:2]:
+        for count in _legal_counts(size // unit, parallel):
             distance = abs(count * unit - size) / size + abs(candidate - micro) / micro
-            legal.append((distance, count * unit, candidate, count))
+            legal.add((distance, count * unit, candidate, count))
     return "; ".join(
         f"global_size={total} micro_size={candidate} ({count} microbatches)"
         for _, total, candidate, count in sorted(legal)[:3]
     )
+
+
+def _micro_sizes(size: int, micro: int, replicas: int, pipeline: int) -> set[int]:
+    """Microbatch sizes that may be legal and near: small ones, those around `micro`, and those that leave the global
+    size about as it is with few microbatches."""
+    few = {size // (replicas * count) for count in range(pipeline, pipeline + _NEAR)}
+    found = {*range(1, _NEAR), *range(micro - _NEAR, micro + _NEAR), *few}
+    return {candidate for candidate in found if 1 <= candidate <= 2 * micro}
+
+
+def _legal_counts(wanted: int, parallel: Parallel) -> list[int]:
+    """The numbers of microbatches around `wanted` that the schedule can run: the nearest on each side, and one more."""
+    most = wanted + 2 * parallel.pipeline + 1
+    above = (count for count in range(max(1, wanted), most) if not _illegal_count(count, parallel))
+    below = (count for count in range(wanted - 1, 0, -1) if not _illegal_count(count, parallel))
+    return [*itertools.islice(above, 2), *itertools.islice(below, 1)]
 
 
 def _or(options: list[str]) -> str:

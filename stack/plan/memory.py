@@ -13,9 +13,9 @@ from typing import Any
 from stack.config.deepspeed import ds_config
 from stack.config.families import FAMILIES, Family
 from stack.config.kernels import loss_kernel
+from stack.config.model_folder import model_fields
 from stack.config.schema import Config
 from stack.plan.layout import Plan
-from stack.plan.shape import model_fields
 
 #: Bytes of one element.
 _WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -87,14 +87,14 @@ class RankMemory:
 
 def plan_memory(cfg: Config, plan: Plan) -> tuple[RankMemory, ...]:
     """The memory of each rank of the pipe; replicas are alike."""
-    return tuple(_rank(cfg, plan, pipe_rank) for pipe_rank in range(plan.pipeline))
+    layer = layer_activations(cfg, plan)
+    return tuple(_rank(cfg, plan, pipe_rank, layer) for pipe_rank in range(plan.pipeline))
 
 
-def _rank(cfg: Config, plan: Plan, pipe_rank: int) -> RankMemory:
+def _rank(cfg: Config, plan: Plan, pipe_rank: int, layer: "LayerActivations") -> RankMemory:
     width = _WIDTH[cfg.precision.dtype]
     tokens = plan.micro_size * plan.seq_len
     stages = plan.stages_of(pipe_rank)
-    layer = layer_activations(cfg, plan)
     matrix = max(_largest_matrix(plan, stage, layer.inner) for stage in stages)
     # At the start of a layer's backward: all that its forward saves, two gradients of hidden states and two of the
     # MLP's width; then the gradient of a matrix in the compute dtype, and in fp32 if that is another.
@@ -172,7 +172,7 @@ def _bucket(cfg: Config, plan: Plan, whole: int) -> dict[str, int]:
     """
     if plan.zero == 0:
         return {"bucket": 0, "reducing": 0, "within": 0}
-    largest = max(map(plan.rank_params, range(plan.pipeline)))
+    largest = plan.largest_rank_params
     # As on a GPU, which is what memory is planned for.
     zero = ds_config(cfg, replicas=plan.replicas, rank_params=largest, streams=True)["zero_optimization"]
     size, one = zero["reduce_bucket_size"] * _FP32, zero["reduce_bucket_size"] >= largest

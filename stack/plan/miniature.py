@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from stack.config.families import FAMILIES
+from stack.config.model_folder import model_fields
 from stack.config.schema import Config, Data, Kernels, Log, Schedule, Wandb
 from stack.plan.layout import Plan
-from stack.plan.shape import model_fields
 
 STEPS = 3
 _SEQ_LEN = 16
@@ -56,7 +56,7 @@ def miniature(cfg: Config, plan: Plan) -> Config:
             attention="sdpa" if family.sdpa else "eager",
             init="scratch",
         ),
-        data=Data(seq_len=_SEQ_LEN, vocab_size=_VOCAB),
+        data=Data(seq_len=_SEQ_LEN, vocab_size=_VOCAB, tokenizer="bpe"),
         parallel=replace(parallel, split="auto", quantized_weights=False),
         batch=replace(cfg.batch, global_size=global_size, micro_size=micro_size),
         precision=replace(cfg.precision, dtype="fp32", compile=False),

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from stack.config.kernels import liger_parts
 from stack.config.schema import Config, Parallel
 from stack.errors import LayoutError
+from stack.plan.shape import divisors
+
+_DEVICE_FILES = "/dev/nvidia[0-9]*"
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def _check_offload(parallel: Parallel, *, tied: bool) -> None:
 def _check_zero_plus_plus(parallel: Parallel, replicas: int) -> None:
     hpz = parallel.hpz
     if hpz > 1 and replicas % hpz:
-        legal = max(size for size in range(1, min(hpz, replicas) + 1) if replicas % size == 0)
+        legal = max(size for size in divisors(replicas) if size <= hpz)
         raise LayoutError(
             f"parallel.hpz={hpz} does not divide the {replicas} replicas: DeepSpeed groups consecutive ranks of the "
             f"world, and a group would cross stages; use parallel.hpz={legal}"
@@ -153,19 +156,21 @@ def _check_zero_plus_plus(parallel: Parallel, replicas: int) -> None:
             f"parallel.quantized_weights=true with parallel.zero={parallel.zero}: only ZeRO-3 gathers parameters; "
             "use parallel.zero=3 or quantized_weights=false"
         )
-    if parallel.quantized_weights and not local_devices():
-        raise LayoutError(
-            "parallel.quantized_weights=true on a host without NVIDIA GPUs: DeepSpeed's quantizer has no CPU kernel; "
-            "use parallel.quantized_weights=false"
-        )
 
 
 def local_devices() -> int:
     """NVIDIA GPUs this process may use, without importing torch; 0 on a host without any."""
+    return len(visible_devices())
+
+
+def visible_devices() -> list[str]:
+    """Those GPUs by the names that CUDA_VISIBLE_DEVICES has for them. The variable chooses among a host's GPUs: where
+    it is set on a host without any, as by a login shell, there is nothing to choose from."""
+    there = [str(number) for number in range(len(glob.glob(_DEVICE_FILES)))]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
-    return len(glob.glob("/dev/nvidia[0-9]*"))
+    if visible is None or not there:
+        return there
+    return [name for entry in visible.split(",") if (name := entry.strip()) not in ("", "-1")]
 
 
 #: Name of a parameter's fp32 value among its states.

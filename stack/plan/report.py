@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 from stack import disk
+from stack.config.auto import decay_steps
 from stack.config.schema import Config
+from stack.config.values import show
 from stack.plan.layout import Plan
 from stack.plan.memory import RankMemory, plan_memory
 from stack.plan.policies import SCHEDULES, state_names
@@ -14,6 +16,9 @@ def render(plan: Plan, cfg: Config) -> str:
     tokens = plan.global_size * plan.seq_len
     rows = [
         ("model", f"{_count(plan.shape.total_params)} parameters", _model(plan, cfg)),
+        ("weights", cfg.model.init, _WEIGHTS[cfg.model.init].format(cfg=cfg)),
+        ("corpus", cfg.data.source, _corpus(cfg)),
+        ("tokenizer", *_tokenizer(cfg)),
         ("ranks", plan.world_size, plan.reasons["ranks"]),
         ("stages", plan.stages, _stages(plan)),
         ("replicas", plan.replicas, plan.reasons["replicas"]),
@@ -24,6 +29,7 @@ def render(plan: Plan, cfg: Config) -> str:
     if plan.zero == 3:
         rows.append(("gather", cfg.parallel.gather, _GATHER[cfg.parallel.gather]))
     rows += [
+        ("learning rate", f"{cfg.optim.lr:g}", _course(cfg)),
         ("recompute", cfg.activation.checkpoint, "activation.checkpoint"),
         ("dtype", cfg.precision.dtype, "compute; masters, optimizer state and gradient sums are fp32"),
         ("microbatches", plan.microbatches, plan.reasons["microbatches"]),
@@ -42,7 +48,7 @@ def _checkpoint(plan: Plan, cfg: Config) -> tuple[str, str, str]:
     if every == 0:
         return "checkpoint", "none", "checkpoint.every"
     size = 4 * len(state_names(cfg))
-    share = max(map(plan.rank_params, range(plan.pipeline))) * size // plan.replicas
+    share = plan.largest_rank_params * size // plan.replicas
     staged = f"; async_save takes {disk.size(share)} of a rank's host memory" if cfg.checkpoint.async_save else ""
     return "checkpoint", disk.size(plan.shape.total_params * size), f"every {every} steps, {kept} kept{staged}"
 
@@ -83,6 +89,38 @@ _GATHER = {
     "step": "parameters gathered at the start of the step and held",
     "microbatch": "parameters gathered again for every microbatch",
 }
+
+
+_WEIGHTS = {
+    "scratch": "drawn from run.seed {cfg.run.seed}",
+    "pretrained": "read from {cfg.model.name}",
+}
+
+
+def _corpus(cfg: Config) -> str:
+    data = cfg.data
+    if data.source == "python_stdlib":
+        return "source text of this interpreter's standard library"
+    if data.source == "files":
+        more = f" and {len(data.paths) - 1} more" if data.paths[1:] else ""
+        return show(data.paths[0]) + more
+    return f"{data.name}{f', {data.subset}' if data.subset else ''}, split {data.split}"
+
+
+def _tokenizer(cfg: Config) -> tuple[str, str]:
+    if cfg.data.tokenizer == "bpe":
+        return "bpe", f"byte-level, {cfg.data.vocab_size:,} entries, learnt from the corpus"
+    return "pretrained", cfg.data.tokenizer
+
+
+def _course(cfg: Config) -> str:
+    """The learning rate over the steps."""
+    optim, schedule, steps = cfg.optim, cfg.schedule, cfg.train.steps
+    warmup = f"warm-up over {schedule.warmup_steps} steps" if schedule.warmup_steps else "no warm-up"
+    if schedule.kind == "constant":
+        return f"{optim.kind}; {warmup}, then constant"
+    over = f" over the last {decay_steps(schedule, steps)} steps" if schedule.kind == "wsd" else f" to step {steps}"
+    return f"{optim.kind}; {warmup}, then {schedule.kind} to {optim.lr * schedule.min_lr_ratio:g}{over}"
 
 
 def _stage_table(plan: Plan) -> list[str]:

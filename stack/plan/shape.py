@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stack.config.families import FAMILIES, Family, base_fields
+from stack.config.families import FAMILIES, Family
+from stack.config.model_folder import model_fields
 from stack.config.schema import Model
 from stack.errors import LayoutError
 
@@ -70,20 +71,6 @@ class ModelShape:
     def training_flops(self, seq_len: int) -> float:
         """Model FLOPs of one forward and backward per token; recomputed activations are not counted."""
         return 3 * (self.layers * self.layer_flops(seq_len) + self.head_flops)
-
-
-def model_fields(model: Model) -> dict[str, Any]:
-    """Hugging Face config fields of the model, `model_type` among them: those that its name stands for, overridden by
-    `model.config`.
-
-    Raises:
-        ConfigError: the name is neither a family nor a folder of one.
-    """
-    fields = base_fields(model.name)
-    if "rope_parameters" in model.config:
-        # The older name, which transformers would prefer.
-        fields.pop("rope_scaling", None)
-    return {**fields, **model.config}
 
 
 def model_shape(model: Model) -> ModelShape:
@@ -207,8 +194,9 @@ def _check_heads(fields: Mapping[str, Any], family: Family, kv_heads: int) -> No
     head_dim = head_dim or hidden // heads
     if family.rotary and head_dim % 2:
         instead = f"head_dim={head_dim + 1}" if "head_dim" in family.fields else f"hidden_size={heads * (head_dim + 1)}"
+        of = f"head_dim={head_dim}" if fields.get("head_dim") else f"hidden_size={hidden} / num_attention_heads={heads}"
         raise LayoutError(
-            f"model.config: the head dimension {head_dim} is odd and rotary embeddings need pairs; use {instead}"
+            f"model.config.{of}: the head dimension {head_dim} is odd and rotary embeddings need pairs; use {instead}"
         )
 
 
@@ -224,6 +212,6 @@ def _nearest_divisor(number: int, wanted: int) -> int:
 
 
 def divisors(number: int) -> list[int]:
-    """Of a positive number, the smallest first."""
+    """Of a positive number, the smallest first. Takes a time that grows with its root: numbers are bounded by then."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})

@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from stack.config.families import FAMILIES
-from stack.config.model_folder import local_folder
+from stack.config.model_folder import local_folder, model_fields
 from stack.config.schema import Config
 from stack.data.batches import Batches
 from stack.data.corpus import Corpus
 from stack.data.vocabulary import check_choice, check_vocabulary
 from stack.errors import DataError
 from stack.plan.layout import Plan
-from stack.plan.shape import model_fields
 
 
 def open_batches(cfg: Config, plan: Plan, folder: Path, *, before: int = 0) -> tuple[Batches, Batches]:

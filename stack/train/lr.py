@@ -2,6 +2,7 @@
 
 import math
 
+from stack.config.auto import decay_steps
 from stack.config.schema import Optim, Schedule
 
 
@@ -17,7 +18,7 @@ def learning_rate(step: int, steps: int, *, optim: Optim, schedule: Schedule) ->
         return optim.lr
     start = schedule.warmup_steps
     if schedule.kind == "wsd":
-        start = max(start, steps - (schedule.decay_steps or max(1, steps // 10)))
+        start = max(start, steps - decay_steps(schedule, steps))
     if step < start:
         return optim.lr
     # A decay of one step is at its end at once.

@@ -23,7 +23,7 @@ SETTINGS = {
 
 
 def rows(folder: Path) -> list[dict]:
-    [file] = folder.glob("runs/quickstart/sweeps/*/sweep.jsonl")
+    [file] = folder.glob("runs/run/sweeps/*/sweep.jsonl")
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 

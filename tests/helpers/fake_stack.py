@@ -32,8 +32,8 @@ def main() -> None:
         lr = (run / "lr").read_text()
     else:
         told = dict(argument.split("=", 1) for argument in arguments)
-        lr = told.get("optim.lr", "0.003")
-        run = Path(json.loads(told["run.root"]), "quickstart", f"{time.time_ns()}-{uuid.uuid4().hex[:4]}")
+        lr = told.get("optim.lr", "0.0003")
+        run = Path(json.loads(told["run.root"]), "run", f"{time.time_ns()}-{uuid.uuid4().hex[:4]}")
         run.mkdir(parents=True)
         (run / "lr").write_text(lr)
         (run / "config.yaml").write_text(plan["config"])

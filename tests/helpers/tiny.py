@@ -59,7 +59,7 @@ def tiny_config(**settings: Any) -> Config:
     """The tiny run; settings are dotted paths with `__` for the dot, e.g. parallel__zero=1."""
     cfg = Config()
     cfg.model.config = dict(SHAPE)
-    cfg.data.seq_len, cfg.data.vocab_size = 16, SHAPE["vocab_size"]
+    cfg.data.seq_len, cfg.data.vocab_size, cfg.data.tokenizer = 16, SHAPE["vocab_size"], "bpe"
     cfg.batch.global_size, cfg.batch.micro_size = 8, 1
     cfg.optim.lr, cfg.optim.grad_clip = 3e-3, 0.5
     # Near the size of the gradients: AdamW then shows a wrong scale, and does not blow rounding up where they are ~0.

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from stack.config import compose as compose_module
+from stack.config import recipes
+from stack.config.auto import without_auto
 from stack.config.check import leaves, schema_tree, to_config
-from stack.config.compose import compose, conf_folder, from_yaml, to_yaml
+from stack.config.compose import compose, from_yaml, to_yaml
 from stack.config.families import FAMILIES
+from stack.config.recipes import conf_folder
 from stack.config.schema import Config
 from stack.config.values import show
 from stack.errors import ConfigError
@@ -29,7 +31,8 @@ CHOICES = sorted(
     if file.parent.name != "experiment" and file.stem != "folder"
 )
 #: What a choice needs beside it to be whole.
-NEEDS = {"data=files": ["data.paths=[corpus/*.jsonl]"]}
+NEEDS = {"data=files": ["data.paths=[corpus/*.jsonl]"], "optim=sgd": ["optim.lr=0.1"]}
+RECIPE_NEEDS = {"finetune": ["model=llama_4m", "model.init=scratch", "data=python_stdlib"]}
 #: Imports that cost seconds; a wrong config must not pay for them.
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "wandb", "numpy")
 
@@ -65,18 +68,19 @@ model.config.n_inner=4 | llama has no such key; did you mean intermediate_size? 
 model.config.layer_norm_eps=1e-5 -> model.config.layer_norm_eps=1e-05 | llama has no such key; did you mean \
 rms_norm_eps? drop a preset's with ~model.config.layer_norm_eps
 model.config.rope_parameters={partial_rotary_factor: 0.5} -> model.config.rope_parameters.partial_rotary_factor=0.5 | \
-llama has no such key; its keys are rope_type, rope_theta, factor, low_freq_factor, high_freq_factor, \
-original_max_position_embeddings; drop a preset's with ~model.config.rope_parameters.partial_rotary_factor
+llama has no such key; its keys are rope_type, rope_theta, factor, original_max_position_embeddings, \
+low_freq_factor, high_freq_factor, attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate, \
+short_factor, long_factor; drop a preset's with ~model.config.rope_parameters.partial_rotary_factor
 model.name=gpt2 -> model.config.intermediate_size=512 | gpt2 has no such key; did you mean n_inner? drop a preset's \
 with ~model.config.intermediate_size
 model.name=qwen3_moe -> model.config.intermediate_size=512 | qwen3_moe has no such key; did you mean \
 moe_intermediate_size? drop a preset's with ~model.config.intermediate_size
 # groups
 experment=8b | no such key; did you mean experiment?
-experiment=8bb | no such choice; did you mean 8b? choices are 1b, 405b_plan, 70b, 8b, quickstart
+experiment=8bb | no such choice; did you mean 8b? choices are 1b, 405b_plan, 70b, 8b, finetune, quickstart
 precision=float64 | no such choice; choices are bf16, fp16, fp32
 experiment=[1b,8b] | experiment takes one choice, its keys come one by one; choices are 1b, 405b_plan, \
-70b, 8b, quickstart
+70b, 8b, finetune, quickstart
 precision=bf16,fp32 | precision takes one choice, its keys come one by one; choices are bf16, fp16, fp32; \
 add -m to stack train for a sweep
 +experiment=8b | experiment has a choice already; drop the +
@@ -93,8 +97,8 @@ batch.micro_size='4' -> batch.micro_size=4 | an integer is needed, and this is t
 batch.micro_size=null | an integer is needed, for example 2
 batch.micro_size= | an integer is needed, for example 2
 batch.micro_size=[4] | an integer is needed, for example 2
-optim.lr=fast | a number is needed, for example 0.003
-optim.lr=true | a number is needed, for example 0.003
+optim.lr=fast | auto or a number is needed, for example 0.0003
+optim.lr=true | auto or a number is needed, for example 0.0003
 data.pack=1 | true or false is needed
 data.pack=yes | true or false is needed
 run.name=123 | text is needed; quote it past the shell: '"123"'
@@ -111,12 +115,12 @@ parallel.schedule=GPipe | must be one of 1f1b, gpipe, interleaved_1f1b, interlea
 did you mean gpipe?
 precision.dtype=fp8 | must be one of fp32, bf16, fp16; did you mean fp32?
 parallel.pipeline=0 | must be at least 1
-optim.lr=0 | must be above 0, for example 0.003
-optim.lr=nan | must be finite, for example 0.003
+optim.lr=0 | must be above 0, for example 0.0003
+optim.lr=nan | must be finite, for example 0.0003
 health.hang_timeout_s=inf | must be finite, for example 600.0
 run.seed=99999999999999999999 | must fit in 64 bits, for example 1234
-schedule.min_lr_ratio=2 | must be between 0 and 1; the nearest is 1
-model.config.rope_parameters.rope_type=yarn | must be one of default, linear, llama3
+schedule.min_lr_ratio=2 | must be at most 1
+model.config.rope_parameters.rope_type=ntk | must be one of default, linear, dynamic, yarn, longrope, llama3
 # auto
 parallel.data=automatic | auto or an integer is needed, for example 4
 parallel.data=0 | must be at least 1
@@ -144,13 +148,14 @@ data.source=files -> data.paths=[] | data.source=files needs some, for example d
 data.source=hf -> data.name=null | data.source=hf needs one, for example data.name=HuggingFaceFW/fineweb-edu
 data.paths=[a.txt] | not read with data.source=python_stdlib; add data.source=files
 data.name=c4 | not read with data.source=python_stdlib; add data.source=hf
-schedule.warmup_steps=201 | more than train.steps=200; add schedule.warmup_steps=20, at most 200
+schedule.warmup_steps=201 | more than train.steps=200; use schedule.warmup_steps=20, at most 200
 schedule.decay_steps=190 | more than the steps after warm-up, train.steps=200 less schedule.warmup_steps=20; at most 180
 model.attention=flash_attention_2 | its kernels have no fp32; add precision=bf16, or use model.attention=sdpa
 model.config.max_position_embeddings=128 -> data.seq_len=256 | longer than model.config.max_position_embeddings=128; \
 at most 128
 model.config.rope_parameters={factor: 2} -> model.config.rope_parameters.factor=2.0 | not read with rope_type default, \
-only with linear, llama3
+only with linear, dynamic, yarn, longrope, llama3; set model.config.rope_parameters.rope_type, or drop it with \
+~model.config.rope_parameters.factor
 # grammar
 train.steps | not an override; write key=value, for example train.steps=100
 8b | not an override; write key=value, for example train.steps=200
@@ -169,7 +174,7 @@ hydra/launcher=joblib | hydra.* is for a sweep, which stack train -m starts; dro
 # interpolation
 run.name=${run.nam} -> run.name | its interpolation leads nowhere (Interpolation key 'run.nam' not found)
 run.name=${run.name} -> run.name | its interpolation leads nowhere (Recursive interpolation detected)
-train.steps=${run.name} -> train.steps=quickstart | an integer is needed, for example 100
+train.steps=${run.name} -> train.steps=run | an integer is needed, for example 100
 """.replace("\\\n", "").replace("{families}", FAMILIES_LINE)
 
 
@@ -204,9 +209,15 @@ def test_control_characters_and_long_values_stay_on_one_line() -> None:
     assert len(refusal(f"parallel.schedule={'x' * 5000}")) < 200
 
 
-def test_no_overrides_is_the_quickstart() -> None:
+def test_no_recipe_is_neutral() -> None:
     config = compose()
-    assert config == compose(["experiment=quickstart"])
+    assert compose(["~experiment"]) == config
+    assert (config.run.name, config.optim.lr, config.schedule.warmup_steps, config.data.tokenizer) == (
+        *("run", 3e-4),
+        *(20, "bpe"),
+    )
+    recipe = compose(["experiment=quickstart"])
+    assert (recipe.run.name, recipe.optim.lr, recipe.schedule.warmup_steps) == ("quickstart", 3e-3, 20)
     assert config.model.config == {
         "vocab_size": 4096,
         "hidden_size": 192,
@@ -221,11 +232,14 @@ def test_no_overrides_is_the_quickstart() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_composes_plans_and_reads_back_equal(recipe: str, tmp_path: Path) -> None:
-    config = compose([f"experiment={recipe}"])
+    config = compose([f"experiment={recipe}", *RECIPE_NEEDS.get(recipe, [])])
     saved = tmp_path / "config.yaml"
     saved.write_text(to_yaml(config))
     assert from_yaml(saved) == config
-    assert make_plan(config, world_size=None if recipe != "quickstart" else 4).microbatches >= config.parallel.pipeline
+    assert (
+        make_plan(config, world_size=4 if recipe in ("quickstart", "finetune") else None).microbatches
+        >= config.parallel.pipeline
+    )
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -265,10 +279,6 @@ def test_values_that_hydra_may_set_in_its_own_ways() -> None:
     # transformers 5 refuses an int where its config says float.
     assert [type(x) for x in (*config.optim.betas, config.model.config["rms_norm_eps"])] == [float] * 3
     assert config.parallel.split == [0, 9]
-
-
-def test_compose_without_the_recipe() -> None:
-    assert compose(["~experiment"]).optim.lr == 3e-4
 
 
 def test_llama3_rope_is_whole_or_refused() -> None:
@@ -326,7 +336,7 @@ def test_a_family_narrows_what_a_key_takes() -> None:
     assert compose(["model.config.head_dim=null"]).model.config["head_dim"] is None
     linear = "model.config.rope_parameters={rope_type: linear, factor: 2}"
     assert refusal("model.name=phi3", linear) == (
-        "model.config.rope_parameters.rope_type=linear: must be one of default"
+        "model.config.rope_parameters.rope_type=linear: must be one of default, longrope"
     )
 
 
@@ -336,7 +346,8 @@ def test_rotary_settings_of_each_layer_type() -> None:
     rope = compose(["model.name=gemma3_text", full]).model.config["rope_parameters"]
     assert rope == {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}}
     assert refusal("model.name=gemma3_text", f"{path}.full_attention.factor=8") == (
-        f"{path}.full_attention.factor=8.0: not read with rope_type default, only with linear, llama3"
+        f"{path}.full_attention.factor=8.0: not read with rope_type default, only with linear, dynamic, yarn, "
+        f"longrope, llama3; set {path}.full_attention.rope_type, or drop it with ~{path}.full_attention.factor"
     )
     assert refusal("model.name=gemma3_text", f"{path}.rope_theta=1e4").startswith(
         f"{path}.rope_theta=10000.0: gemma3_text has no such key; its keys are full_attention, sliding_attention"
@@ -361,9 +372,9 @@ def test_a_saved_config_takes_keys_and_no_choices(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "not a whole saved config; it lacks run, model"),
-        ("- 1\n", "not a whole saved config; it lacks run, model"),
-        ("run: [", "not a saved config ({saved}, line 1: expected the node"),
-        ("{whole}\nrun: {{}}\n", "not a saved config ({saved}, line {line}: found duplicate key run"),
+        ("- 1\n", "a list of values and no mapping; give the config.yaml of a run"),
+        ("run: [", "not YAML of a config ({saved}, line 2: did not find expected node content"),
+        ("{whole}\nrun: {{}}\n", "not YAML of a config ({saved}, line {line}: found duplicate key run"),
         ("{whole}\nfoo: 1\n", "foo=1: no such key; the sections are run, model"),
         ("{pipelin}", "parallel.pipelin=2: no such key; did you mean parallel.pipeline?"),
         ("{quoted}", "train.steps=200: an integer is needed, and this is text; drop the quotes"),
@@ -407,12 +418,12 @@ def test_a_recipe_of_ones_own_is_held_to_the_same(
     conf = tmp_path / "conf"
     shutil.copytree(conf_folder(), conf)
     (conf / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
-    monkeypatch.setattr(compose_module, "conf_folder", lambda: conf)
+    monkeypatch.setattr(recipes, "conf_folder", lambda: conf)
     assert refusal("experiment=mine").startswith(message.format(conf=conf))
 
 
 def test_the_schema_allows_its_own_defaults() -> None:
-    assert to_config(dataclasses.asdict(Config())) == Config()
+    assert to_config(dataclasses.asdict(Config())) == without_auto(Config())
 
 
 def test_the_surface_changes_only_on_purpose() -> None:
@@ -466,6 +477,6 @@ def test_an_installed_wheel_finds_its_conf(tmp_path: Path) -> None:
         else:
             shutil.copy(source, target)
     shutil.copytree(REPO / "conf", tmp_path / "stack" / "conf")
-    code = "from stack.config.compose import compose, conf_folder; compose(['experiment=8b']); print(conf_folder())"
+    code = "from stack.config import compose, recipes; compose.compose(['experiment=8b']); print(recipes.conf_folder())"
     done = run_fresh(code, tmp_path)
     assert done.stdout.strip() == str(tmp_path / "stack" / "conf"), done.stderr

@@ -21,7 +21,14 @@ def corpus(tmp_path_factory) -> Corpus:
     folder: Path = tmp_path_factory.mktemp("corpus")
     texts = [f"{number}: " + "word " * (number * 5 % 17) for number in range(90)]
     (folder / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    cfg = Data(source="files", paths=[str(folder)], root=str(folder / "data"), vocab_size=260, heldout_fraction=0.2)
+    cfg = Data(
+        source="files",
+        paths=[str(folder)],
+        root=str(folder / "data"),
+        tokenizer="bpe",
+        vocab_size=260,
+        heldout_fraction=0.2,
+    )
     return Corpus.open(prepare(cfg, seed=3, progress=False))
 
 

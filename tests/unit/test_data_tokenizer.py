@@ -24,7 +24,7 @@ def texts(count: int = 60) -> list[str]:
 
 
 def test_bpe_is_exact_and_round_trips_any_text(tmp_path):
-    trained = tokenizer.load_or_train(Data(vocab_size=300), texts(), tmp_path / "t")
+    trained = tokenizer.load_or_train(Data(tokenizer="bpe", vocab_size=300), texts(), tmp_path / "t")
     assert (trained.vocab_size, len(trained.hf)) == (300, 300)
     assert trained.hf.convert_ids_to_tokens(trained.eos_id) == "<|endoftext|>"
     loaded = AutoTokenizer.from_pretrained(tmp_path / "t")
@@ -35,7 +35,9 @@ def test_bpe_is_exact_and_round_trips_any_text(tmp_path):
 
 
 def test_text_that_spells_the_end_token_does_not_end_the_document(tmp_path):
-    trained = tokenizer.load_or_train(Data(vocab_size=257, special_tokens="text"), texts(), tmp_path / "t")
+    trained = tokenizer.load_or_train(
+        Data(tokenizer="bpe", vocab_size=257, special_tokens="text"), texts(), tmp_path / "t"
+    )
     (ids,) = trained.encode(["a <|endoftext|> b"])
     assert trained.eos_id not in ids
     assert trained.hf.decode(ids) == "a <|endoftext|> b"
@@ -53,9 +55,11 @@ def test_bpe_is_the_same_in_another_process(tmp_path):
 
 def test_too_little_text_names_the_vocabulary_that_works(tmp_path):
     with pytest.raises(DataError, match=r"data.vocab_size=4096 cannot.* use data.vocab_size=(\d+)") as caught:
-        tokenizer.load_or_train(Data(), texts(2), tmp_path / "t")
+        tokenizer.load_or_train(Data(tokenizer="bpe"), texts(2), tmp_path / "t")
     works = int(str(caught.value).split("use data.vocab_size=")[1].split(",")[0])
-    assert tokenizer.load_or_train(Data(vocab_size=works), texts(2), tmp_path / "t").vocab_size == works
+    assert (
+        tokenizer.load_or_train(Data(tokenizer="bpe", vocab_size=works), texts(2), tmp_path / "t").vocab_size == works
+    )
 
 
 def test_sample_is_bounded_spread_and_in_order(monkeypatch):

@@ -14,7 +14,7 @@ from tests.helpers.tokenizers import sentencepiece
 
 
 def tokenizer(folder: Path, text: str) -> Path:
-    load_or_train(Data(vocab_size=262), [text] * 9, folder)
+    load_or_train(Data(tokenizer="bpe", vocab_size=262), [text] * 9, folder)
     return folder
 
 

@@ -128,7 +128,7 @@ def _tokenizer(folder: Path) -> Path:
     from stack.config.schema import Data
     from stack.data.tokenizer import load_or_train
 
-    load_or_train(Data(vocab_size=260), ["to be or not to be, to be"] * 9, folder)
+    load_or_train(Data(tokenizer="bpe", vocab_size=260), ["to be or not to be, to be"] * 9, folder)
     return folder
 
 

@@ -1,6 +1,7 @@
 """Hosts of a run: the hostfile, the Slurm allocation, what crosses to another host."""
 
 import contextlib
+import os
 import socket
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from stack.errors import HostError, LayoutError
 from stack.launch import backends, place
 from stack.launch.hosts import Host, forwarded, is_here, module_on
 from stack.launch.place import free_port
+from stack.plan import policies
 from stack.plan.hosts import ranks_of_hosts, read_hostfile
 from stack.plan.layout import make_plan
 
@@ -33,6 +35,8 @@ def test_a_hostfile_keeps_its_order_and_its_comments_to_itself(hostfile):
         ("node-0 slots=0\n", "line 1: 'node-0 slots=0' is no host"),
         ("a slots=1\na slots=2\n", "line 2: a is there twice"),
         ("# nothing\n", "names no host"),
+        ("node-0 slots=1025\n", "line 1: slots=1025: no host has so many; use at most 1024"),
+        (f"node-0 slots={'9' * 5000}\n", "line 1: slots=9+[.]{3}: no host has so many; use at most 1024"),
     ],
 )
 def test_a_hostfile_that_is_none_is_refused_with_its_line(tmp_path, text, message):
@@ -41,9 +45,29 @@ def test_a_hostfile_that_is_none_is_refused_with_its_line(tmp_path, text, messag
         read_hostfile(tmp_path / "hosts")
 
 
+def test_a_hostfile_that_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "hosts")
+    with pytest.raises(LayoutError, match=r"hosts: cannot be read \(not a regular file\); a line is NAME"):
+        read_hostfile(tmp_path / "hosts")
+
+
+def test_a_variable_makes_no_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(policies, "_DEVICE_FILES", f"{tmp_path}/nvidia[0-9]*")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert policies.local_devices() == 0
+    assert make_plan(compose()).reasons["ranks"] == "1 host x 4 ranks (no NVIDIA GPU here: the CPU default)"
+    for number in range(8):
+        (tmp_path / f"nvidia{number}").touch()
+    assert policies.visible_devices() == ["0", "1", "2", "3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert policies.local_devices() == 0
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert policies.local_devices() == 8
+
+
 def test_the_first_hosts_of_the_file_are_used(hostfile):
     cfg = compose([f"launch.hostfile={hostfile}", "launch.nodes=2"])
-    assert ranks_of_hosts(cfg) == (2, 4, "slots of the hostfile")
+    assert ranks_of_hosts(cfg) == (2, 4, "launch.hostfile, its slots")
     plan = make_plan(cfg)
     assert (plan.nodes, plan.world_size) == (2, 8)
 

@@ -204,7 +204,7 @@ def test_auto_follows_the_fields(family, fields, kernel):
 )
 def test_kernels_that_a_model_cannot_have_are_refused(overrides, words):
     with pytest.raises(ConfigError) as caught:
-        compose(["~experiment", *overrides] if "model.name=" in overrides[0] else overrides)
+        compose(overrides)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -219,6 +219,13 @@ def test_a_host_without_gpus_plans_liger_and_refuses_to_start_it(monkeypatch):
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda _name: None)
     cfg.kernels.rope, cfg.kernels.loss = "torch", "liger"
     with pytest.raises(ConfigError, match=r"liger-kernel is not installed.*kernels.loss=chunked"):
+        build_stages(cfg, plan, 0, device=CPU)
+
+
+def test_eight_bit_gathers_are_planned_anywhere_and_refused_on_a_cpu():
+    cfg = tiny_config(parallel__quantized_weights=True)
+    plan = make_plan(cfg, 4)
+    with pytest.raises(LayoutError, match=r"quantized_weights=true on a host without NVIDIA GPUs.*=false"):
         build_stages(cfg, plan, 0, device=CPU)
 
 

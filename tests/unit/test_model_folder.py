@@ -81,12 +81,12 @@ def nowhere() -> str:
 _PROGRAM = """
 import json, sys, time
 from stack.config.compose import compose
-from stack.config.model_folder import check_weights, local_folder
-from stack.config.families import base_fields
+from stack.config.model_folder import base_fields, check_weights, local_folder
 from stack.errors import ConfigError
 start = time.monotonic()
 try:
-    cfg = compose(["model=folder", "model.init=pretrained", *(sys.argv[2:] or ["model.name=org/tiny"])])
+    pretrained = ["model=folder", "model.init=pretrained", "optim.lr=1e-5"]
+    cfg = compose([*pretrained, *(sys.argv[2:] or ["model.name=org/tiny"])])
     folder = local_folder("org/tiny", weights=sys.argv[1] == "weights")
     if sys.argv[1] == "weights":
         check_weights("org/tiny", folder)

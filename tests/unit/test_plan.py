@@ -114,7 +114,7 @@ def test_world_size_comes_from_the_recipe_when_nobody_launched():
 
 BAD_LAYOUTS = [
     (["parallel.pipeline=3"], 8, "parallel.pipeline=3 does not divide 8 ranks; use 1, 2, 4 or 8"),
-    (["parallel.pipeline=7"], 7, "parallel.pipeline=7 is more than the model's 6 decoder layers"),
+    (["parallel.pipeline=7"], 7, "parallel.pipeline=7 is more than model.config.num_hidden_layers=6"),
     (["parallel.data=3"], 4, "use parallel.data=2 (or auto), or start 6 ranks"),
     (["batch.global_size=30"], 4, "nearest: global_size=32 micro_size=4 (4 microbatches)"),
     (["batch.global_size=8"], 4, "parallel.schedule=1f1b needs one for each of 2 stages"),
@@ -155,7 +155,6 @@ BAD_LAYOUTS = [
     (["parallel.hpz=4", "parallel.gather=microbatch"], 4, "a group would cross stages; use parallel.hpz=2"),
     (["parallel.hpz=2"], 4, "use parallel.zero=3 gather=microbatch, or parallel.hpz=1"),
     (["parallel.quantized_weights=true", "parallel.zero=2"], 4, "use parallel.zero=3 or quantized_weights=false"),
-    (["parallel.quantized_weights=true"], 4, "use parallel.quantized_weights=false"),
     (
         ["parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2", "parallel.reduce=microbatch"],
         4,
@@ -169,7 +168,7 @@ BAD_LAYOUTS = [
     (
         ["parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=4"],
         4,
-        "every stage needs one; use at most virtual_stages=3",
+        "every stage needs a layer; use at most virtual_stages=3",
     ),
     (["model.config.vocab_size=1000"], 4, "use model.config.vocab_size=4096"),
     (["model.config.num_attention_heads=7"], 4, "does not divide hidden_size=192; use 6"),
@@ -201,7 +200,7 @@ def test_the_printed_plan_gives_a_reason_for_each_number():
     text = render(plan_of(), config_of())
     assert "batch.global_size 32 / (micro_size 4 x 2 replicas)" in text
     assert "4 ranks / 2 stages" in text
-    assert text.count("\n") < 25
+    assert text.count("\n") < 30
 
 
 def test_planning_imports_neither_torch_nor_deepspeed():

@@ -13,11 +13,12 @@ import transformers
 from stack.config.compose import compose
 from stack.config.families import FAMILIES
 from stack.config.model_fields import SPECS
+from stack.config.model_folder import model_fields
 from stack.config.schema import Model
 from stack.config.values import Spec
 from stack.errors import ConfigError, LayoutError
 from stack.models.families import parts_of
-from stack.plan.shape import ModelShape, model_fields, model_shape
+from stack.plan.shape import ModelShape, model_shape
 
 #: No two numbers are equal where an equation could mix them up.
 TINY = {

@@ -27,6 +27,7 @@ from stack.launch.sweep.jobs import Job, command
 from stack.launch.sweep.scheduler import SWEEP_PID
 from stack.launch.sweep.slots import Slots, check_room
 from stack.launch.sweep.sweep import sweep
+from stack.plan import policies
 from tests.helpers import fake_stack
 from tests.helpers.rows import row
 
@@ -61,7 +62,7 @@ class Fakes:
 
     @property
     def folder(self) -> Path:
-        [folder] = self.root.glob("quickstart/sweeps/*")
+        [folder] = self.root.glob("run/sweeps/*")
         return folder
 
     @property
@@ -74,6 +75,16 @@ class Fakes:
 @pytest.fixture
 def fakes(tmp_path, monkeypatch):
     return Fakes(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def gpus(tmp_path_factory, monkeypatch):
+    """`gpus("4,5")`: a host with eight GPUs, of which these are visible."""
+    folder = tmp_path_factory.mktemp("dev")
+    for number in range(8):
+        (folder / f"nvidia{number}").touch()
+    monkeypatch.setattr(policies, "_DEVICE_FILES", f"{folder}/nvidia[0-9]*")
+    return lambda visible: monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
 
 
 # Identity.
@@ -278,8 +289,8 @@ def test_a_job_ends_with_the_sweep_that_was_killed():
 # Devices.
 
 
-def test_jobs_beside_each_other_share_no_gpu(fakes, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,GPU-6,7")
+def test_jobs_beside_each_other_share_no_gpu(fakes, gpus):
+    gpus("4,5,GPU-6,7")
     lines = ["optim.lr=0.1,0.2,0.3,0.4", "launch.ranks_per_node=2", "hydra.launcher.max_parallel=2"]
     assert fakes(*lines, together=2) == 0
     busy: set[str] = set()
@@ -296,8 +307,8 @@ def test_jobs_beside_each_other_share_no_gpu(fakes, monkeypatch):
     assert most == 4
 
 
-def test_devices_may_be_more_than_ranks_and_count_for_auto(fakes, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+def test_devices_may_be_more_than_ranks_and_count_for_auto(fakes, gpus):
+    gpus("0,1,2,3")
     assert fakes("optim.lr=0.1,0.2", "hydra.launcher.devices=2", "hydra.launcher.max_parallel=2", together=2) == 0
     assert {event["devices"] for event in fakes.events} == {"0,1", "2,3"}
 
@@ -390,7 +401,7 @@ def test_jobs_on_the_same_hosts_run_one_after_another(tmp_path, monkeypatch):
 
 REFUSED = {
     "optim.lrr=1,2": (3, "did you mean optim.lr?"),
-    "optim.lr=0.1,fast": (3, "job optim.lr=fast: optim.lr=fast: a number is needed"),
+    "optim.lr=0.1,fast": (3, "job optim.lr=fast: optim.lr=fast: auto or a number is needed"),
     "optim.lr=0.1 parallel.pipeline=2,3": (4, "job parallel.pipeline=3: parallel.pipeline=3 does not divide 4 ranks"),
     "optim.lr=interval(0,1)": (3, "add hydra/sweeper=optuna"),
     "run.root=a,b": (3, "all jobs of a sweep lie in one folder"),
@@ -430,9 +441,10 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, 
         "hydra.launcher.devices=5": "the most is 4",
     }.items(),
 )
-def test_jobs_that_do_not_fit_the_gpus_are_refused(tmp_path, monkeypatch, capsys, line, words):
+def test_jobs_that_do_not_fit_the_gpus_are_refused(tmp_path, monkeypatch, gpus, capsys, line, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setattr(sweep_module.Scheduler, "run", lambda *_: pytest.fail("a job was started"))
+    gpus("0,1,2,3")
     assert main(["train", "-m", "optim.lr=1,2,3", *line.split()]) in (3, 4)
     assert words in capsys.readouterr().err
 
@@ -460,12 +472,12 @@ COMMANDS = re.findall(r"^((?:\w+=\S+ )?stack train .*)$", DOCS, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("salloc")
-def test_every_command_of_the_docs_sweeps(fakes, monkeypatch):
+def test_every_command_of_the_docs_sweeps(fakes, gpus):
     for line in COMMANDS:
         if "sweeper=optuna" in line and importlib.util.find_spec("optuna") is None:
             continue
         setting, _, words = line.rpartition("stack train -m ")
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting.strip().partition("=")[2])
+        gpus(setting.strip().partition("=")[2])
         before = len(fakes.began)
         assert fakes(*shlex.split(words)) == 0, line
         assert len(fakes.began) > before, line

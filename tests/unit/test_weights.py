@@ -332,7 +332,7 @@ def test_a_folder_without_safetensors_is_refused_and_nothing_unpickled(tmp_path)
 
 def test_what_weights_cannot_be_is_refused_with_the_config(tmp_path):
     folder = published(tmp_path)
-    pretrained = [f"model.name={folder}", "model.init=pretrained", "data.seq_len=16"]
+    pretrained = [f"model.name={folder}", "model.init=pretrained", "data.seq_len=16", "optim.lr=1e-5"]
     assert compose(["model=folder", *pretrained]).model.init == "pretrained"
     with pytest.raises(ConfigError, match=r"model.init=pretrained: model.name=llama is a family, and has no weights"):
         compose(["model.init=pretrained"])

@@ -1,21 +1,18 @@
 """Which GPUs a job has. No two jobs at work have one in common."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from stack.errors import ConfigError, LayoutError
 from stack.launch.sweep.jobs import Job, is_elsewhere, shares_hosts
-from stack.plan.policies import local_devices
+from stack.plan.policies import visible_devices
 
 
 class Slots:
     """The GPUs of this host, lent to jobs. On a host without any, jobs need none."""
 
     def __init__(self) -> None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        every = range(local_devices()) if visible is None else visible.split(",")
-        self._free = [name for entry in every if (name := str(entry).strip()) not in ("", "-1")]
+        self._free = visible_devices()
         self.total = len(self._free)
 
     def take(self, count: int) -> list[str] | None:

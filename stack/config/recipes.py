@@ -1,0 +1,153 @@
+"""Where groups and recipes are: in `conf/`, in a folder of one's own (`--config-dir DIR`), or in one file
+(`experiment=mine.yaml`).
+
+A folder of one's own has the groups of `conf/` as its subfolders, so `DIR/experiment/mine.yaml` is `experiment=mine`.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+
+from stack.config import yaml_file
+from stack.config.values import closest, show
+from stack.errors import ConfigError
+
+FLAG = "--config-dir"
+_ENDINGS = (".yaml", ".yml")
+#: Groups whose files set keys of the whole config, unless their first line says otherwise.
+_GLOBAL = ("experiment",)
+_PACKAGE = re.compile(r"\s*#\s*@package\s+(\S+)")
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """The groups that a command line can choose from."""
+
+    own: Path | None
+    """Folder of `--config-dir`, absolute."""
+    groups: Mapping[str, Sequence[str]]
+    """Group -> its choices."""
+
+    @property
+    def search_path(self) -> list[str]:
+        """Overrides by which Hydra looks into the folder of one's own too."""
+        if self.own is None:
+            return []
+        escaped = str(self.own).replace("\\", "\\\\").replace("'", "\\'")
+        return [f"hydra.searchpath=['file://{escaped}']"]
+
+
+def conf_folder() -> Path:
+    """The folder of YAML groups: `stack/conf` in an installed wheel, `conf` beside the package in a checkout.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(f"{package.parent / 'conf'}: no config.yaml there; install stack again")
+
+
+def find(lines: Sequence[str], conf: Path) -> tuple[list[str], Recipes]:
+    """Takes `--config-dir DIR` out of a command line.
+
+    Returns:
+        The other lines, and what they can choose from.
+
+    Raises:
+        ConfigError: there is no such folder, or it has no group, or a choice under a name that `conf/` has.
+    """
+    rest: list[str] = []
+    given: list[str] = []
+    words = iter(lines)
+    for word in words:
+        if word == FLAG:
+            given.append(next(words, ""))
+        elif word.startswith(f"{FLAG}="):
+            given.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    groups = groups_of(conf)
+    if not given:
+        return rest, Recipes(None, groups)
+    if len(given) > 1:
+        raise ConfigError(f"{FLAG} {show(given[1])}: {FLAG} is given twice, first as {show(given[0])}; keep one")
+    own = _own_folder(given[0])
+    return rest, Recipes(own, _merged(own, groups, conf))
+
+
+def is_file_choice(choice: object) -> bool:
+    """Whether a choice of a group is the path of a file."""
+    return isinstance(choice, str) and choice.endswith(_ENDINGS)
+
+
+def store(group: str, choice: str) -> str:
+    """Makes a file a choice of `group`, and returns the name by which Hydra then knows it.
+
+    Raises:
+        ConfigError: it cannot be read, or is not a mapping.
+    """
+    path = Path(choice).expanduser().absolute()
+    try:
+        tree = yaml_file.load(path, what=f"a file with keys of {group}, such as those in {conf_folder() / group}")
+        head = path.read_text(encoding="utf-8").partition("\n")[0]
+    except (ConfigError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{group}={choice}: {error}") from error
+    declared = _PACKAGE.match(head)
+    package = declared[1] if declared else "_global_" if group in _GLOBAL else None
+    name = f"file-{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    ConfigStore.instance().store(group=group, name=name, node=tree, package=package, provider=str(path))
+    return name
+
+
+def _own_folder(given: str) -> Path:
+    folder = Path(given).expanduser().absolute()
+    if not given or not folder.is_dir():
+        what = "is a file" if folder.is_file() else "no such folder"
+        raise ConfigError(f"{FLAG}={show(given)}: {what}; give a folder with groups in it, such as DIR/experiment")
+    return folder
+
+
+def _merged(own: Path, groups: Mapping[str, Sequence[str]], conf: Path) -> dict[str, list[str]]:
+    """The choices of both folders. One that both have would be conf's without a word."""
+    theirs = groups_of(own)
+    for group, choices in theirs.items():
+        if group in groups:
+            for name in choices:
+                if name in groups[group]:
+                    file = own / group / f"{name}.yaml"
+                    raise ConfigError(f"{FLAG}={own}: {group}={name} is also in {conf}; give {file} another name")
+        elif choices and (meant := closest(group, [*groups], cutoff=0.7)):
+            raise ConfigError(f"{FLAG}={own}: {own / group} is no group; did you mean {own / meant}?")
+    if not any(theirs.get(group) for group in groups):
+        raise ConfigError(f"{FLAG}={own}: no group in it has a .yaml file; its folders may be {', '.join(groups)}")
+    return {group: sorted([*choices, *theirs.get(group, [])]) for group, choices in groups.items()}
+
+
+def groups_of(folder: Path) -> dict[str, list[str]]:
+    """Group -> its choices, of `conf/` or a folder of one's own.
+
+    Raises:
+        ConfigError: the folder cannot be read.
+    """
+    try:
+        return {
+            inner.name: sorted(file.stem for file in inner.glob("*.yaml"))
+            for inner in sorted(folder.iterdir())
+            if inner.is_dir()
+        }
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be read ({error.strerror}); give a folder with groups in it") from error
+
+
+def no_such_choice(line: str, name: str, choices: Sequence[str]) -> ConfigError:
+    """The error for a choice that a group does not have."""
+    meant = closest(name, choices)
+    hint = f"did you mean {meant}? " if meant else ""
+    return ConfigError(f"{show(line)}: no such choice; {hint}choices are {', '.join(choices)}")

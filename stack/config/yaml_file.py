@@ -1,0 +1,77 @@
+"""Reads a YAML file that somebody else may have written, in a time and with an error that its author cannot choose."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
+
+from stack.config.values import one_line
+from stack.disk import open_regular
+from stack.errors import ConfigError
+
+#: A config has some 200 lines. Beyond these the file is something else.
+_MOST_BYTES = 1 << 20
+_DEEPEST = 50
+#: The parser written in C, where PyYAML was built with it.
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def load(path: Path, *, what: str) -> DictConfig:
+    """The mapping in a YAML file, its interpolations as they are written.
+
+    Args:
+        what: what the file should be, for the error.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML, is not a mapping, or is larger, deeper or more often repeated
+            by aliases than a config can be.
+    """
+    try:
+        with open_regular(path) as file:
+            text = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); give {what}") from error
+    if len(text) > _MOST_BYTES:
+        raise ConfigError(f"{path}: larger than {_MOST_BYTES >> 20} MB; give {what}")
+    try:
+        _check_events(text)
+        tree = OmegaConf.load(io.BytesIO(text))
+    except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path}: not YAML of a config ({first_words(error, path)}); give {what}") from error
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"{path}: a list of values and no mapping; give {what}")
+    return tree
+
+
+def first_words(error: Exception, path: Path | None = None) -> str:
+    """What is wrong and where, without the excerpts and search paths that follow."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        name = error.problem_mark.name
+        place = path if path and name in ("<byte string>", "<unicode string>", "<file>") else name
+        return f"{place}, line {error.problem_mark.line + 1}: {error.problem}"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return one_line(str(error).partition("Config search path")[0])
+
+
+def _check_events(text: bytes) -> None:
+    """Refuses what takes a loader that builds objects exponential time, or more stack than there is.
+
+    Raises:
+        ValueError: the text nests too deeply, or repeats a part by an alias.
+        YAMLError: it is no YAML.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {event.start_mark.line + 1}: aliases are not read; write the value out")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _DEEPEST:
+            raise ValueError(f"line {event.start_mark.line + 1}: nested more than {_DEEPEST} deep")

@@ -8,8 +8,8 @@ from stack.config.compose import compose
 from stack.errors import DataError, HangError, RankFailure
 from stack.health.cause import cause_of, is_collective_timeout, is_out_of_memory
 from stack.plan.layout import make_plan
+from stack.train import ending
 from stack.train.memory import lower_memory
-from stack.train.worker import _explained
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 10000ms for recv"
 
@@ -27,7 +27,7 @@ def wrapped(inner: BaseException) -> RuntimeError:
 
 def explained(error: Exception, *overrides: str) -> BaseException:
     cfg = compose(overrides)
-    return _explained(error, cfg, make_plan(cfg))
+    return ending.explained(error, cfg, make_plan(cfg))
 
 
 def test_an_error_of_ours_keeps_its_class_inside_a_wrapper():

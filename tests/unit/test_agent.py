@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from stack import disk
 from stack.launch import watch as watching
 from stack.launch.environment import environment_of
 from stack.launch.order import Command, Order
@@ -97,9 +98,9 @@ def test_files_of_ranks_that_live_are_looked_at_seldom(run, process, monkeypatch
     is_rank(run, 1, process.pid)
     watch = watch_over(run, process)
     looks = []
-    exists, read = Path.exists, Path.read_text
+    exists, read = Path.exists, disk.read_regular
     monkeypatch.setattr(Path, "exists", lambda path: looks.append(path) or exists(path))
-    monkeypatch.setattr(Path, "read_text", lambda path, *how, **more: looks.append(path) or read(path, *how, **more))
+    monkeypatch.setattr(disk, "read_regular", lambda path: looks.append(path) or read(path))
     for _ in range(10):
         assert watch.report().ranks == []
     # Once for both: who they are, and whether they failed.

@@ -259,6 +259,13 @@ def _data_rules(config: Config) -> None:
     # Else the run would train on another corpus than the one that was named.
     if data.paths and data.source != "files":
         refuse("data.paths", data.paths, f"not read with data.source={data.source}; add data.source=files")
+    for extension in data.extensions:
+        if not extension.startswith(".") or not extension.strip("."):
+            refuse(
+                "data.extensions", data.extensions, f"an ending begins with a dot; use .{extension.strip('.') or 'log'}"
+            )
+    if data.extensions and data.source != "files":
+        refuse("data.extensions", data.extensions, f"not read with data.source={data.source}; add data.source=files")
     if data.name and data.source != "hf":
         refuse("data.name", data.name, f"not read with data.source={data.source}; add data.source=hf")
 

@@ -64,10 +64,6 @@ def select(cfg: Data) -> Selection:
     """
     if not cfg.paths:
         raise DataError("data.source=files needs data.paths, which is empty; use data.paths=[FOLDER_OR_FILE_OR_GLOB]")
-    for extension in cfg.extensions:
-        if not extension.startswith(".") or extension == ".":
-            fix = f"use [.{extension.strip('.')}]"
-            raise DataError(f"data.extensions has {extension!r}, which begins with no dot; {fix}")
     extensions = [extension.lower() for extension in cfg.extensions]
     selection = Selection()
     seen: dict[tuple[int, int], Path] = {}

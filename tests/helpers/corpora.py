@@ -14,7 +14,7 @@ def corpus(folder: Path, documents: list[str], **fields) -> Data:
     raw = folder / "raw"
     raw.mkdir(exist_ok=True)
     (raw / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    settings = {"vocab_size": 270, "heldout_fraction": 0.2, **fields}
+    settings = {"tokenizer": "bpe", "vocab_size": 270, "heldout_fraction": 0.2, **fields}
     return Data(source="files", paths=[str(raw)], root=str(folder / "data"), **settings)
 
 

@@ -147,6 +147,8 @@ model=folder -> model.name= | must not be empty, for example llama, or a folder 
 data.source=files -> data.paths=[] | data.source=files needs some, for example data.paths=[corpus/*.jsonl]
 data.source=hf -> data.name=null | data.source=hf needs one, for example data.name=HuggingFaceFW/fineweb-edu
 data.paths=[a.txt] | not read with data.source=python_stdlib; add data.source=files
+data.extensions=[.log] | not read with data.source=python_stdlib; add data.source=files
+data.extensions=[log] | an ending begins with a dot; use .log
 data.name=c4 | not read with data.source=python_stdlib; add data.source=hf
 schedule.warmup_steps=201 | more than train.steps=200; use schedule.warmup_steps=20, at most 200
 schedule.decay_steps=190 | more than the steps after warm-up, train.steps=200 less schedule.warmup_steps=20; at most 180

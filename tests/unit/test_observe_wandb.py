@@ -121,8 +121,8 @@ class Started:
         folder.mkdir(parents=True)
         (folder / "rank-00000.safetensors").write_bytes(b"weights")
         about = Manifest(
-            step=step, state={}, updates=step, scaling=None, states=(), course={}, heldout_loss=2.5, plan={},
-            versions={}, time=0.0, files=(File("rank-00000.safetensors", 7, "0"),), parameters={},
+            step=step, state={}, updates=step, scaling=None, states=("master",), course={}, heldout_loss=2.5, plan={},
+            versions={}, time=0.0, files=(File("rank-00000.safetensors", 7, "0" * 32),), parameters={},
         )  # fmt: skip
         (folder / "manifest.json").write_text(about.to_json())
         return folder

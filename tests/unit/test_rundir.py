@@ -31,8 +31,8 @@ def test_a_check_and_an_evaluation_are_never_taken_for_a_run(tmp_path, monkeypat
     """The jobs of launch/ take every folder with a config.yaml for a run, unless it says that it is none."""
     cfg = compose([f"run.root={tmp_path}"])
     written = []
-    whole = rundir.write_text
-    monkeypatch.setattr(rundir, "write_text", lambda path, text: (written.append(path.name), whole(path, text)))
+    whole = disk.write_whole
+    monkeypatch.setattr(disk, "write_whole", lambda path, text: (written.append(path.name), whole(path, text)))
     rundir.create_check(tmp_path / "doctor", cfg, make_plan(cfg), parity=[])
     assert written.index("check.json") < written.index("config.yaml")
     written.clear()

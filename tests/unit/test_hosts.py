@@ -47,7 +47,7 @@ def test_a_hostfile_that_is_none_is_refused_with_its_line(tmp_path, text, messag
 
 def test_a_hostfile_that_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "hosts")
-    with pytest.raises(LayoutError, match=r"hosts: cannot be read \(not a regular file\); a line is NAME"):
+    with pytest.raises(LayoutError, match=r"hosts: cannot be read \(it is no regular file\); a line is NAME"):
         read_hostfile(tmp_path / "hosts")
 
 

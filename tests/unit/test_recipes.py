@@ -169,11 +169,11 @@ def test_a_config_that_would_take_for_ever_is_one_line(text: str, message: str, 
 
 def test_a_config_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.yaml")
-    with pytest.raises(ConfigError, match=r"cannot be read \(not a regular file\)"):
+    with pytest.raises(ConfigError, match=r"cannot be read \(it is no regular file\)"):
         from_yaml(tmp_path / "config.yaml")
     (tmp_path / "model").mkdir()
     os.mkfifo(tmp_path / "model" / "config.json")
-    assert "its config.json cannot be read (not a regular file)" in refusal(f"model.name={tmp_path / 'model'}")
+    assert "its config.json cannot be read (it is no regular file)" in refusal(f"model.name={tmp_path / 'model'}")
 
 
 def test_a_foreign_config_cannot_read_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def base(tmp_path) -> Path:
 @pytest.fixture
 def saved(base, tmp_path) -> Path:
     """config.yaml of a run that was fine-tuned from `base`, as a run directory keeps it."""
-    cfg = compose(["model=folder", f"model.name={base}", "model.init=pretrained", f"data.tokenizer={base}"])
+    cfg = compose(["model=folder", f"model.name={base}", "model.init=pretrained", "optim.lr=1e-5"])
     (tmp_path / "run").mkdir()
     copy_without_weights(str(base), tmp_path / "run" / MODEL_COPY)
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(cfg))

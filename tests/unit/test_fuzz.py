@@ -48,7 +48,10 @@ def is_left_by_a_choice(line: list[str], told: str) -> bool:
     return ": model." in told and any(override.startswith(("model=", "model.name=")) for override in line)
 
 
-@pytest.mark.parametrize(("seed", "count"), [(1, 500), pytest.param(2, 10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("seed", "count"),
+    [(1, 100), pytest.param(1, 500, marks=pytest.mark.ci), pytest.param(2, 10_000, marks=pytest.mark.slow)],
+)
 @pytest.mark.timeout(3600)
 def test_any_line_is_planned_or_refused_in_one_line(
     seed: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

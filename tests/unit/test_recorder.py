@@ -49,6 +49,7 @@ def test_a_host_has_one_client_of_wandb_also_where_each_rank_sees_one_gpu(
     clients: list[int] = []
     monkeypatch.setattr(recorder, "WandbSink", lambda *_, node, **__: clients.append(node))
     cfg = compose([f"run.root={tmp_path}", "log=wandb_shared"])
+    (tmp_path / "tokenizer").mkdir()
     run = rundir.create(cfg, make_plan(cfg), corpus=tmp_path)
     for rank in range(1, 4):
         about = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": rank % 2, named: rank // 2}

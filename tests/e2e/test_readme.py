@@ -58,7 +58,7 @@ def test_make_train_then_make_test_on_a_fresh_clone(clone, tmp_path):
     tiny.append(f"data.root={clone / 'data'}")
     for folder in (clone.parent, tmp_path):
         assert "curve: " in run(folder, str(clone / ".venv/bin/stack"), "train", *tiny)
-        assert list(folder.glob("runs/quickstart/*/DONE.json"))
+        assert list(folder.glob("runs/run/*/DONE.json"))
 
 
 def test_every_target_of_the_makefile_is_in_its_help(clone):

@@ -160,5 +160,5 @@ def test_the_changes_of_each_attempt_are_kept(tmp_path):
     tiny_again(run)
     tiny_again(run, {"parallel.pipeline": 1, "optim.lr": 0.5})
     told = {number: [str(change) for change in found] for number, found in run.changes().items()}
-    assert told == {2: ["train.steps 5 -> 9"], 3: [], 4: ["parallel.pipeline 2 -> 1", "optim.lr 0.003 -> 0.5"]}
+    assert told == {2: ["train.steps 5 -> 9"], 3: [], 4: ["parallel.pipeline 2 -> 1", "optim.lr 0.0003 -> 0.5"]}
     assert asdict(from_yaml(run.attempts()[0])) != to_yaml(from_yaml(run.config))

@@ -16,8 +16,10 @@ from stack.observe.jsonl import read
 from stack.train.rundir import RunDir, read_json
 from tests.helpers.forked import tiny_again, tiny_run
 
-#: Steps of rank 0 that take a second, and leave time for what happens to the disk.
-_SLOW = (4, 8)
+#: Steps that take rank 0 a second, and leave time for what happens to the disk. The page of metrics.jsonl that is there
+#: when the disk becomes full takes some ten rows more.
+_SLOW = (4, 24)
+_STEPS = 28
 _SLEEPS = ";".join(f"sleep:rank=0,step={step},phase=save.stage,seconds=1" for step in _SLOW)
 
 
@@ -63,7 +65,7 @@ def test_a_full_disk_costs_lines_and_not_the_run(zygote, small_disk, tmp_path, r
         "run.root": small_disk / "runs",
         "checkpoint.path": tmp_path / "checkpoints",
         "checkpoint.every": 2,
-        "train.steps": 12,
+        "train.steps": _STEPS,
     }
     run = tiny_run(tmp_path, settings)
     root = manifests.root_of(str(tmp_path / "checkpoints"), run.path)
@@ -72,7 +74,7 @@ def test_a_full_disk_costs_lines_and_not_the_run(zygote, small_disk, tmp_path, r
         wait_for(lambda: run.metrics.exists() and len(read(run.metrics)) == _SLOW[0] - 1)
         filler = fill(small_disk)
         wait_for(lambda: manifests.steps(root)[-1:] == [_SLOW[1] - 2])
-        assert len(read(run.metrics)) <= _SLOW[1] - 3
+        assert len(read(run.metrics)) < 15
         if room == "again":
             filler.unlink()
         assert codes.result() == [0, 0], log(run)
@@ -81,20 +83,20 @@ def test_a_full_disk_costs_lines_and_not_the_run(zygote, small_disk, tmp_path, r
     assert f"{run.metrics} takes no lines (No space left on device)" in notes
     if room == "again":
         assert "takes lines again" in notes
-        assert [record.step for record in read(run.metrics)] == list(range(1, 13))
-        assert read_json(run.done)["step"] == 12
+        assert [record.step for record in read(run.metrics)] == list(range(1, _STEPS + 1))
+        assert read_json(run.done)["step"] == _STEPS
         assert run.curve.exists()
     else:
         filler.unlink()
         assert "Traceback" not in log(run)
         # What is there is a run that goes on.
-        assert zygote.run(["--config", str(tiny_again(run, {"train.steps": 14}).config)], 2) == [0, 0], log(run)
-        assert read_json(run.done)["step"] == 14
+        assert zygote.run(["--config", str(tiny_again(run, {"train.steps": _STEPS + 2}).config)], 2) == [0, 0], log(run)
+        assert read_json(run.done)["step"] == _STEPS + 2
 
 
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "removed"])
 def test_a_damaged_metrics_file_costs_a_line_and_not_the_run(zygote, tmp_path, damage):
-    run = tiny_run(tmp_path, {"checkpoint.every": 2, "train.steps": 10})
+    run = tiny_run(tmp_path, {"checkpoint.every": 2, "train.steps": 8})
 
     def break_it() -> None:
         wait_for(lambda: run.metrics.exists() and len(read(run.metrics)) == _SLOW[0] - 1)
@@ -112,7 +114,7 @@ def test_a_damaged_metrics_file_costs_a_line_and_not_the_run(zygote, tmp_path, d
     breaking.join()
     told: list[str] = []
     found = [record.step for record in read(run.metrics, skipped=told.append)]
-    assert found == list(range(1 if damage == "garbage" else _SLOW[0], 11))
+    assert found == list(range(1 if damage == "garbage" else _SLOW[0], 9))
     assert len(told) == (damage == "garbage")
     assert run.curve.exists()
     assert str(run.metrics) in run.notes.read_text()

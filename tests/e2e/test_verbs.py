@@ -82,7 +82,7 @@ def test_resume_in_another_layout_goes_on(run, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from" in done.stdout
     changed = "changed: parallel.pipeline 2 -> 1; parallel.zero 3 -> 2; train.steps 4 -> 6"
-    jumps = "the learning rate goes from 3.00e-04 in step 4 to"
+    jumps = "the learning rate goes from 3.00e-05 in step 4 to"
     for told in (done.stdout, (run / "notes.txt").read_text()):
         assert changed in told
         assert jumps in told

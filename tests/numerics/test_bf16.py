@@ -78,6 +78,8 @@ def test_bf16_keeps_all_but_the_parameters_in_fp32_and_does_not_depend_on_the_la
     assert worst.size < BF16, worst.what
     worst = record("bf16 against one rank", name, against_run(results, single))
     assert worst.size < BF16_UPDATED, worst.what
+    # GPT-2 has a table of learned positions instead.
+    rotary = {} if case[0] == "gpt2" else {"rotary tables": "float32"}
     assert results[0]["dtypes"] == {
         "parameters": "bfloat16",
         "masters": "float32",
@@ -85,5 +87,5 @@ def test_bf16_keeps_all_but_the_parameters_in_fp32_and_does_not_depend_on_the_la
         "gradient reduction": "float32",
         "exp_avg": "float32",
         "exp_avg_sq": "float32",
-        "rotary tables": "float32",
+        **rotary,
     }

@@ -124,7 +124,7 @@ def clipped_by_the_norm_of_one_rank(patch: pytest.MonkeyPatch) -> None:
         patch,
         replicated,
         "clip",
-        lambda real, found, _norm, limit: real(found, torch.nn.utils.get_total_norm(found).item(), limit),
+        lambda real, found, _norm, limit: real(found, torch.nn.utils.get_total_norm(found), limit),
     )
 
 

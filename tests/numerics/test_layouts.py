@@ -67,8 +67,9 @@ def read_ungathered(settings: dict[str, Any]) -> str:
         patch.setattr("stack.parallel.gathering.Gathers.ask", lambda *_: None)
         try:
             run_layout(settings, "full")
-        except AssertionError as error:
-            return str(error)
+        except RuntimeError as error:
+            # torch's schedule wraps what a stage raises.
+            return str(error.__cause__)
     return ""
 
 

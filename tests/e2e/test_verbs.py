@@ -191,7 +191,7 @@ def test_a_run_at_work_is_left_alone_and_goes_on_after_a_kill(start, tmp_path):
         (["eval", "EXPORT", "checkpoint.step=2"], 2, "has one model and one set of weights"),
         (["verify", "x" * 5000], 2, "cannot be looked up"),
         (["plan", 'run.root="~nouser/x"'], 3, "there is no such user here"),
-        (["plan", "health.hang_timeout_s=1e300"], 3, "must be at most 1e+06"),
+        (["plan", "health.hang_timeout_s=1e300"], 3, "must be at most 1000000.0"),
         (["export", "RUN", "OUT", "checkpoint.step=77"], 6, "checkpoint.step=77: no such checkpoint"),
     ],
 )

@@ -18,6 +18,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.utils import is_invalid_grad_norm
 from deepspeed.runtime.zero import stage3, stage_1_and_2
@@ -54,6 +55,9 @@ def init_distributed(*, timeout: timedelta) -> None:
         # DeepSpeed takes LOCAL_RANK for the number of the device. The launcher's number of the rank, which is another
         # one where each rank sees one GPU (Slurm's --gpus-per-task), was read before (`ranks.from_environment`).
         os.environ["LOCAL_RANK"] = str(device.index)
+    else:
+        # torch computes in fp16 on every CPU; DeepSpeed refuses it on those without instructions for it.
+        _replace(type(get_accelerator()), "is_fp16_supported", lambda _self: True)
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         timeout=timeout,

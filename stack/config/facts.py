@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from stack.config import yaml_file
 from stack.config.check import check_fragment
 from stack.config.compose import SOURCE_KEYS, node_of
 from stack.config.schema import Config
-from stack.config.values import one_line
 from stack.errors import ConfigError
 
 #: In an exported folder: on which text, how cut and how computed its run was evaluated.
@@ -40,13 +38,11 @@ def read_facts(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or a fact has a value that its key does not allow.
     """
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not what an export writes there ({one_line(error)}); export again") from error
+    tree = OmegaConf.to_container(yaml_file.load(path, what="what stack export writes there"))
+    assert isinstance(tree, dict)
     found = {}
     for section, name in _parts():
-        values, key = tree.get(section) if isinstance(tree, Mapping) else None, f"{section}.{name}"
+        values, key = tree.get(section), f"{section}.{name}"
         if not isinstance(values, Mapping) or name not in values:
             continue
         node = node_of(key)

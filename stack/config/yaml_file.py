@@ -40,7 +40,8 @@ def load(path: Path, *, what: str) -> DictConfig:
     try:
         _check_events(text)
         tree = OmegaConf.load(io.BytesIO(text))
-    except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+    # OmegaConf raises OSError for a text that is one value.
+    except (YAMLError, OmegaConfBaseException, RecursionError, ValueError, OSError) as error:
         raise ConfigError(f"{path}: not YAML of a config ({first_words(error, path)}); give {what}") from error
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{path}: a list of values and no mapping; give {what}")

@@ -40,4 +40,6 @@ def test_a_host_that_cannot_be_used_is_named_and_nothing_is_started(tmp_path):
 def test_a_wrong_word_costs_one_line(tmp_path):
     done = doctor(tmp_path, "--paritty")
     assert done.returncode == 2
-    assert done.stderr == "UsageError: --paritty: stack doctor knows --parity, --config-dir DIR, and overrides key=value\n"
+    assert (
+        done.stderr == "UsageError: --paritty: stack doctor knows --parity, --config-dir DIR, and overrides key=value\n"
+    )

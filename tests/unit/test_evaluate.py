@@ -87,8 +87,9 @@ def test_what_an_export_says_decides_neither_where_is_written_nor_which_host_is_
     [
         ("data: {name: '${oc.env:HOME}', source: hf}", r"stack\.yaml: data\.name=.*must not contain"),
         ("data: {seq_len: 1}", r"stack\.yaml: data\.seq_len=1: must be at least 8"),
-        ("[", r"stack\.yaml: not what an export writes there"),
-        ("3", r"stack\.yaml: not what an export writes there"),
+        ("[", r"stack\.yaml: not YAML of a config .*; give what stack export writes there"),
+        ("3", r"stack\.yaml: .*; give what stack export writes there"),
+        ("data: &a {source: hf}\nmodel: *a", "aliases are not read"),
     ],
 )
 def test_what_an_export_says_is_checked(folder, text, message):

@@ -33,15 +33,16 @@ def agree_on_run(cfg: Config, plan: Plan, rank: int, run: RunDir | None, held: c
         StackError: on every rank, what rank 0 met: the corpus is not prepared, another process is at work in the run
             directory, or no checkpoint can be written.
     """
+    from stack.parallel import messages, zero
+
+    # The ranks meet first, so that a host that cannot be reached leaves no run directory.
+    zero.init_distributed(timeout=timedelta(seconds=cfg.health.hang_timeout_s))
     made, failure = None, None
     if rank == 0:
         try:
             made = _make(cfg, plan, run, held)
         except StackError as error:
             failure = (type(error).__name__, str(error))
-    from stack.parallel import messages, zero
-
-    zero.init_distributed(timeout=timedelta(seconds=cfg.health.hang_timeout_s))
     failure, path = messages.broadcast([failure, str(made.path) if made else None])
     if failure:
         zero.close()

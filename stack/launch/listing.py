@@ -5,6 +5,7 @@ import re
 import time
 from pathlib import Path
 
+from stack.disk import open_regular, read_regular
 from stack.errors import UsageError
 from stack.launch.standing import RUNNING, standing
 from stack.observe.metrics import StepRecord
@@ -60,7 +61,7 @@ def _row(run: RunDir, root: Path, me: Holder) -> tuple[str, ...]:
 
 def _steps(run: RunDir) -> int | None:
     try:
-        found = _STEPS.search(run.config.read_bytes())
+        found = _STEPS.search(read_regular(run.config))
     except OSError:
         return None
     return int(found[1][:18]) if found else None
@@ -69,7 +70,7 @@ def _steps(run: RunDir) -> int | None:
 def _tail(path: Path) -> list[bytes]:
     """The finished lines at the end of a metrics.jsonl; none where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES)
             file.seek(start)
             lines = file.read().split(b"\n")[:-1]
@@ -83,7 +84,7 @@ def _parsed(line: bytes) -> StepRecord | None:
     """None where the line is no row."""
     try:
         return StepRecord.from_json(line)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
 
 
@@ -98,14 +99,11 @@ def _left(lines: list[bytes], last: StepRecord, total: int | None) -> str:
 
 
 def _started(run: RunDir) -> float:
-    """When the first attempt began; of a run that is damaged, when its folder was last changed."""
+    """As `RunDir.started`; 0 for a run that was removed meanwhile."""
     try:
         return run.started
-    except (OSError, UsageError, ValueError, TypeError, KeyError, RecursionError):
-        try:
-            return run.path.stat().st_mtime
-        except OSError:
-            return 0.0
+    except OSError:
+        return 0.0
 
 
 def _clock(seconds: float) -> str:

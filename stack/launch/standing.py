@@ -1,11 +1,11 @@
 """How a run stands, by what lies in its directory: it may be at work on another host, or be damaged."""
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stack.disk import parse_json, read_regular
 from stack.train.lock import LOCK, Holder
 from stack.train.rundir import RunDir
 
@@ -49,10 +49,10 @@ def at_work(run: RunDir, me: Holder) -> Holder | None:
     """The process that works in a run directory, or None."""
     file = run.path / LOCK
     try:
-        holder = Holder(**json.loads(file.read_bytes()))
+        holder = Holder(**parse_json(read_regular(file)))
         age_s = time.time() - file.stat().st_mtime
         gone = holder.is_gone if holder.place == me.place else age_s > _STALE_S
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError):
         # There is none, or one that is damaged and names nobody.
         return None
     return None if gone else holder
@@ -60,12 +60,12 @@ def at_work(run: RunDir, me: Holder) -> Holder | None:
 
 def _told(state: str, file: Path) -> Standing:
     try:
-        told: dict[str, Any] = json.loads(file.read_bytes())
+        told: dict[str, Any] = parse_json(read_regular(file))
         kind, message, exit_code = told["type"], told["message"], int(told["exit_code"])
         rank = "" if told.get("rank") is None else f"rank {told['rank']}: "
         who = f"{kind}: {rank}" if state == FAILED else ""
         return Standing(state, one_line(f"{who}{message}"), exit_code)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         return Standing(state, f"{file.name} is damaged", 1)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Self
 
+from stack.disk import read_regular
 from stack.errors import StackError
 from stack.observe.lines import Lines, Tail
 from stack.observe.metrics import StepRecord
@@ -45,7 +46,7 @@ def read(path: Path, *, skipped: Callable[[str], object] | None = None) -> list[
     Raises StackError with file and line when a finished line is not a row and there is no `skipped`, OSError when the
     file cannot be read.
     """
-    records, faults = _parse(path, path.read_bytes().split(b"\n")[:-1], first_line=1)
+    records, faults = _parse(path, read_regular(path).split(b"\n")[:-1], first_line=1)
     if faults:
         if skipped is None:
             raise StackError(f"{faults[0]}; delete that line to go on")

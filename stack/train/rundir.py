@@ -70,7 +70,7 @@ class RunDir:
             found = read_json(self.path / "corpus.json")
             if found is not None and not isinstance(found["folder"], str):
                 raise ValueError("no path")
-        except (ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"{self.path / 'corpus.json'} is damaged, it names no folder; start a new run") from error
         if found is None:
             raise DataError(f"{self.path / 'corpus.json'} is missing: the run directory is not whole; start a new run")
@@ -112,12 +112,13 @@ class RunDir:
 
     @property
     def started(self) -> float:
-        """Beginning of the first attempt in Unix seconds."""
+        """Beginning of the first attempt in Unix seconds. Where its env.json is gone or damaged, the time at which the
+        run directory was last changed: no run ends for the want of this number."""
         first = self.path / "attempts" / "1" / "env.json"
-        found = read_json(first if first.exists() else self.path / "env.json")
-        if found is None:
-            raise UsageError(f"{self.path} has no env.json: the run directory is not whole; start a new run")
-        return float(found["time"])
+        try:
+            return float((read_json(first if first.exists() else self.path / "env.json") or {})["time"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            return self.path.stat().st_mtime
 
     @property
     def evaluations(self) -> Path:

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from stack.checkpoint import manifest
 from stack.config.compose import from_yaml
@@ -13,7 +14,7 @@ from stack.disk import write_whole
 from stack.errors import Requeue, StackError, UsageError
 from stack.observe.jsonl import read
 from stack.observe.wandb import library
-from stack.observe.wandb.session import Facts, Session
+from stack.observe.wandb.session import Facts, Session, exports_in, run_id
 from stack.train import rundir
 from stack.train.lock import RunLock
 from stack.train.rundir import RunDir
@@ -28,11 +29,19 @@ def facts(run: RunDir, cfg: Config) -> Facts:
         metrics=run.metrics,
         checkpoints=manifest.root_of(cfg.checkpoint.path, run.path),
         exports=run.exports,
-        files=tuple(file for file in files if file.exists()),
-        config={**asdict(cfg), "ds_config": rundir.read_json(run.ds_config)},
+        files=tuple(file for file in files if file.is_file()),
+        config={**asdict(cfg), "ds_config": _ds_config(run)},
         started=run.started,
         attempt=run.attempt,
     )
+
+
+def _ds_config(run: RunDir) -> dict[str, Any] | None:
+    """None where there is none yet, or where the file is damaged."""
+    try:
+        return rundir.read_json(run.ds_config)
+    except (OSError, ValueError):
+        return None
 
 
 def sync(run: RunDir, overrides: list[str]) -> int:
@@ -49,13 +58,15 @@ def sync(run: RunDir, overrides: list[str]) -> int:
         StackError: the server does not take it, or did not take all.
     """
     cfg = from_yaml(run.config, overrides)
-    if not run.metrics.exists() or not (rows := len(read(run.metrics))):
+    if not run.metrics.is_file() or not (rows := len(read(run.metrics))):
         raise UsageError(f"{run.path} finished no step; there is nothing to upload")
     # A run that was shared stays so: there the server numbers its rows.
     mode = "shared" if cfg.log.wandb.mode == "shared" else "online"
     settings = replace(cfg.log.wandb, mode=mode)
     exit_code = 0 if run.done.exists() else Requeue.exit_code if run.saved.exists() else 1
     with RunLock(run.path):
+        # A damaged id is told before the library starts a service, which would have to be ended.
+        run_id(run.path)
         uploading = Session(facts(run, cfg), settings, note=print)
         sent = _send(uploading, lambda: uploading.end(exit_code))
         # Opened again: the server itself is asked whether it has all.
@@ -92,8 +103,8 @@ def _send(session: Session, close: Callable[[], None]) -> int:
 def remember_export(run: RunDir, folder: Path) -> None:
     """Notes a folder that the run was exported to, for W&B. A run directory that cannot be written stays as it is."""
     try:
-        known = json.loads(run.exports.read_text()) if run.exports.exists() else []
+        known = exports_in(run.exports)
         if str(folder) not in known:
             write_whole(run.exports, json.dumps([*known, str(folder)]) + "\n")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         print(f"the export is whole, but {run.exports} cannot be added to ({error}): W&B will not know of it")

@@ -1,6 +1,7 @@
 """`stack ls`: a row for each run, whatever lies in its directory."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -93,6 +94,14 @@ def test_rubbish_is_shown_as_such(tmp_path, rubbish):
     with (run / "metrics.jsonl").open("w") as file:
         file.write(rubbish.decode(errors="replace") + row(5))
     assert cells(tmp_path)[0][2:4] == ["5/?", "4.9500"]
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    run = make(tmp_path)
+    for name in ("metrics.jsonl", "env.json", "config.yaml", "FAILED.json", "lock.json"):
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+    assert cells(tmp_path) == [["a/1", "failed", "0/?", "0m 00s", "FAILED.json is damaged"]]
 
 
 def test_what_is_no_run_is_left_out(tmp_path):

@@ -361,6 +361,26 @@ def test_sync_says_what_it_cannot_do(started: Started, monkeypatch: pytest.Monke
     assert_no_service()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WANDB_MODE", "disabled"),
+        ("WANDB_MODE", "nonsense"),
+        ("WANDB_DISABLED", "true"),
+        ("WANDB_X_PRIMARY", "perhaps"),
+    ],
+)
+def test_sync_without_a_key_is_one_line_whatever_else_the_environment_says(
+    started: Started, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    started.begin("disabled", timeout_s=4.0).steps(1)
+    started.finish()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StackError, match=r"did not take the run \(.*check WANDB_API_KEY"):
+        started.sync()
+    assert_no_service()
+
+
 def test_sync_ends_although_the_server_hangs(started: Started, server: WandbServer) -> None:
     started.begin("disabled", timeout_s=6.0).steps(1)
     started.finish()
@@ -394,6 +414,39 @@ def test_an_export_is_remembered_and_comes_with_sync(started: Started, server: W
     assert [entry["ref"] for entry in artifact["entries"].values()] == [
         (tmp_path / "model" / "model.safetensors").as_uri()
     ]
+
+
+@pytest.mark.parametrize("content", [b"[", b"[" * 200_000, b"{}", b"[3]", b"\xff", None], ids=range(6))
+def test_a_damaged_list_of_exports_costs_a_line(
+    started: Started, content: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started.begin("disabled")
+    if content is None:
+        os.mkfifo(started.run.exports)
+    else:
+        started.run.exports.write_bytes(content)
+    tracking.remember_export(started.run, started.run.path)
+    assert "the export is whole, but" in capsys.readouterr().out
+    told: list[str] = []
+    Session(started.facts, started.cfg.log.wandb, note=told.append)._log_exports()
+    [line] = told
+    assert f"{started.run.exports} cannot be read (" in line
+
+
+def test_sync_of_a_damaged_run_directory_is_one_line(started: Started) -> None:
+    started.begin("disabled").steps(1)
+    started.finish()
+    for file in (started.run.path / "env.json", started.run.ds_config):
+        file.write_text("{")
+    assert started.facts.config["ds_config"] is None
+    (started.run.path / "wandb").mkdir()
+    (started.run.path / "wandb" / "run_id").write_bytes(b"\xff")
+    with pytest.raises(StackError, match=r"run_id is damaged \(not text\); delete it to begin a new W&B run"):
+        started.sync()
+    started.run.metrics.unlink()
+    os.mkfifo(started.run.metrics)
+    with pytest.raises(UsageError, match="finished no step"):
+        started.sync()
 
 
 def test_an_error_in_log_turns_the_sink_off_with_one_note(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -613,6 +666,16 @@ def test_what_the_environment_says_against_the_config_is_told_in_a_line(
         started.notes.clear()
         started.begin(line.rpartition("log.wandb.mode=")[2])
         assert started.notes == []
+
+
+@pytest.mark.parametrize("mode", ["disabled", "nonsense"])
+def test_a_mode_in_the_environment_is_passed_over(
+    started: Started, server: WandbServer, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    started.begin("online").steps(1)
+    started.finish()
+    assert_whole(started, server)
 
 
 def test_the_documented_sweep_gives_overrides() -> None:

@@ -1,6 +1,8 @@
 """A run directory through its attempts: whatever goes wrong in between, the run is there."""
 
 import errno
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from stack import disk
 from stack.config.compose import compose, from_yaml
 from stack.config.places import settled
-from stack.errors import UsageError
+from stack.errors import DataError, UsageError
 from stack.plan.layout import make_plan
 from stack.train import rundir
 from stack.train.rundir import RunDir
@@ -103,6 +105,32 @@ def test_last_words_never_raise(run):
     run.saved.mkdir()
     rundir.record_end(run, {**CAUSE, "exit_code": 75})
     rundir.write_last(run.path / "gone" / "error.json", CAUSE)
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "gone": Path.unlink,
+    "a pipe": _pipe,
+    "no JSON": lambda path: path.write_text("{"),
+    "brackets": lambda path: path.write_text("[" * 200_000),
+    "a list": lambda path: path.write_text("[1]"),
+    "nothing in it": lambda path: path.write_text("{}"),
+    "beyond a float": lambda path: path.write_text(f'{{"time": 1{"0" * 400}, "folder": 3}}'),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_of_a_run_costs_a_line_or_nothing(run, name):
+    DAMAGE[name](run.path / "env.json")
+    # When the first attempt began only W&B and `stack ls` ask.
+    assert run.started == run.path.stat().st_mtime
+    DAMAGE[name](run.path / "corpus.json")
+    with pytest.raises(DataError, match=r"corpus\.json is (damaged|missing).*; start a new run"):
+        _ = run.corpus
 
 
 def test_logs_are_not_for_everybody(run):

@@ -106,6 +106,13 @@ def test_a_damaged_lock_or_verdict_is_no_traceback(run, content):
     assert str(standing(run, Holder.me())) == "failed: FAILED.json is damaged"
 
 
+def test_a_pipe_in_the_place_of_a_lock_or_verdict_is_not_waited_for(run):
+    os.mkfifo(run.path / LOCK)
+    assert state(run) == "ended"
+    os.mkfifo(run.failed)
+    assert str(standing(run, Holder.me())) == "failed: FAILED.json is damaged"
+
+
 def test_what_a_file_says_cannot_steer_a_terminal(run):
     rundir.write_json(run.failed, {"type": "X", "message": "\x1b[2Jboo\nmore", "exit_code": 9})
     assert str(standing(run, Holder.me())) == "failed: X: ?[2Jboo"

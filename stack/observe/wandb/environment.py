@@ -4,6 +4,8 @@ import os
 
 #: What values of WANDB_MODE are called in `log.wandb.mode`; all others are taken for `disabled`.
 _MODES = {"online": "online", "run": "online", "shared": "shared", "offline": "offline", "dryrun": "offline"}
+#: Variables that speak of what `log.wandb.mode` decides.
+DECIDED = ("WANDB_DISABLED", "WANDB_MODE")
 _FALSE = ("", "0", "false", "no", "off")
 
 

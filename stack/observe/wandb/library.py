@@ -1,9 +1,11 @@
 """How W&B's library is opened and got rid of. It is imported on first use: it takes a second, and may hang."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from stack.config.schema import Wandb
+from stack.observe.wandb.environment import DECIDED
 
 
 def load() -> Any:
@@ -22,9 +24,13 @@ def init(cfg: Wandb, folder: Path, run_id: str, *, mode: str, **changed: Any) ->
         changed: the library's settings, those of `x_...`, and arguments of its `init` that `cfg` does not have.
 
     Raises:
-        wandb.Error, TimeoutError: the server cannot be reached or refuses; see `failures`.
+        wandb.Error, TimeoutError, ValueError: the server cannot be reached or refuses, or a variable has a value that
+            the library does not know; see `failures`.
     """
     wandb = load()
+    for name in DECIDED:
+        # The library would start no service for `disabled`, and refuse a word that it does not know.
+        os.environ.pop(name, None)
     # Also for what the library prints outside of a run. Without info it asks for no key, even on a terminal.
     quiet = {"quiet": True, "show_info": False, "show_warnings": False, "show_errors": False}
     wandb.setup(wandb.Settings(**quiet))
@@ -51,8 +57,8 @@ def init(cfg: Wandb, folder: Path, run_id: str, *, mode: str, **changed: Any) ->
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What `init` raises where the server, not the program, is to blame."""
-    return (load().Error, TimeoutError)
+    """What `init` raises where the server, or a variable of W&B's in the environment, is to blame."""
+    return (load().Error, TimeoutError, ValueError)
 
 
 def teardown(exit_code: int = 1) -> None:
@@ -63,7 +69,11 @@ def teardown(exit_code: int = 1) -> None:
 def kill() -> None:
     """Takes away the library's exit hook, which waits without a bound, and its service process, which keeps our
     standard output open. There is no public way to either; the version of wandb is pinned."""
-    service = load().setup().assert_service()
+    try:
+        service = load().setup().assert_service()
+    except (AssertionError, ValueError):
+        # The library has started none, or refuses what its variables in the environment say.
+        return
     service._cleanup()
     service._proc._process.kill()
 

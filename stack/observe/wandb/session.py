@@ -12,7 +12,7 @@ from typing import Any
 
 from stack.checkpoint import manifest
 from stack.config.schema import Wandb
-from stack.disk import write_whole
+from stack.disk import parse_json, read_regular, write_whole
 from stack.errors import CheckpointError, Requeue, StackError
 from stack.observe.course import Course
 from stack.observe.jsonl import Follower
@@ -224,7 +224,11 @@ class Session:
             self._checkpoints.add(step)
 
     def _log_exports(self) -> None:
-        exports = json.loads(self.facts.exports.read_text()) if self.facts.exports.exists() else []
+        try:
+            exports = exports_in(self.facts.exports)
+        except (OSError, ValueError) as error:
+            self._note(f"{self.facts.exports} cannot be read ({error}): W&B does not learn of the exports")
+            return
         for folder in map(Path, exports):
             if folder.is_dir():
                 self._log_reference("export", folder, metadata={})
@@ -243,14 +247,41 @@ def invitation(facts: Facts) -> Path:
     return facts.folder / "wandb" / f"shared-{facts.attempt}.json"
 
 
+def exports_in(file: Path) -> list[str]:
+    """The folders that `Facts.exports` lists; none where there is no such file.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        found = parse_json(read_regular(file))
+    except FileNotFoundError:
+        return []
+    if not isinstance(found, list) or not all(isinstance(folder, str) for folder in found):
+        raise ValueError("it is no list of folders")
+    return found
+
+
 def _id_file(folder: Path) -> Path:
     return folder / "wandb" / "run_id"
 
 
 def run_id(folder: Path) -> str:
-    """The W&B id of the run in `folder`, made at the first call and the same ever after."""
+    """The W&B id of the run in `folder`, made at the first call and the same ever after.
+
+    Raises:
+        StackError: the file that has it is damaged.
+    """
     path = _id_file(folder)
-    if path.exists() and (known := path.read_text(encoding="ascii").strip()):
+    try:
+        known = read_regular(path).decode("ascii").strip()
+    except FileNotFoundError:
+        known = ""
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not text"
+        raise StackError(f"{path} is damaged ({why}); delete it to begin a new W&B run") from error
+    if known:
         return known
     new = agents_run_id() or secrets.token_hex(8)
     # For the user and the group, as the umask allows: the library notes the user, the host and the command in there.

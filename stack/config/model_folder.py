@@ -3,6 +3,7 @@ fields of the model, which its config.json and `model.config` give together."""
 
 import copy
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,6 +22,9 @@ from stack.errors import ConfigError
 #: One file of weights, or many and the index that says which tensor is where.
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+#: How text is generated from the model. An export has it as it is in the folder.
+GENERATION = "generation_config.json"
 
 _CONFIG = ("config.json",)
 #: In the copy of a model folder that a run directory keeps: which folder it was copied from. It has no weights.
@@ -186,6 +190,8 @@ def copy_without_weights(name: str, target: Path) -> None:
     """Copies what describes a model (config.json, generation_config.json, the tokenizer) from the folder or hub name
     `name` into the folder `target`, which is made anew. The copy stands for `name` where only the fields are needed.
 
+    A `GENERATION` that `leads_out` is left out.
+
     Raises:
         ConfigError: as `local_folder`.
         OSError: it cannot be copied.
@@ -194,9 +200,20 @@ def copy_without_weights(name: str, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for file in sorted(source.iterdir()):
-        if _DESCRIBING.fullmatch(file.name) and file.is_file():
+        if not _DESCRIBING.fullmatch(file.name) or not file.is_file():
+            continue
+        # An export from the copy would publish what the link leads to.
+        if file.name != GENERATION or not leads_out(file, source):
             shutil.copyfile(file, target / file.name)
     (target / _COPIED_FROM).write_text(json.dumps({"model.name": name}) + "\n", encoding="utf-8")
+
+
+def leads_out(file: Path, folder: Path) -> bool:
+    """Whether a file of a model folder is a link that leads out of it. A snapshot in the Hugging Face cache consists of
+    links into the folder `blobs` of its model, which count as the inside."""
+    inside = [folder, folder.parents[1] / "blobs"] if folder.absolute().parent.name == "snapshots" else [folder]
+    real = Path(os.path.realpath(file))
+    return not any(real.is_relative_to(os.path.realpath(place)) for place in inside)
 
 
 def is_copy(folder: Path) -> bool:

@@ -14,6 +14,7 @@ This module imports neither torch nor a Hugging Face library: `locate` runs in e
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -126,9 +127,10 @@ def verify(folder: Path, progress: Callable[[int, int], None] = lambda *_: None)
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A file of the corpus. Raises `ValueError` where the name leads out of its folder."""
+    """A file of the corpus. Raises `ValueError` where the name, or a link in its place, leads out of the folder."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
+    real = Path(os.path.realpath(folder / path))
+    if path.is_absolute() or ".." in path.parts or not real.is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{name} is outside of the folder")
     return folder / path
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import heapq
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -103,7 +104,8 @@ def copy_tokenizer(folder: Path, out: Path) -> None:
         name = path.relative_to(folder)
         if not _SAVED.fullmatch(name.as_posix()):
             continue
-        if not path.resolve().is_relative_to(root):
+        # Not `resolve`, which raises RuntimeError for a link to itself.
+        if not Path(os.path.realpath(path)).is_relative_to(root):
             raise DataError(f"{path} is a link that leads out of the tokenizer's folder; put the file itself there")
         if path.is_file():
             (out / name).parent.mkdir(exist_ok=True)

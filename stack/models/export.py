@@ -19,11 +19,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from stack import disk
 from stack.config.families import FAMILIES
-from stack.config.model_folder import INDEX, SINGLE, local_folder, model_fields
+from stack.config.model_folder import GENERATION, INDEX, SINGLE, leads_out, local_folder, model_fields
 from stack.config.schema import Config
 from stack.data.tokenizer import copy_tokenizer
 from stack.disk import place, sync, sync_tree
-from stack.errors import UsageError
+from stack.errors import DataError, UsageError
 from stack.models import tensorfile
 from stack.models.build import whole_model
 from stack.models.families import parts_of
@@ -31,8 +31,6 @@ from stack.models.tensorfile import Entry
 
 #: Most bytes of tensors in one file.
 MAX_FILE = 5 * 10**9
-
-_GENERATION = "generation_config.json"
 
 
 def export(
@@ -65,7 +63,7 @@ def export(
 
     Raises:
         UsageError: `out` is there and not empty, or cannot be written, or the disk is too small.
-        DataError: a file of the tokenizer is a link that leads out of its folder.
+        DataError: a file of the tokenizer, or the model folder's `GENERATION`, is a link that leads out of its folder.
     """
     model = whole_model(cfg)
     contents = _Contents(model, read, dtype, max_file)
@@ -159,9 +157,12 @@ def _write_configs(cfg: Config, architecture: str, folder: Path, *, dtype: torch
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     config.architectures, config.dtype = [architecture], dtype
     config.save_pretrained(folder)
-    published = local_folder(cfg.model.name, weights=False) / _GENERATION
+    source = local_folder(cfg.model.name, weights=False)
+    published = source / GENERATION
     if keeps_ids and published.is_file():
-        shutil.copy(published, folder / _GENERATION)
+        if leads_out(published, source):
+            raise DataError(f"{published} is a link that leads out of the model's folder; put the file itself there")
+        shutil.copyfile(published, folder / GENERATION)
     else:
         transformers.GenerationConfig.from_model_config(config).save_pretrained(folder)
 

@@ -71,6 +71,16 @@ def test_a_manifest_that_somebody_else_wrote_is_refused_in_one_line(tmp_path):
     shards.verify(cfg, seed=SEED)
 
 
+@pytest.mark.parametrize("name", ["train/tokens-00000.bin", "train"])
+def test_a_link_that_leads_out_of_a_corpus_is_refused(tmp_path, name):
+    cfg = corpus(tmp_path, stories(30))
+    folder = prepare(cfg, seed=SEED)
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"train/\S+ is outside of the folder.*; run `stack data`"):
+        locate(cfg, seed=SEED)
+
+
 DAMAGE = {
     "cut": (lambda path: os.truncate(path, 20), "was cut"),
     "impossible ids": (lambda path: path.write_bytes(b"\xff\xff" * (path.stat().st_size // 2)), "token id 65535"),

@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, safe_open
 
+from stack.config.model_folder import copy_without_weights
 from stack.disk import place
 from stack.errors import DataError, UsageError
 from stack.models import export as export_module
@@ -223,10 +224,37 @@ def test_of_a_tokenizers_folder_only_its_files_are_published(tmp_path):
     there = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
     assert "additional_chat_templates/tools.jinja" in there
     assert not there & {"id_rsa", "notes.txt"}
+    # Neither is a link to itself a file.
+    (tokenizer / "merges.txt").symlink_to("merges.txt")
+    write(cfg, tmp_path / "again", tokenizer=tokenizer)
     (tokenizer / "vocab.json").symlink_to(tmp_path / "secret")
     with pytest.raises(DataError, match=r"vocab\.json is a link that leads out of the tokenizer's folder"):
         write(cfg, tmp_path / "other", tokenizer=tokenizer)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_what_a_model_folder_links_to_is_not_published(tmp_path, cache):
+    """But that a snapshot of the Hugging Face cache consists of links into its model's blobs."""
+    folder = tmp_path / "models--org--name" / "snapshots" / "f00d"
+    cfg = tiny_config()
+    parameters = trained(cfg)
+    write(cfg, folder, parameters)
+    blobs = tmp_path / "models--org--name" / "blobs" if cache else tmp_path / "home"
+    blobs.mkdir()
+    (folder / "generation_config.json").rename(blobs / "0123")
+    (folder / "generation_config.json").symlink_to(os.path.relpath(blobs / "0123", folder))
+    cfg = tiny_config(model__name=str(folder), model__init="pretrained")
+    cfg.model.config = {}
+    copy_without_weights(str(folder), tmp_path / "copy")
+    assert (tmp_path / "copy" / "generation_config.json").exists() == cache
+    if cache:
+        write(cfg, tmp_path / "out", parameters)
+        assert (tmp_path / "out" / "generation_config.json").read_bytes() == (blobs / "0123").read_bytes()
+        return
+    with pytest.raises(DataError, match=r"generation_config\.json is a link that leads out of the model's folder; put"):
+        write(cfg, tmp_path / "out", parameters)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path):

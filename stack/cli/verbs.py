@@ -58,9 +58,11 @@ def plan(overrides: Sequence[str]) -> int:
     from stack.config.compose import compose
     from stack.plan.layout import make_plan
     from stack.plan.report import render
+    from stack.train.inputs import sequences_of_epoch
 
     cfg = compose(overrides)
-    print(render(make_plan(cfg), cfg))
+    layout = make_plan(cfg)
+    print(render(layout, cfg, sequences=sequences_of_epoch(cfg, layout)))
     return 0
 
 

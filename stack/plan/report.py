@@ -11,8 +11,12 @@ from stack.plan.memory import RankMemory, plan_memory
 from stack.plan.policies import SCHEDULES, state_names
 
 
-def render(plan: Plan, cfg: Config) -> str:
-    """The table that `stack plan` prints and that is saved as plan.txt."""
+def render(plan: Plan, cfg: Config, *, sequences: int | None = None) -> str:
+    """The table that `stack plan` prints and that is saved as plan.txt.
+
+    Args:
+        sequences: in one epoch, where the corpus is prepared.
+    """
     tokens = plan.global_size * plan.seq_len
     rows = [
         ("model", f"{_count(plan.shape.total_params)} parameters", _model(plan, cfg)),
@@ -35,6 +39,7 @@ def render(plan: Plan, cfg: Config) -> str:
         ("microbatches", plan.microbatches, plan.reasons["microbatches"]),
         ("tokens a step", f"{tokens:,}", f"{plan.global_size} sequences x {plan.seq_len} tokens"),
         ("tokens in all", f"{tokens * cfg.train.steps:,}", f"{cfg.train.steps} steps"),
+        *_epochs(plan, cfg, sequences),
         ("bubble", f"{bubble(plan):.1%}", _bubble_formula(plan)),
         _checkpoint(plan, cfg),
     ]
@@ -51,6 +56,13 @@ def _checkpoint(plan: Plan, cfg: Config) -> tuple[str, str, str]:
     share = plan.largest_rank_params * size // plan.replicas
     staged = f"; async_save takes {disk.size(share)} of a rank's host memory" if cfg.checkpoint.async_save else ""
     return "checkpoint", disk.size(plan.shape.total_params * size), f"every {every} steps, {kept} kept{staged}"
+
+
+def _epochs(plan: Plan, cfg: Config, sequences: int | None) -> list[tuple[str, str, str]]:
+    if not sequences:
+        return []
+    count = plan.global_size * cfg.train.steps
+    return [("epochs", f"{count / sequences:.2f}", f"{count:,} sequences, and an epoch has {sequences:,}")]
 
 
 def _model(plan: Plan, cfg: Config) -> str:

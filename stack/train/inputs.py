@@ -8,6 +8,7 @@ from stack.config.model_folder import local_folder, model_fields
 from stack.config.schema import Config
 from stack.data.batches import Batches
 from stack.data.corpus import Corpus
+from stack.data.manifest import locate
 from stack.data.vocabulary import check_choice, check_vocabulary
 from stack.errors import DataError
 from stack.plan.layout import Plan
@@ -43,6 +44,15 @@ def open_batches(cfg: Config, plan: Plan, folder: Path, *, before: int = 0) -> t
         for name in ("train", "heldout")
     )
     return training, heldout
+
+
+def sequences_of_epoch(cfg: Config, plan: Plan) -> int | None:
+    """Training sequences in one epoch; None where the corpus is not prepared, or does not fit the model."""
+    try:
+        training, _ = open_batches(cfg, plan, locate(cfg.data, seed=cfg.data.split_seed))
+    except DataError:
+        return None
+    return training.num_sequences
 
 
 def _check_rows(cfg: Config, rows: int, corpus: Corpus) -> None:

@@ -61,7 +61,8 @@ def find(lines: Sequence[str], conf: Path) -> tuple[list[str], Recipes]:
         The other lines, and what they can choose from.
 
     Raises:
-        ConfigError: there is no such folder, or it has no group, or a choice under a name that `conf/` has.
+        ConfigError: there is no such folder, or it has no group, or a choice under a name that `conf/` has, or a file
+            that would take Hydra for ever.
     """
     rest: list[str] = []
     given: list[str] = []
@@ -95,7 +96,7 @@ def store(group: str, choice: str) -> str:
     """
     path = Path(choice).expanduser().absolute()
     try:
-        tree = yaml_file.load(path, what=f"a file with keys of {group}, such as those in {conf_folder() / group}")
+        tree = yaml_file.load(path, what=_what(group))
         head = path.read_text(encoding="utf-8").partition("\n")[0]
     except (ConfigError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{group}={choice}: {error}") from error
@@ -104,6 +105,10 @@ def store(group: str, choice: str) -> str:
     name = f"file-{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     ConfigStore.instance().store(group=group, name=name, node=tree, package=package, provider=str(path))
     return name
+
+
+def _what(group: str) -> str:
+    return f"a file with keys of {group}, such as those in {conf_folder() / group}"
 
 
 def _own_folder(given: str) -> Path:
@@ -120,8 +125,10 @@ def _merged(own: Path, groups: Mapping[str, Sequence[str]], conf: Path) -> dict[
     for group, choices in theirs.items():
         if group in groups:
             for name in choices:
+                file = own / group / f"{name}.yaml"
+                # Hydra loads it without a bound.
+                yaml_file.check_bounds(file, what=_what(group))
                 if name in groups[group]:
-                    file = own / group / f"{name}.yaml"
                     raise ConfigError(f"{FLAG}={own}: {group}={name} is also in {conf}; give {file} another name")
         elif choices and (meant := closest(group, [*groups], cutoff=0.7)):
             raise ConfigError(f"{FLAG}={own}: {own / group} is no group; did you mean {own / meant}?")

@@ -30,13 +30,7 @@ def load(path: Path, *, what: str) -> DictConfig:
         ConfigError: the file cannot be read, is no YAML, is not a mapping, or is larger, deeper or more often repeated
             by aliases than a config can be.
     """
-    try:
-        with open_regular(path) as file:
-            text = file.read(_MOST_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); give {what}") from error
-    if len(text) > _MOST_BYTES:
-        raise ConfigError(f"{path}: larger than {_MOST_BYTES >> 20} MB; give {what}")
+    text = _text(path, what)
     try:
         _check_events(text)
         tree = OmegaConf.load(io.BytesIO(text))
@@ -48,6 +42,21 @@ def load(path: Path, *, what: str) -> DictConfig:
     return tree
 
 
+def check_bounds(path: Path, *, what: str) -> None:
+    """Refuses a file that would take a loader for ever. A file that is no YAML passes: its loader says so.
+
+    Raises:
+        ConfigError: the file cannot be read, or is larger, deeper or more often repeated by aliases than a config can
+            be.
+    """
+    try:
+        _check_events(_text(path, what))
+    except YAMLError:
+        return
+    except ValueError as error:
+        raise ConfigError(f"{path}: not YAML of a config ({error}); give {what}") from error
+
+
 def first_words(error: Exception, path: Path | None = None) -> str:
     """What is wrong and where, without the excerpts and search paths that follow."""
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
@@ -57,6 +66,17 @@ def first_words(error: Exception, path: Path | None = None) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return one_line(str(error).partition("Config search path")[0])
+
+
+def _text(path: Path, what: str) -> bytes:
+    try:
+        with open_regular(path) as file:
+            text = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); give {what}") from error
+    if len(text) > _MOST_BYTES:
+        raise ConfigError(f"{path}: larger than {_MOST_BYTES >> 20} MB; give {what}")
+    return text
 
 
 def _check_events(text: bytes) -> None:

@@ -143,7 +143,7 @@ def test_every_command_of_the_page_composes(own: Path, tmp_path: Path) -> None:
 # Files that would hurt.
 
 
-@pytest.mark.parametrize(
+FOR_EVER = pytest.mark.parametrize(
     ("text", "message"),
     {
         "a: " + "[" * 20_000: "line 1: nested more than 50 deep",
@@ -156,6 +156,9 @@ def test_every_command_of_the_page_composes(own: Path, tmp_path: Path) -> None:
     }.items(),
     ids=["brackets", "aliases", "digits", "size", "nul"],
 )
+
+
+@FOR_EVER
 def test_a_config_that_would_take_for_ever_is_one_line(text: str, message: str, tmp_path: Path) -> None:
     saved = tmp_path / "config.yaml"
     saved.write_text(text)
@@ -164,6 +167,16 @@ def test_a_config_that_would_take_for_ever_is_one_line(text: str, message: str, 
         with pytest.raises(ConfigError, match=re.escape(message)) as caught:
             read(saved)
         assert "\n" not in str(caught.value)
+    assert time.process_time() - began < 5
+
+
+@FOR_EVER
+def test_a_recipe_of_ones_own_that_would_take_for_ever_is_one_line(text: str, message: str, own: Path) -> None:
+    (own / "experiment" / "other.yaml").write_text(text)
+    began = time.process_time()
+    line = refusal("--config-dir=own", "experiment=other")
+    # What takes no time is told by Hydra, in words of its own.
+    assert message in line or (len(text) < 10_000 and line.startswith("experiment=other: "))
     assert time.process_time() - began < 5
 
 

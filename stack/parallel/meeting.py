@@ -11,6 +11,8 @@ from torch.distributed import Store, TCPStore
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 _SCHEME, _LOOPBACK = "loopback", "127.0.0.1"
+#: What MASTER_ADDR is where all ranks are on one host.
+_THIS_HOST = (_LOOPBACK, "localhost")
 _BACKLOG = 2048
 
 
@@ -18,7 +20,7 @@ def init_method() -> str | None:
     """For torch's `init_process_group`. None, torch's own way, where ranks of other hosts must reach the store,
     or where torchrun has one."""
     has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return f"{_SCHEME}://" if os.environ.get("MASTER_ADDR") == _LOOPBACK and not has_store else None
+    return f"{_SCHEME}://" if os.environ.get("MASTER_ADDR") in _THIS_HOST and not has_store else None
 
 
 def _meet(_url: str, timeout: timedelta = timedelta(minutes=5), **_: Any) -> Iterator[tuple[Store, int, int]]:

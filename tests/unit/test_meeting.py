@@ -43,6 +43,7 @@ def test_a_port_that_is_taken_is_told_by_torch(port):
     ("environment", "method"),
     [
         ({"MASTER_ADDR": "127.0.0.1"}, "loopback://"),
+        ({"MASTER_ADDR": "localhost"}, "loopback://"),
         ({"MASTER_ADDR": "192.0.2.1"}, None),
         ({"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}, None),
         ({}, None),

@@ -117,4 +117,7 @@ def test_a_damaged_metrics_file_costs_a_line_and_not_the_run(zygote, tmp_path, d
     assert found == list(range(1 if damage == "garbage" else _SLOW[0], 9))
     assert len(told) == (damage == "garbage")
     assert run.curve.exists()
-    assert str(run.metrics) in run.notes.read_text()
+    notes = run.notes.read_text()
+    assert str(run.metrics) in notes
+    # A fault that a stray variable brings into a run is told.
+    assert f"{FAULT}={_SLEEPS}: faults of tests will happen in this run" in notes

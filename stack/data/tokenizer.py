@@ -78,7 +78,7 @@ def load_or_train(cfg: Data, texts: Iterable[str], folder: Path) -> Encoder:
     same BPE. Raises `DataError` where the text is too little for `data.vocab_size`, or the tokenizer cannot be
     loaded or has no end-of-sequence token.
     """
-    hf = _train(cfg.vocab_size, sample(texts)) if cfg.tokenizer == "bpe" else _load(cfg.tokenizer)
+    hf = _train(cfg.vocab_size, sample(texts)) if cfg.tokenizer == "bpe" else load(cfg.tokenizer)
     if hf.eos_token_id is None:
         raise DataError(
             f"data.tokenizer={cfg.tokenizer} has no eos_token to end a document with; set eos_token in its "
@@ -168,7 +168,12 @@ def _byte_level_bpe(vocab_size: int, texts: list[str]) -> "tokenizers.Tokenizer"
     return bpe
 
 
-def _load(name: str) -> "PreTrainedTokenizerBase":
+def load(name: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        DataError: it cannot be loaded, or not without code of its own.
+    """
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()

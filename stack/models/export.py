@@ -21,7 +21,7 @@ from stack import disk
 from stack.config.families import FAMILIES
 from stack.config.model_folder import GENERATION, INDEX, SINGLE, leads_out, local_folder, model_fields
 from stack.config.schema import Config
-from stack.data.tokenizer import copy_tokenizer
+from stack.data import tokenizer as tokenizers
 from stack.disk import place, sync, sync_tree
 from stack.errors import DataError, UsageError
 from stack.models import tensorfile
@@ -63,13 +63,14 @@ def export(
 
     Raises:
         UsageError: `out` is there and not empty, or cannot be written, or the disk is too small.
-        DataError: a file of the tokenizer, or the model folder's `GENERATION`, is a link that leads out of its folder.
+        DataError: a file of the tokenizer, or the model folder's `GENERATION`, is a link that leads out of its folder;
+            or the tokenizer cannot be loaded without code of its own.
     """
     model = whole_model(cfg)
     contents = _Contents(model, read, dtype, max_file)
     with _whole_folder(out, contents.total) as folder:
         if tokenizer is not None:
-            copy_tokenizer(tokenizer, folder)
+            tokenizers.copy_tokenizer(tokenizer, folder)
         _write_configs(cfg, type(model).__name__, folder, dtype=dtype, tokenizer=tokenizer)
         for name, text in (extra or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -152,7 +153,7 @@ def _write_configs(cfg: Config, architecture: str, folder: Path, *, dtype: torch
     # A class's own ids may lie beyond our vocabulary, and those of a folder be another tokenizer's.
     keeps_ids = cfg.model.name not in FAMILIES and (tokenizer is None or cfg.model.init == "pretrained")
     if not keeps_ids:
-        end = _end_token(tokenizer) if tokenizer is not None else None
+        end = tokenizers.load(str(tokenizer)).eos_token_id if tokenizer is not None else None
         fields |= {"bos_token_id": None, "pad_token_id": None, "eos_token_id": end}
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     config.architectures, config.dtype = [architecture], dtype
@@ -165,11 +166,6 @@ def _write_configs(cfg: Config, architecture: str, folder: Path, *, dtype: torch
         shutil.copyfile(published, folder / GENERATION)
     else:
         transformers.GenerationConfig.from_model_config(config).save_pretrained(folder)
-
-
-def _end_token(tokenizer: Path) -> int | None:
-    # Without the False a folder that brings code makes transformers ask on the terminal whether to run it.
-    return transformers.AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).eos_token_id
 
 
 @contextmanager

@@ -233,6 +233,19 @@ def test_of_a_tokenizers_folder_only_its_files_are_published(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_tokenizer_with_code_of_its_own_is_one_line(tmp_path, monkeypatch):
+    tokenizer = _tokenizer(tmp_path / "tokenizer")
+    (tokenizer / "tokenizer.json").unlink()
+    (tokenizer / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    wish = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(wish))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    with pytest.raises(DataError, match=r"needs Python code of its own, and code .* is never run here") as caught:
+        write(tiny_config(shape__vocab_size=260), tmp_path / "out", tokenizer=tokenizer)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
 @pytest.mark.parametrize("cache", [False, True])
 def test_what_a_model_folder_links_to_is_not_published(tmp_path, cache):
     """But that a snapshot of the Hugging Face cache consists of links into its model's blobs."""

@@ -1,4 +1,4 @@
-"""Atomic and durable writes, file locks, reserved disk space, and safe reading of JSON that may be damaged or hostile."""
+"""Atomic and durable writes, file locks, reserved disk space, and reading JSON that may be damaged or hostile."""
 
 import contextlib
 import errno
@@ -196,7 +196,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def checksum(content: dict[str, Any]) -> str:
-    """BLAKE2b hash of a dictionary, as 32 hexadecimal digits. The hash is taken of its compact JSON with sorted keys."""
+    """BLAKE2b hash, 32 hexadecimal digits, of a dictionary written as compact JSON with sorted keys."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 

@@ -6,7 +6,7 @@ from stack.interpreter import leave_cwd
 
 leave_cwd()
 
-from stack.cli.main import main  # noqa: E402 - not before the current folder is off the path
+from stack.cli.main import main  # noqa: E402 - a folder `stack/` in the current folder must not be imported
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Files that other processes read or that must survive a crash, and JSON that may have been damaged or crafted."""
+"""Atomic and durable writes, file locks, reserved disk space, and reading JSON that may be damaged or hostile."""
 
 import contextlib
 import errno
@@ -13,16 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal
 
-#: File of `reserve`, in the folder that it holds room for, and its size in bytes.
+#: Name of the placeholder file that `reserve` writes, and its size in bytes.
 _RESERVED = ".reserved"
 _RESERVED_BYTES = 16 << 10
 
 
 def sync(path: Path) -> None:
-    """Brings a file's content, or the names in a folder, to the disk.
+    """Calls fsync on a file, or on a folder so that the names in it survive a crash.
 
     Raises:
-        OSError: the disk did not take it.
+        OSError: the disk reported an error.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -32,26 +32,28 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """`sync` of each file in a folder and in those below it, and of the folders.
+    """Calls `sync` for a folder and for every file and folder below it.
 
     Raises:
-        OSError: the disk did not take it.
+        OSError: the disk reported an error.
     """
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 def lock(file: IO[Any], *, wait: bool) -> Literal["held", "busy", "none"]:
-    """Takes the kernel's lock of an open file (`flock`), which ends with the process, however it ends.
+    """Takes an exclusive `flock` on an open file. The kernel releases the lock when the process ends, even by SIGKILL.
 
     Args:
-        wait: until another process gives it back; else that is "busy".
+        file: the open file; closing it releases the lock.
+        wait: whether to block until another process releases the lock.
 
     Returns:
-        "none" where the file system has no such locks: Lustre mounted without them, some NFS and FUSE servers.
+        "held" once this process has the lock; "busy" if another process holds it and `wait` is false; "none" if the
+        file system has no such locks (Lustre mounted without them, some NFS and FUSE servers).
 
     Raises:
-        OSError: another fault.
+        OSError: locking failed for any other reason.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -65,16 +67,18 @@ def lock(file: IO[Any], *, wait: bool) -> Literal["held", "busy", "none"]:
 
 
 def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Writes a file at once: a reader finds the old content or the new one, never a part, and so does a crash.
+    """Replaces a file atomically: a reader sees the whole old content or the whole new content, also after a crash.
 
-    The content goes to a draft beside `path`, which is then renamed. The draft's name is random, because two processes
-    on different hosts of a shared disk may have the same process id.
+    The content is written to a draft beside `path`, and the draft is renamed to `path`. The draft's name is random,
+    because two processes on different hosts that share a disk may have the same process id.
 
     Args:
-        durable: return only when content and name are on the disk.
+        path: the file to replace or create; its folder must exist.
+        content: text is encoded as UTF-8.
+        durable: whether to return only after content and name are on the disk (fsync).
 
     Raises:
-        OSError: the disk did not take it; `path` is as it was, and no draft is left.
+        OSError: the file could not be written; `path` is unchanged and the draft is removed.
     """
     with _draft(path, content, durable=durable) as draft:
         draft.replace(path)
@@ -83,29 +87,35 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> N
 
 
 def write_new(path: Path, content: str | bytes) -> bool:
-    """As `write_whole`, unless there is such a file already; returns whether there was none. Of several processes that
-    call it for one path, one gets True.
+    """Creates a file atomically, as `write_whole` does, unless `path` exists already.
+
+    Returns:
+        Whether this call created the file. If several processes call it for one path, exactly one of them gets True.
 
     Raises:
-        OSError: the disk did not take it.
+        OSError: the file could not be written.
     """
     with _draft(path, content) as draft:
         return link_new(draft, path)
 
 
 def link_new(source: Path, target: Path) -> bool:
-    """Gives the content of `source` the name `target` too, at once; returns False where something has that name.
+    """Creates `target` with the content of `source`: as a hard link, or as a copy if the file system has no links.
+
+    Returns:
+        Whether this call created `target`; False if `target` exists already.
 
     Raises:
-        OSError: the disk did not take it.
+        OSError: the file could not be written.
     """
     try:
         os.link(source, target)
     except FileExistsError:
-        # A file server's answer may get lost, and the call be made a second time.
+        # A network file system may lose the reply to a link call that succeeded, and repeat the call. `source` then has
+        # two links.
         return source.stat().st_nlink > 1
     except OSError:
-        # Not every file system has links. There a reader may see a part of the content for a moment.
+        # Without hard links, a reader may see a part of the content for a moment.
         try:
             with target.open("xb") as file:
                 file.write(source.read_bytes())
@@ -115,8 +125,8 @@ def link_new(source: Path, target: Path) -> bool:
 
 
 def reserve(folder: Path) -> None:
-    """Takes room on the folder's disk, if there is any, for one small file that `write_reserved` writes when the disk
-    may be full."""
+    """Reserves space for one small file in a folder by writing a 16 KiB placeholder. `write_reserved` uses the space
+    later, when the disk may be full. Does nothing if the disk is full already."""
     try:
         (folder / _RESERVED).write_bytes(b" " * _RESERVED_BYTES)
     except OSError:
@@ -124,11 +134,12 @@ def reserve(folder: Path) -> None:
 
 
 def write_reserved(path: Path, content: str) -> None:
-    """As `write_whole`, into the room that `reserve` took in the same folder, if it did: that needs no free space on
-    a disk that overwrites in place. The room is then used up.
+    """Writes a file into the placeholder that `reserve` left in the same folder, and renames the placeholder to `path`.
+    On a file system that overwrites in place no free space is needed. Without a placeholder, or if writing to it
+    fails, this is `write_whole`.
 
     Raises:
-        OSError: the disk did not take it.
+        OSError: the file could not be written.
     """
     reserved = path.with_name(_RESERVED)
     try:
@@ -141,16 +152,16 @@ def write_reserved(path: Path, content: str) -> None:
 
 
 def release(folder: Path) -> None:
-    """Gives the room back that `reserve` took, if it did."""
+    """Removes the placeholder that `reserve` wrote, if there is one."""
     with contextlib.suppress(OSError):
         (folder / _RESERVED).unlink()
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A regular file, to read. A pipe or a device of that name would block its reader, perhaps for ever.
+    """Opens a regular file for reading. Pipes and devices are refused, because reading them could block for ever.
 
     Raises:
-        OSError: there is none, it is no regular file, or it cannot be opened.
+        OSError: the file does not exist, is not a regular file, or cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -162,20 +173,21 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path) -> bytes:
-    """Content of `open_regular`.
+    """The content of a regular file.
 
     Raises:
-        OSError: as `open_regular`, or it cannot be read.
+        OSError: as for `open_regular`, or the file cannot be read.
     """
     with open_regular(path) as file:
         return file.read()
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text that may have been damaged or crafted.
+    """Parses a JSON text that may be damaged or hostile.
 
     Raises:
-        ValueError: it is no JSON, has an integer of thousands of digits, or is nested deeper than Python can follow.
+        ValueError: the text is not JSON, has an integer of thousands of digits, or is nested deeper than Python's
+            recursion limit.
     """
     try:
         return json.loads(text)
@@ -184,13 +196,13 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def checksum(content: dict[str, Any]) -> str:
-    """BLAKE2b of JSON in its shortest form with sorted keys, 32 hexadecimal digits."""
+    """BLAKE2b hash, 32 hexadecimal digits, of a dictionary written as compact JSON with sorted keys."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
 def size(count: int) -> str:
-    """A number of bytes for the user, in the largest decimal unit that leaves a whole number: 13.4 MB."""
+    """A number of bytes as text, in the largest decimal unit of which there is at least one, such as 13.4 MB."""
     for unit, scale in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
         if count >= scale:
             return f"{count / scale:,.1f} {unit}"
@@ -198,8 +210,9 @@ def size(count: int) -> str:
 
 
 def place() -> str:
-    """The kernel and the table of processes in which this process's id means something. Containers may share a host's
-    name, and process ids of theirs be equal."""
+    """An identifier of the running kernel and the process-id namespace of this process. A process id is unique within
+    one such place only: containers may share a host name and reuse the same process ids. Without /proc: the host name.
+    """
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -208,7 +221,7 @@ def place() -> str:
 
 @contextlib.contextmanager
 def _draft(path: Path, content: str | bytes, *, durable: bool = False) -> Iterator[Path]:
-    """A file with the content beside `path`, gone at the end if it was not renamed."""
+    """Writes the content to a draft file beside `path`, and removes the draft at the end unless it was renamed."""
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with draft.open("xb") as file:

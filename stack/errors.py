@@ -1,11 +1,11 @@
-"""Errors that end a run: one class per kind of person who must act, each with its exit code.
+"""Errors that are shown to the user as one line without a traceback. Each class has its own cause and exit code.
 
-A message has three parts on one line: what was set, why it cannot work, the nearest setting that works.
+A message names what was set, why it cannot work, and the nearest setting that works.
 """
 
 
 class StackError(Exception):
-    """Base of every error the user is meant to read; `exit_code` is what the command ends with."""
+    """Base class of the errors that are meant for the user; the command exits with `exit_code`."""
 
     exit_code = 1
 
@@ -23,13 +23,13 @@ class ConfigError(StackError):
 
 
 class LayoutError(StackError):
-    """Each value is legal alone, but ranks, stages, batch and model do not fit together."""
+    """Each value is legal by itself, but ranks, stages, batch and model do not fit together."""
 
     exit_code = 4
 
 
 class DataError(StackError):
-    """The corpus, the tokenizer or the token shards are missing, unreadable or do not match."""
+    """The corpus, the tokenizer or the token shards are missing, unreadable, or do not match each other."""
 
     exit_code = 5
 
@@ -41,7 +41,7 @@ class CheckpointError(StackError):
 
 
 class NumericsError(StackError):
-    """The loss or the gradient norm stopped being finite."""
+    """The loss or the gradient norm became infinite or NaN."""
 
     exit_code = 7
 
@@ -53,18 +53,18 @@ class HangError(StackError):
 
 
 class RankFailure(StackError):
-    """A rank ended with an exception or was killed."""
+    """A rank raised an exception or was killed."""
 
     exit_code = 9
 
 
 class Requeue(StackError):
-    """Nothing is wrong: the run was asked to end, has saved its state, and wants to be started again."""
+    """The run was asked to end and has saved a checkpoint; it can be started again. This is not a failure."""
 
     exit_code = 75
 
 
 class HostError(StackError):
-    """A host of the run cannot be used: ssh, versions, devices, clock or the run directory."""
+    """A host of the run cannot be used, because of its ssh, versions, devices, clock or access to the run directory."""
 
     exit_code = 9

@@ -1,17 +1,18 @@
-"""How this interpreter is started again. The folder in which a command runs is never searched for modules: a folder
-`stack/` or a file `psutil.py` there would be imported in the place of the installed one, and run."""
+"""How `stack` starts further Python processes. They never search the current folder for modules: a folder `stack/` or a
+file `psutil.py` there would be imported instead of the installed package."""
 
 import os
 import sys
 
-#: Starts a module: `[*PYTHON, "-m", "stack.train"]`. `-P` keeps the current folder off `sys.path`, PYTHONPATH stays.
+#: Start of a command that runs a module: `[*PYTHON, "-m", "stack.train"]`. `-P` keeps the current folder off `sys.path`
+#: and leaves PYTHONPATH in effect.
 PYTHON = (sys.executable, "-P")
-#: What `-P` does, for a process and everything that is started from it.
+#: Environment variable with the effect of `-P`, which child processes inherit.
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 
 
 def leave_cwd() -> None:
-    """Takes the current folder off `sys.path`, where `python -m` without `-P` puts it first. For the first lines of a
-    `__main__`: whoever starts it may not know of `-P`."""
+    """Removes the current folder from `sys.path`, where `python -m` without `-P` puts it first. Called at the top of
+    every `__main__`, because a user may start the module without `-P`."""
     if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
         del sys.path[0]

@@ -1,4 +1,4 @@
-"""Which words after a verb are paths, and which run a path means."""
+"""Tells paths from overrides among the words after a verb, and finds the run directory that a path names."""
 
 import re
 import shlex
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def is_path(word: str) -> bool:
-    """Whether a word names a folder and is no override.
+    """Whether a word is the path of a folder, and not an override or an option.
 
-    A folder that exists is a path whatever its name. Else a word is an override where it sets a key of a section of the
-    config, or chooses in a group (`train.steps=5`, `model=llama_4m`, `~experiment`, `hydra/launcher=stack`), or is an
-    option (`-m`). All else is a path, also with an equals sign in it (`out/lr=0.1/m`, `lr=0.1`).
+    An existing folder is always a path. Any other word is an override if its key begins with a section of the config or
+    with a group (`train.steps=5`, `model=llama_4m`, `~experiment`, `hydra/launcher=stack`), and an option if it begins
+    with a dash (`-m`). Every remaining word is a path, even with an equals sign (`out/lr=0.1/m`, `lr=0.1`).
 
     Raises:
-        UsageError: no file system can look such a name up.
+        UsageError: the operating system cannot look the word up, for example because it is too long.
     """
     try:
         if Path(word).is_dir():
@@ -37,19 +37,21 @@ def _is_override(word: str) -> bool:
     if "=" not in word and not word.startswith("~"):
         return False
     key = word.lstrip("+~").partition("=")[0]
-    # Of all keys only Hydra's own have a slash.
+    # Only Hydra's own keys contain a slash.
     first = re.split(r"[./@:]" if key.startswith("hydra") else r"[.@:]", key)[0]
     return first in {"hydra", *schema_tree(), *groups_of(conf_folder())}
 
 
 def run_and_overrides(verb: str, arguments: Sequence[str], usage: str) -> tuple["RunDir", list[str]]:
-    """The run that a verb is about, and what follows it.
+    """The run directory given as the first argument of a verb, and the arguments after it.
 
     Args:
-        usage: of the verb's arguments, such as `RUN_DIR OUT`.
+        verb: name of the verb, for messages.
+        arguments: the words after the verb.
+        usage: the verb's arguments as help shows them, such as `RUN_DIR OUT`.
 
     Raises:
-        UsageError: the first argument is no run directory.
+        UsageError: the first argument is missing or is not the directory of a training run.
     """
     from stack.train.rundir import RunDir
 
@@ -57,7 +59,8 @@ def run_and_overrides(verb: str, arguments: Sequence[str], usage: str) -> tuple[
         example = usage.replace("RUN_DIR", "runs/NAME/RUN_ID", 1)
         raise UsageError(f"stack {verb} needs a run directory ahead of the overrides; write stack {verb} {example}")
     path, *rest = arguments
-    # Resolved: checkpoints may be kept elsewhere by the name that the folder really has.
+    # Symbolic links are resolved, because a folder of checkpoints outside the run directory is named after the real
+    # name of the run directory.
     try:
         run = RunDir(Path(path).resolve())
         found = run.config.is_file()
@@ -71,20 +74,22 @@ def run_and_overrides(verb: str, arguments: Sequence[str], usage: str) -> tuple[
 
 
 def _what_it_is(run: "RunDir") -> str:
-    return "an evaluation, and no run" if run.evaluation.exists() else "what stack doctor left, and no run"
+    if run.evaluation.exists():
+        return "the directory of an evaluation, not of a training run"
+    return "a directory that stack doctor left, not that of a training run"
 
 
 def _hint(run: "RunDir", verb: str, rest: Sequence[str]) -> str:
-    """A run that may be meant, as the command to type."""
+    """End of the message: the command with the newest run directory near the given path, if there is one."""
     from stack.train.rundir import RunDir
 
     near = [run.path.parents[1]] if run.evaluation.exists() and len(run.path.parts) > 2 else []
     below = [file.parent for pattern in ("*/config.yaml", "*/*/config.yaml") for file in run.path.glob(pattern)]
     runs = [path for path in [*near, *below] if (path / "config.yaml").is_file() and RunDir(path).trains]
     if runs:
-        # Names of run directories begin with the time.
+        # The name of a run directory begins with its start time, so the largest name is the newest run.
         meant = max(runs, key=lambda path: path.name)
         return f"; did you mean {shlex.join(['stack', verb, str(meant), *rest])}?"
     if verb != "eval" and (run.path / "config.json").is_file():
-        return "; it is a model folder: stack train model=folder model.name=FOLDER model.init=pretrained begins with it"
-    return "; the path of a run is what stack train prints first"
+        return "; it is a model folder; to train it: stack train model=folder model.name=FOLDER model.init=pretrained"
+    return "; stack train prints the path of its run directory on its first line"

@@ -1,4 +1,4 @@
-"""The `stack` command: one verb, then Hydra overrides."""
+"""Entry point of the `stack` command: runs one verb, and turns errors into one line on stderr and an exit code."""
 
 import io
 import os
@@ -20,14 +20,19 @@ Overrides are Hydra's: key=value, or group=choice such as experiment=8b. A sweep
 Recipes of your own: experiment=mine.yaml, or --config-dir DIR with DIR/experiment/mine.yaml (docs/configs.md)
 Every key with its meaning: stack/config/schema.py
 Exit codes: 0 done, 2 usage, 3 config, 4 layout, 5 data, 6 checkpoint, 7 numerics, 8 hang, 9 a rank failed,
-75 saved on Ctrl-C, SIGTERM or stack stop, and to be resumed; 128 + signal when it was ended at once (130 for Ctrl-C)
+75 the run saved and ended on Ctrl-C, SIGTERM or stack stop, and can be resumed; 128 + signal when it ended at once
+without saving (130 for Ctrl-C)
 """
-#: What a shell reports for a command that SIGPIPE ended.
+#: Exit code that a shell reports for a command killed by SIGPIPE (128 + 13).
 _BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code; an error for the user is one line on stderr."""
+    """Runs one verb and returns the exit code. A StackError is printed as one line on stderr.
+
+    Args:
+        argv: the words after `stack`; by default those of the process.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _prepare_streams()
     code = 0
@@ -41,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (RuntimeError, ImportError) as error:
-        # An interrupt inside an import comes out as whatever that makes of it.
+        # Ctrl-C during an import can surface as a RuntimeError or ImportError with the KeyboardInterrupt as its cause.
         if not _was_interrupted(error):
             raise
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader is gone, as after `| head`; what is left in the buffer goes nowhere.
+        # The reader of a pipe has ended, as in `stack ls | head`.
         _drop_output()
         return code or _BROKEN_PIPE
     except OSError as error:
@@ -60,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_full(stream: TextIO) -> bool:
-    """Whether nothing can be written to a stream, so that it was the output that failed and no file."""
+    """Whether writing to a stream fails. If so, the OSError came from the output and not from another file."""
     try:
         stream.write("\n")
         stream.flush()
@@ -70,19 +75,21 @@ def _is_full(stream: TextIO) -> bool:
 
 
 def _drop_output() -> None:
-    """Sends what is left in the buffer of stdout nowhere, so that the end of the process does not fail on it."""
+    """Redirects stdout to /dev/null, so that flushing the rest of its buffer at exit does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error or any of its causes is a KeyboardInterrupt."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def _prepare_streams() -> None:
-    """Output that a shell closed (`>&-`) goes nowhere, rather than into the next file that is opened; a letter that the
-    terminal's encoding lacks is shown by its number, and ends nothing."""
+    """Makes stdout and stderr safe to write to. A stream that the shell closed (`>&-`) is replaced by /dev/null;
+    otherwise the next file to be opened would get its descriptor and receive the output. Characters that the
+    terminal's encoding lacks are written as backslash escapes instead of raising UnicodeEncodeError."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -115,7 +122,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _check_folder() -> None:
     """
     Raises:
-        UsageError: the current folder was removed; no relative path means anything in it.
+        UsageError: the current folder was removed, so that no relative path can be resolved.
     """
     try:
         os.getcwd()

@@ -1,4 +1,4 @@
-"""The verbs of the `stack` command: one function each, with what `--help` shows of it."""
+"""The verbs of the `stack` command. Each is a function whose docstring is its line in `stack --help`."""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -8,11 +8,11 @@ from pathlib import Path
 from stack.cli.arguments import is_path, run_and_overrides
 from stack.errors import UsageError
 
-#: What `stack stop` waits for, unless it is told another time.
+#: Seconds that `stack stop` waits by default for the run to end.
 _STOP_S = 600
-#: Hydra's words for a sweep.
+#: Hydra's options that start a sweep.
 _MULTIRUN = ("-m", "--multirun")
-#: Of `stack data`.
+#: Option of `stack data`.
 _VERIFY = "--verify"
 
 
@@ -22,11 +22,12 @@ class Verb:
 
     name: str
     arguments: str
-    """What comes ahead of the overrides, as the usage line writes it; empty where nothing does."""
+    """The arguments ahead of the overrides, as the usage line shows them; empty if the verb takes none."""
     examples: tuple[str, ...]
-    """Lines of `stack VERB --help`, with the keys that one most likely looks for."""
+    """Example commands that `stack VERB --help` shows."""
     run: Callable[[Sequence[str]], int]
-    """Takes the words after the verb, returns the exit code, and raises StackError. Its docstring is the help line."""
+    """Takes the words after the verb and returns the exit code; may raise StackError. Its docstring is the help line.
+    """
 
     @property
     def about(self) -> str:
@@ -37,7 +38,7 @@ VERBS: dict[str, Verb] = {}
 
 
 def _verb(name: str, arguments: str = "", *, examples: Sequence[str]) -> Callable[[Callable], Callable]:
-    """Enters a function into `VERBS`, which are shown in the order in which they stand here."""
+    """Decorator that enters a function into `VERBS`. `stack --help` lists the verbs in the order of this file."""
 
     def enter(run: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
         VERBS[name] = Verb(name, arguments, tuple(examples), run)
@@ -54,7 +55,7 @@ def _verb(name: str, arguments: str = "", *, examples: Sequence[str]) -> Callabl
     ],
 )
 def plan(overrides: Sequence[str]) -> int:
-    """print the layout with the reason of each number; starts no process"""
+    """print the layout with the reason for each number; starts no process"""
     from stack.config.compose import compose
     from stack.plan.layout import make_plan
     from stack.plan.report import render
@@ -92,7 +93,7 @@ def show(overrides: Sequence[str]) -> int:
     ],
 )
 def data(arguments: Sequence[str]) -> int:
-    """tokenize the corpus into shards, safe to repeat; --verify: compare those there with their hashes"""
+    """tokenize the corpus into shards, safe to repeat; --verify: compare existing shards with their hashes"""
     from stack.config.compose import compose
     from stack.data.shards import prepare, verify
     from stack.data.vocabulary import check_choice
@@ -113,7 +114,7 @@ def data(arguments: Sequence[str]) -> int:
     ],
 )
 def train(overrides: Sequence[str]) -> int:
-    """plan, prepare the data, launch and follow one run; with -m one for each of several values"""
+    """plan, prepare the data, launch and follow one run; -m: a sweep, one run for each of several values"""
     if any(word in _MULTIRUN for word in overrides):
         from stack.launch.sweep.sweep import sweep
 
@@ -158,7 +159,7 @@ def export(arguments: Sequence[str]) -> int:
     if not rest or not is_path(rest[0]):
         raise UsageError(
             "stack export needs the folder to write to ahead of the overrides; write stack export RUN_DIR OUT (./OUT "
-            "for one that is named like a key of the config)"
+            "if the folder is named like a key of the config)"
         )
     out, *overrides = rest
     from stack.launch import checkpoints
@@ -175,7 +176,7 @@ def export(arguments: Sequence[str]) -> int:
     examples=[
         "stack eval RUN_DIR train.eval_sequences=1000",
         "stack eval RUN_DIR checkpoint.step=400",
-        "stack eval OUT                                # what stack export wrote, on the text of its run",
+        "stack eval OUT                                # an exported folder, on the held-out text of its run",
         "stack eval FOLDER data.source=files data.paths=[texts] data.seq_len=1024",
     ],
 )
@@ -219,7 +220,7 @@ def verify(arguments: Sequence[str]) -> int:
     ],
 )
 def doctor(arguments: Sequence[str]) -> int:
-    """look at the hosts and links of a run before it; --parity: also at its numbers"""
+    """check the hosts and links that a run would use; --parity: also compare its numbers with one process"""
     from stack.config.recipes import FLAG
     from stack.launch.doctor import PARITY, examine
 
@@ -237,7 +238,7 @@ def doctor(arguments: Sequence[str]) -> int:
     ],
 )
 def wandb_sync(arguments: Sequence[str]) -> int:
-    """upload all of a run to Weights & Biases; what is there already is not sent again"""
+    """upload a run to Weights & Biases; only what W&B does not have yet is sent"""
     run, rest = run_and_overrides("wandb-sync", arguments, "RUN_DIR")
     from stack.train import tracking
 
@@ -250,11 +251,11 @@ def wandb_sync(arguments: Sequence[str]) -> int:
     examples=[
         "stack stop RUN_DIR                 # saves first, as on Ctrl-C",
         "stack stop RUN_DIR --now           # ends at once",
-        "stack stop RUN_DIR --timeout=3600  # waits an hour for it, and not ten minutes",
+        "stack stop RUN_DIR --timeout=3600  # waits at most an hour, instead of ten minutes",
     ],
 )
 def stop(arguments: Sequence[str]) -> int:
-    """ask a run to save and end, from any host that sees its directory; --now: to end at once"""
+    """ask a run to save and end, from any host that sees its directory; --now: end at once without saving"""
     run, rest = run_and_overrides("stop", arguments, "RUN_DIR")
     timeout_s = _STOP_S
     for word in rest:
@@ -272,7 +273,7 @@ def stop(arguments: Sequence[str]) -> int:
     "ls",
     "[RUNS]",
     examples=[
-        "stack ls                           # those in runs/",
+        "stack ls                           # the runs in runs/",
         "stack ls /shared/runs",
     ],
 )

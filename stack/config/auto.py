@@ -1,6 +1,6 @@
-"""What the word `auto` of a key stands for, where that follows from other keys alone.
+"""Replaces `auto` by a value in keys where the value follows from the rest of the config.
 
-`auto` of `parallel` and `launch` is not here: it depends on the hosts, and is settled when the layout is planned.
+`auto` in the sections `parallel` and `launch` depends on the hosts; `stack.plan` replaces it.
 """
 
 from dataclasses import replace
@@ -10,17 +10,17 @@ from stack.config.schema import Config, Schedule
 from stack.config.values import refuse
 
 AUTO = "auto"
-#: AdamW's usual rate for a model that is trained from scratch.
+#: `optim.lr=auto`: AdamW's usual learning rate for a model that is trained from scratch.
 _LR = 3e-4
-#: Longest warm-up that is chosen without being asked for, in steps.
+#: Largest number of warm-up steps that `schedule.warmup_steps=auto` chooses.
 _LONGEST_WARMUP = 2000
 
 
 def without_auto(cfg: Config) -> Config:
-    """The config with numbers and names in place of `auto`, as it is saved, planned and trained.
+    """Replaces `auto` in the sections `optim`, `schedule` and `data`. The result is saved, planned and trained.
 
     Raises:
-        ConfigError: optim.lr=auto, where no one rate is right for every model.
+        ConfigError: optim.lr=auto with SGD or with pretrained weights, for which no single rate suits every model.
     """
     optim, schedule, data = cfg.optim, cfg.schedule, cfg.data
     if optim.lr == AUTO:
@@ -35,18 +35,18 @@ def without_auto(cfg: Config) -> Config:
 
 
 def warmup_steps(steps: int) -> int:
-    """Steps of warm-up for a run of `steps` steps: a tenth of them, at most 2000; none for fewer than ten steps."""
+    """Warm-up steps of a run of `steps` steps: a tenth of them, at most 2000, and none for fewer than ten steps."""
     return min(steps // 10, _LONGEST_WARMUP)
 
 
 def decay_steps(schedule: Schedule, steps: int) -> int:
-    """Steps of the final decay of `wsd`, in a run of `steps` steps."""
+    """Steps of the final decay of the schedule `wsd` in a run of `steps` steps."""
     return schedule.decay_steps or max(1, steps // 10)
 
 
 def _refuse_lr(cfg: Config) -> NoReturn:
     if cfg.model.init == "scratch":
-        refuse("optim.lr", AUTO, f"only AdamW has a rate of its own; with optim.kind={cfg.optim.kind} use optim.lr=0.1")
+        refuse("optim.lr", AUTO, f"only AdamW has an auto rate; with optim.kind={cfg.optim.kind} use optim.lr=0.1")
     if cfg.optim.kind == "adamw":
         works = "experiment=finetune or optim.lr=1e-5"
     else:

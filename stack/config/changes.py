@@ -1,19 +1,19 @@
-"""In what two configs differ, key by key."""
+"""Compares two configs key by key."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from stack.config.values import show
 
-#: What a resume is told for that once, and the values that the next one begins with again.
+#: Keys that apply to a single `stack resume` only -> the values that they have again afterwards. They are no changes.
 ONCE = {"checkpoint.step": "auto", "checkpoint.allow": "[]"}
-#: Letters of a value that there is room for in a picture.
+#: Largest number of characters of a value in a label of a plot.
 _SHORT = 16
 _MISSING = object()
 
 
 class Change(NamedTuple):
-    """One key that has another value than before; None where there was none, or is none any more."""
+    """A key whose value differs. `before` or `after` is None if the key is missing in that config."""
 
     key: str
     before: Any
@@ -24,15 +24,16 @@ class Change(NamedTuple):
 
     @property
     def short(self) -> str:
-        """The same for a picture, with values cut to a few letters."""
+        """As `str`, with each value cut to 16 characters, for a label in a plot."""
         return f"{self.key} {show(self.before, _SHORT)} -> {show(self.after, _SHORT)}"
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """The keys, dotted, whose values differ, in the order of `after`; `ONCE` is left out.
+    """The dotted keys whose values differ, in the order of `after`, without the keys of `ONCE`.
 
     Args:
-        before: a config as nested mappings (`dataclasses.asdict`, or a config.yaml that was read).
+        before: a config as nested mappings (`dataclasses.asdict`, or a parsed config.yaml).
+        after: the config to compare with, in the same form.
     """
     old, new = dict(_leaves(before)), dict(_leaves(after))
     return [

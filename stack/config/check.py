@@ -1,4 +1,5 @@
-"""A tree of plain values -> Config. Every entry to a config ends here, so every mistake reads the same."""
+"""Turns a tree of plain values into a `Config` and checks it. Overrides and saved configs are checked by the same code,
+so that a mistake gives the same message wherever it is made."""
 
 import os
 import re
@@ -21,7 +22,7 @@ from stack.config.values import Spec, check_value, closest_path, refuse, show, s
 from stack.errors import ConfigError
 
 _FIELDS = "model.config."
-#: Fields that fix the shapes of parameters, and so cannot be other than those of weights that are read.
+#: Fields that determine the shapes of parameters. With model.init=pretrained they must be those of the weights.
 _SHAPING = (
     "vocab_size",
     "hidden_size",
@@ -42,15 +43,18 @@ _T = TypeVar("_T")
 
 
 def to_config(raw: Any) -> Config:
-    """The typed config of a tree of values; keys left out have the schema's defaults.
+    """Builds and checks a config from a tree of values. Missing keys take the schema's defaults.
+
+    Args:
+        raw: nested mappings of plain values, as YAML gives them.
 
     Raises:
-        ConfigError: a key is unknown, a value is not one its field allows, or two values contradict each other.
+        ConfigError: a key is unknown, a value is not legal for its key, or two values contradict each other.
     """
     config = typed(raw)
     for rule in _MODEL_RULES:
         rule(config)
-    # Which word `auto` can stand for depends on the model.
+    # After the rules about the model, because the values of `auto` depend on the model.
     config = without_auto(config)
     for rule in _RULES:
         rule(config)
@@ -58,25 +62,25 @@ def to_config(raw: Any) -> Config:
 
 
 def typed(raw: Any) -> Config:
-    """As `to_config`, but each value is judged alone: whether they fit together, and whether a model folder is there,
-    is not asked.
+    """Builds a config as `to_config` does, but checks each value by itself only. Contradictions between values and
+    missing model folders are not errors here.
 
     Raises:
-        ConfigError: a key is unknown, or a value is not one its field allows.
+        ConfigError: a key is unknown, or a value is not legal for its key.
     """
     return _build(Config, _check_section("", raw, schema_tree()))
 
 
 @cache
 def schema_tree() -> Tree:
-    """Every legal key: the schema's, and under `model.config` those of any family."""
+    """Every legal key as a tree: the keys of the schema, with the fields of all families under `model.config`."""
     tree = _tree_of(Config)
     tree["model"]["config"] = union(family.fields for family in FAMILIES.values())
     return tree
 
 
 def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Spec]]:
-    """Dotted path and spec of every key that holds a value."""
+    """The dotted path and the spec of every key in a tree that is not a section."""
     for key, node in tree.items():
         if isinstance(node, Spec):
             yield prefix + key, node
@@ -85,16 +89,22 @@ def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Spec]]:
 
 
 def check_fragment(path: str, value: Any, node: Spec | Tree) -> Any:
-    """`value`, checked, for the key or the section at `path`.
+    """Checks a value for the key or section at `path`, and returns it in the type of its field.
 
     Raises:
-        ConfigError: as `to_config`, less the contradictions.
+        ConfigError: a key is unknown, or a value is not legal for its key.
     """
     return check_value(path, value, node) if isinstance(node, Spec) else _check_section(path, value, node)
 
 
 def unknown_key(path: str, shown: str, groups: Iterable[str] = ()) -> NoReturn:
-    """Raise the ConfigError for a dotted path that does not exist; `shown` is what the user wrote."""
+    """Raises the ConfigError for a dotted path that does not exist.
+
+    Args:
+        path: the dotted path.
+        shown: the override or value as the user wrote it.
+        groups: names of groups, which are also suggested if they are similar to `path`.
+    """
     tree = schema_tree()
     meant = _renamed(path) or closest_path(path, [*(leaf for leaf, _ in leaves(tree)), *groups])
     if meant:
@@ -115,7 +125,7 @@ def unknown_key(path: str, shown: str, groups: Iterable[str] = ()) -> NoReturn:
 
 
 def _renamed(path: str) -> str | None:
-    """The key for a name that only a config.json uses."""
+    """The key in `model.config` for a name that only config.json files use, such as GPT-2's `n_embd`."""
     key = path.removeprefix(_FIELDS)
     aliases = {old: new for family in FAMILIES.values() for old, new in family.aliases.items()}
     return f"{_FIELDS}{aliases[key]}" if key in aliases and key not in schema_tree()["model"]["config"] else None
@@ -155,7 +165,7 @@ def _build(cls: type[_T], values: Mapping[str, Any]) -> _T:
 
 
 def _place_rules(config: Config) -> None:
-    # For its errors; the paths stay as they were written until a run is made.
+    # Called for its errors only. The paths stay as the user wrote them until a run directory is created.
     settled(config)
 
 
@@ -172,7 +182,7 @@ def _run_rules(config: Config) -> None:
 
 
 def _is_utf8(text: str) -> bool:
-    """Whether a word of the command line, in which Python keeps other bytes as surrogates, was UTF-8."""
+    """Whether a command line argument was valid UTF-8. Python keeps invalid bytes of arguments as surrogates."""
     return not any(0xD800 <= ord(char) <= 0xDFFF for char in text)
 
 
@@ -190,7 +200,8 @@ def _model_rules(config: Config) -> None:
         refuse(
             "model.attention", "sdpa", f"{name} caps its attention logits, which sdpa cannot; use model.attention=eager"
         )
-    # Rotary embeddings reach past the length of a folder's model, a table of positions does not.
+    # A model with rotary embeddings accepts sequences beyond the max_position_embeddings of its folder. A model with a
+    # table of learned positions does not.
     longest = (config.model.config if family.rotary else given).get("max_position_embeddings")
     if longest is not None and config.data.seq_len > longest:
         why = f"longer than model.config.max_position_embeddings={longest}; at most {longest}"
@@ -198,7 +209,7 @@ def _model_rules(config: Config) -> None:
 
 
 def _head_dim(given: Mapping[str, Any]) -> int:
-    """Width of a head; whether heads divide the model's width is judged by the planner."""
+    """Width of an attention head. The planner checks that the heads divide the model's width."""
     return given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"]
 
 
@@ -212,7 +223,8 @@ def _pretrained_rules(config: Config) -> None:
     fields = base_fields(model.name)
     if "quantization_config" in fields:
         refuse("model.name", model.name, "its weights are quantized; give the folder that they were made from")
-    # The weights of a hub's model are not there yet, and those of a copy in a run directory are in its checkpoints.
+    # The weights of a hub model may not be downloaded yet. A copy in a run directory has no weights: the run's
+    # checkpoints have them.
     if (folder := Path(model.name).expanduser()).exists() and not is_copy(folder):
         check_weights(model.name, folder)
     for key in _SHAPING:
@@ -232,11 +244,12 @@ def _compile_rules(config: Config) -> None:
         refuse("precision.compile", True, why)
     name = base_fields(config.model.name)["model_type"]
     if FAMILIES[name].experts:
-        refuse("precision.compile", True, f"{name} sends tokens where its router says, which cannot be; use false")
+        why = f"{name} is a mixture of experts, whose routing depends on the data and cannot be compiled; use false"
+        refuse("precision.compile", True, why)
 
 
 def _expert_rules(config: Config) -> None:
-    """torch's grouped product of half-precision matrices reads rows in units of 16 bytes."""
+    """torch's grouped matrix product needs rows of a multiple of 16 bytes, which is 8 half-precision numbers."""
     fields = model_fields(config.model)
     family = FAMILIES[fields["model_type"]]
     if not family.experts or config.precision.dtype == "fp32":
@@ -256,13 +269,15 @@ def _data_rules(config: Config) -> None:
         refuse("data.paths", data.paths, "data.source=files needs some, for example data.paths=[corpus/*.jsonl]")
     if data.source == "hf" and not data.name:
         refuse("data.name", data.name, "data.source=hf needs one, for example data.name=HuggingFaceFW/fineweb-edu")
-    # Else the run would train on another corpus than the one that was named.
+    # Without this check the run would ignore the paths and train on another corpus.
     if data.paths and data.source != "files":
         refuse("data.paths", data.paths, f"not read with data.source={data.source}; add data.source=files")
     for extension in data.extensions:
         if not extension.startswith(".") or not extension.strip("."):
             refuse(
-                "data.extensions", data.extensions, f"an ending begins with a dot; use .{extension.strip('.') or 'log'}"
+                "data.extensions",
+                data.extensions,
+                f"an extension begins with a dot; use .{extension.strip('.') or 'log'}",
             )
     if data.extensions and data.source != "files":
         refuse("data.extensions", data.extensions, f"not read with data.source={data.source}; add data.source=files")

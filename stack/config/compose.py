@@ -1,7 +1,7 @@
-"""Overrides in Hydra's grammar -> Config, and a saved config.yaml -> Config.
+"""Makes a `Config` from overrides in Hydra's grammar, or from the config.yaml of a run.
 
-Hydra composes the groups of `conf/` and reads the overrides. The tree it composes is left untyped, since a typed node
-converts in silence ("5" to 5, 1 to true): `stack.config.check` judges what the user really wrote, and types it.
+Hydra composes the groups of `conf/` and reads the overrides. Its tree is left untyped, because typed nodes convert
+values silently ("5" to 5, 1 to true). `stack.config.check` then checks and types what the user wrote.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,21 +27,23 @@ from stack.config.schema import Config, Data
 from stack.config.values import one_line, show
 from stack.errors import ConfigError
 
-#: Folder beside a run's config.yaml with a copy of what `model.name` named when the run began, without weights.
+#: Folder beside a run's config.yaml: a copy, without weights, of the model folder that `model.name` named at the start.
 MODEL_COPY = "model"
-#: Keys of `data` that say more about `data.source`.
+#: Keys of `data` that describe the source named by `data.source`.
 SOURCE_KEYS = ("paths", "name", "subset", "split", "text_key", "extensions")
 _ROTARY = f"{MODEL_FIELDS}.{SECTION}"
 
 
 def compose(overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
-    """The config of a run: `conf/config.yaml`, its groups, then `overrides` in Hydra's grammar.
-
-    `--config-dir DIR` among the overrides adds the groups of a folder: see `stack.config.recipes`. Nobody changes a
-    config once it is composed.
+    """Composes the config of a run from `conf/config.yaml`, its groups and the overrides, in this order.
 
     Args:
-        values: dotted key -> value, set after the groups and ahead of the overrides of single keys.
+        overrides: lines in Hydra's grammar. `--config-dir DIR` among them adds the groups of a folder: see
+            `stack.config.recipes`.
+        values: dotted key -> value, set after the groups and before the overrides of single keys.
+
+    Returns:
+        The config; callers must not modify it.
 
     Raises:
         ConfigError: an override or a file of `conf/` is wrong; the message is one line.
@@ -65,7 +67,7 @@ def compose(overrides: Sequence[str] = (), values: Mapping[str, Any] | None = No
 
 
 def _hydras(choice: Override) -> str:
-    """A choice as Hydra is told it: a file by the name under which it was stored."""
+    """A group choice in the form for Hydra: a file is replaced by the name under which `recipes.store` stored it."""
     line, value = str(choice.input_line), choice.value()
     if not recipes.is_file_choice(value):
         return line
@@ -73,20 +75,25 @@ def _hydras(choice: Override) -> str:
 
 
 def from_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config that `to_yaml` saved, with single keys overridden; group choices belong to a new run. What is judged
-    is the result: an override can mend what the file names and is not there any more.
+    """Reads the config that `to_yaml` saved, and overrides single keys. Only the result is checked, so an override can
+    replace the path of a file that no longer exists.
 
-    Where the folder of `model.name` was moved or deleted, and a copy of it lies beside the file (`MODEL_COPY`), the
-    copy takes its place.
+    If the folder of `model.name` was moved or deleted, its copy beside the file (`MODEL_COPY`) takes its place.
+
+    Args:
+        path: a run's config.yaml.
+        overrides: single keys in Hydra's grammar; group choices are refused.
 
     Raises:
-        ConfigError: the file cannot be read, is not a config of this schema, or an override is wrong.
+        ConfigError: the file cannot be read or is not a config of this schema, or an override is wrong.
     """
     _, known = recipes.find([], recipes.conf_folder())
     parsed = parse(overrides, known.groups)
     for override in parsed:
         if override.key_or_group in known.groups:
-            raise ConfigError(f"{override.input_line}: a choice is for a new run; here set its keys one by one")
+            raise ConfigError(
+                f"{override.input_line}: a group choice works for a new run only; set its keys one by one"
+            )
     tree = OmegaConf.create(asdict(as_saved(path)))
     given = {override.key_or_group for override in parsed}
     if "data.source" in given:
@@ -102,14 +109,14 @@ def from_yaml(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def as_saved(path: str | Path) -> Config:
-    """The config that `to_yaml` saved, as it is in the file: whether its values fit together, and whether the folders
-    that it names are there, is not asked.
+    """Reads the config that `to_yaml` saved, and checks each value by itself only. Contradictions between values and
+    missing folders are not errors here.
 
     Raises:
-        ConfigError: the file cannot be read, or is not a config of this schema.
+        ConfigError: the file cannot be read or is not a config of this schema.
     """
     tree = yaml_file.load(Path(path), what="the config.yaml of a run")
-    # A file that was cut short must not be filled up with defaults.
+    # Without this check a truncated file would silently be completed with defaults.
     if missing := [section for section in schema_tree() if section not in tree]:
         raise ConfigError(f"{path}: not a whole saved config; it lacks {', '.join(missing)}")
     try:
@@ -119,8 +126,8 @@ def as_saved(path: str | Path) -> Config:
 
 
 def _drop_other_source(tree: DictConfig, overrides: Sequence[Override]) -> None:
-    """Takes away what the saved config says about its source where an override names another one: `data.paths` of one
-    source mean nothing to the next, and are refused there."""
+    """Resets the keys that describe the saved data source if an override changes `data.source`. The `data.paths` of one
+    source are illegal for another."""
     source = next(override.value() for override in overrides if override.key_or_group == "data.source")
     if source != tree.data.source:
         default = asdict(Data())
@@ -129,13 +136,13 @@ def _drop_other_source(tree: DictConfig, overrides: Sequence[Override]) -> None:
 
 
 def _stand_in(tree: DictConfig, copy: Path) -> None:
-    """Puts the run's own copy of its model folder in the place of a folder that was moved or deleted. A run that goes
-    on, is exported or evaluated takes the weights from a checkpoint, and needs the fields alone."""
+    """Sets `model.name` to the run's copy of its model folder if the folder was moved or deleted. The copy has no
+    weights. Resume, export and evaluation take the weights from a checkpoint and need the config fields only."""
     if not is_copy(copy):
         return
     try:
         base_fields(tree.model.name)
-        # Of a hub's model nothing may be in this host's cache yet.
+        # A hub name is not checked: its files may not be in this host's cache yet.
         if tree.model.init == "pretrained" and (folder := Path(tree.model.name).expanduser()).exists():
             check_weights(tree.model.name, folder)
     except ConfigError:
@@ -143,10 +150,14 @@ def _stand_in(tree: DictConfig, copy: Path) -> None:
 
 
 def saved_value(path: str | Path, key: str) -> str | None:
-    """One value, text or null, of a saved config by its dotted key, whatever else is in the file.
+    """Reads one value of a saved config. The rest of the file is not checked.
+
+    Args:
+        path: a run's config.yaml.
+        key: a dotted key whose value is text or null.
 
     Raises:
-        ConfigError: the file cannot be read, or lacks it.
+        ConfigError: the file cannot be read, lacks the key, or has a value of another type or an interpolation there.
     """
     tree = yaml_file.load(Path(path), what="the config.yaml of a run")
     try:
@@ -158,29 +169,32 @@ def saved_value(path: str | Path, key: str) -> str | None:
     if not isinstance(value, str | None):
         raise ConfigError(f"{path}: not a saved config, its {key}={show(value)} is no text")
     if value is not None and "${" in value:
-        # A saved config has none. Resolved, one could put any variable of the environment into an error message.
+        # `to_yaml` writes no interpolations. A hostile file could use one to put an environment variable, perhaps a
+        # secret, into an error message.
         raise ConfigError(f"{path}: not a saved config, its {key}={show(value)} is an interpolation")
     return value
 
 
 def to_yaml(config: Config) -> str:
-    """Every key with its value, in the order of the schema; `from_yaml` reads it back equal."""
+    """The config as YAML: every key with its value, in the order of the schema. `from_yaml` reads it back unchanged."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
 def _typed(tree: DictConfig, overrides: Sequence[Override], *, is_whole: bool = False) -> Config:
-    """Apply single keys in order, resolve interpolations, and type the result.
+    """Applies overrides of single keys in order, resolves interpolations, and checks and types the result.
 
     Args:
-        is_whole: whether rotary settings in the tree are all that there are, as in a saved config; otherwise they
-            override those of the model folder key by key.
+        tree: the composed groups, or a saved config; modified.
+        overrides: overrides of single keys.
+        is_whole: whether the rotary settings in the tree are complete, as in a saved config. Otherwise they override
+            the settings of the model folder key by key.
     """
     fields = [override for override in overrides if is_model_field(override)]
     with open_dict(tree):
         for override in overrides:
             if override not in fields:
                 _apply(tree, override)
-        # `model.name` is known from here on, and with it whose settings the fields change.
+        # After the loop, because overrides of the rotary settings start from those of the final `model.name`.
         _bring_rotary(tree, fields, is_whole=is_whole)
         for override in fields:
             _apply(tree, override)
@@ -188,12 +202,12 @@ def _typed(tree: DictConfig, overrides: Sequence[Override], *, is_whole: bool = 
         raw = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         why = str(error).splitlines()[0]
-        raise ConfigError(f"{error.full_key}: its interpolation leads nowhere ({why})") from error
+        raise ConfigError(f"{error.full_key}: its interpolation cannot be resolved ({why})") from error
     except RecursionError as error:
-        raise ConfigError("config: an interpolation in it stands for itself; write the value out") from error
+        raise ConfigError("config: an interpolation in it refers to itself; write the value out") from error
     for override in overrides:
         if "${" in str(override.value()):
-            # Before the whole config: what follows from this key would be blamed otherwise.
+            # Checked before the whole config, so that the message names this key and not one that depends on it.
             path, node = override.key_or_group, node_of(override.key_or_group)
             assert node is not None
             check_fragment(path, _at(raw, path), node)
@@ -201,9 +215,10 @@ def _typed(tree: DictConfig, overrides: Sequence[Override], *, is_whole: bool = 
 
 
 def _apply(tree: DictConfig, override: Override) -> None:
-    """
+    """Sets or deletes one key in the tree.
+
     Raises:
-        ConfigError: there is nothing to delete, or OmegaConf cannot set it.
+        ConfigError: the key to delete is not set, or OmegaConf cannot set the value.
     """
     path = override.key_or_group
     try:
@@ -215,7 +230,7 @@ def _apply(tree: DictConfig, override: Override) -> None:
         if parent is not None and key in parent:
             del parent[key]
         elif path == _ROTARY and _folder_rotary(tree):
-            # Empty, so that the class takes its own settings.
+            # An empty section replaces the folder's settings, so that the model class uses its defaults.
             OmegaConf.update(tree, path, {}, force_add=True)
         else:
             raise ConfigError(f"{show(override.input_line)}: {path} is not set; drop it")
@@ -224,8 +239,8 @@ def _apply(tree: DictConfig, override: Override) -> None:
 
 
 def _bring_rotary(tree: DictConfig, fields: Sequence[Override], *, is_whole: bool) -> None:
-    """Puts a model folder's rotary settings below those in the tree, where an override, or a preset, changes some of
-    them: the others then stay as the folder has them."""
+    """Merges the rotary settings of the model folder into the tree if a preset or an override sets some of them. Keys
+    that neither sets keep the folder's values."""
     own = OmegaConf.select(tree, _ROTARY)
     if own is None and not any(_sets_rotary(override) for override in fields):
         return
@@ -246,7 +261,7 @@ def _folder_rotary(tree: DictConfig) -> dict[str, Any] | None:
     try:
         name = OmegaConf.select(tree, "model.name")
     except OmegaConfBaseException:
-        # Told when the whole config is resolved.
+        # `_typed` reports the error when it resolves the whole config.
         return None
     return rotary_section(name) if isinstance(name, str) else None
 

@@ -1,4 +1,4 @@
-"""What an exported folder says about the evaluation of the run that it is from."""
+"""The file stack.yaml in an exported folder: on which text, and how, the run of the folder was evaluated."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,20 +12,20 @@ from stack.config.compose import SOURCE_KEYS, node_of
 from stack.config.schema import Config
 from stack.errors import ConfigError
 
-#: In an exported folder: on which text, how cut and how computed its run was evaluated.
+#: Name of the file in an exported folder.
 FACTS = "stack.yaml"
-#: What of it a later evaluation takes. No key here says where to write or which host to reach.
+#: Keys that a later evaluation takes from the file. None of them can name a folder to write to or a host to contact.
 DEFINING = (
     *(f"data.{key}" for key in ("source", *SOURCE_KEYS, "special_tokens", "seq_len", "pack")),
     *("data.heldout_fraction", "data.split_seed"),
     *("model.attention", "precision.dtype", "train.eval_sequences"),
 )
-#: What says where a corpus of the same text may lie already. It is read there, and not written.
+#: Keys that tell where the prepared corpus of the run may still be. An evaluation only reads it there.
 CORPUS = ("data.root", "data.tokenizer", "data.vocab_size")
 
 
 def facts(cfg: Config) -> str:
-    """The text of `FACTS` for a folder that is exported from a run of `cfg`."""
+    """The YAML text of the file `FACTS` for the export of a run with the config `cfg`."""
     tree: dict[str, dict[str, Any]] = {}
     for section, name in _parts():
         tree.setdefault(section, {})[name] = getattr(getattr(cfg, section), name)
@@ -33,10 +33,13 @@ def facts(cfg: Config) -> str:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Of a file that may come from anywhere the facts alone, by their dotted keys, each checked.
+    """Reads the known keys of a file `FACTS`, which may come from an unknown author. Other keys are ignored.
+
+    Returns:
+        Dotted key -> checked value.
 
     Raises:
-        ConfigError: it cannot be read, or a fact has a value that its key does not allow.
+        ConfigError: the file cannot be read, or a value is not legal for its key.
     """
     tree = OmegaConf.to_container(yaml_file.load(path, what="what stack export writes there"))
     assert isinstance(tree, dict)
@@ -48,7 +51,8 @@ def read_facts(path: Path) -> dict[str, Any]:
         node = node_of(key)
         assert node is not None
         try:
-            # Refuses interpolations too: one could put a variable of the environment into the name of a data set.
+            # `check_fragment` also refuses interpolations. One could send an environment variable to a server as part
+            # of a dataset's name.
             found[key] = check_fragment(key, values[name], node)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
@@ -56,7 +60,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def _parts() -> Iterator[tuple[str, str]]:
-    """Section and name of each key."""
+    """The section and the name of each key of the file."""
     for key in (*DEFINING, *CORPUS):
         section, _, name = key.partition(".")
         yield section, name

@@ -1,6 +1,6 @@
-"""The model families: what `model.config` accepts for each, and what its decoder layer is made of.
+"""The model families: the fields that `model.config` accepts for each, and the structure of its decoder layer.
 
-Defaults are those of the family's config class in transformers 5; tests/unit/test_shape.py holds them together.
+Defaults are those of the family's config class in transformers 5; tests/unit/test_shape.py compares them.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,44 +14,47 @@ from stack.config.values import Spec
 
 @dataclass(frozen=True)
 class Family:
-    """One Hugging Face decoder class. Its layer is Llama's unless it says otherwise: RMS norms, a gated MLP, and no
-    biases but those that a field asks for."""
+    """One Hugging Face decoder class. By default its layer is like Llama's: RMS norms, a gated MLP, and only those
+    biases that a config field switches on."""
 
     fields: Tree
+    """Fields of the family's Hugging Face config that `model.config` accepts, with their defaults and bounds."""
     classic: bool = False
-    """As in GPT-2: LayerNorms, an MLP of two matrices, and biases in both and in the attention."""
+    """The layer is like GPT-2's: LayerNorms, an MLP of two matrices, and biases in both and in the attention."""
     norms: int = 2
-    """Norms of the layer's width in one layer."""
+    """Norms over the hidden size in one layer."""
     qk_norm: Literal["none", "head", "width"] = "none"
-    """What the norms of queries and keys reach over: one head, or all of them together."""
+    """Norms of queries and keys: none, over each head, or over the width of all heads together."""
     qkv_bias: bool = False
-    """Biases on queries, keys and values alone, whatever the fields say."""
+    """Queries, keys and values always have biases, and no other projection has any."""
     whole_heads: bool = False
-    """The class wants heads that divide the width even where head_dim is set."""
+    """The number of heads must divide the hidden size even if head_dim is set."""
     sdpa: bool = True
-    """False: transformers has no SDPA for the class, since the kernel cannot cap attention logits."""
+    """Whether transformers supports SDPA for the class. SDPA's kernels cannot cap attention logits."""
     experts: str | None = None
-    """The field with the number of experts, in a mixture."""
+    """Name of the field with the number of experts, in a mixture of experts."""
     slides: Callable[[Mapping[str, Any], int], bool] | None = None
-    """Whether a layer has a sliding window where no layer_types say so, from the fields and its index."""
+    """Tells from the fields and the index of a layer whether the layer has a sliding window, if no layer_types are set.
+    """
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Names that a config.json may use -> the names here."""
+    """Other field names in config.json files -> the names in `fields`."""
     liger: tuple[str, ...] = ()
-    """Parts of the layer, by their keys in `kernels`, that Liger's function for the class replaces."""
+    """Keys of the section `kernels` whose part of the layer Liger can replace for this class."""
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The class's value of every field that is not a section."""
+        """The default of every field that is not a section, as in the config class."""
         return {key: spec.example for key, spec in self.fields.items() if isinstance(spec, Spec)}
 
     @property
     def rotary(self) -> bool:
-        """False: positions are learned, in a table of max_position_embeddings."""
+        """Whether the class has rotary embeddings. Otherwise positions are learned, in a table with
+        max_position_embeddings rows."""
         return "rope_parameters" in self.fields
 
     @property
     def rotary_by_layer(self) -> bool:
-        """Whether rotary settings have a section for each layer type."""
+        """Whether the rotary settings have a section for each layer type."""
         return "full_attention" in self.fields.get("rope_parameters", {})
 
 
@@ -73,7 +76,7 @@ _DECODER: dict[str, Any] = {
 
 
 def _fields(*lacks: str, **own: Any) -> Tree:
-    """The decoder's fields less those that a family lacks; `own` are its defaults, of its own fields too."""
+    """The fields of a family: those of `_DECODER` without `lacks`, plus `own` with the family's defaults or specs."""
 
     def spec(key: str, given: Any) -> Spec | Tree:
         if isinstance(given, Spec | Mapping):
@@ -111,7 +114,7 @@ _GEMMA: dict[str, Any] = {
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
 }
-#: Liger's parts for a Llama-like layer.
+#: Parts of a Llama-like layer that Liger can replace.
 _LIGER = ("rms_norm", "rope", "swiglu")
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 8, "router_aux_loss_coef": 0.001}
 
@@ -169,7 +172,7 @@ FAMILIES: dict[str, Family] = {
         norms=4,
         qk_norm="head",
         whole_heads=True,
-        # Config files of transformers 4 have the period instead of layer_types.
+        # Config files of transformers 4 have sliding_window_pattern, a period in layers, instead of layer_types.
         slides=lambda fields, layer: (layer + 1) % fields.get("sliding_window_pattern", 6) != 0,
         liger=("rms_norm", "rope"),
     ),
@@ -301,13 +304,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_moe": Family(
         _fields(
-            # It is the width of dense layers, and those are refused: model_shape.
+            # The width of dense layers, which are refused for this family in stack/plan/shape.py.
             "intermediate_size",
             vocab_size=151936,
             hidden_size=2048,
             num_hidden_layers=24,
             num_key_value_heads=4,
-            # Not in the config class, but its attention reads it, and every published model sets it.
+            # head_dim is not in the config class, but the attention reads it and every published model sets it.
             head_dim=SPECS["head_dim"],
             max_position_embeddings=32768,
             attention_bias=False,

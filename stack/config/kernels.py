@@ -1,4 +1,7 @@
-"""What `kernels` may say for a model, and what `auto` means. What a host must have is asked when ranks start."""
+"""Checks the section `kernels` against the model, and resolves `kernels.loss=auto`.
+
+Whether a host has the required GPU and packages is checked when the ranks start.
+"""
 
 from dataclasses import fields
 from typing import Any
@@ -8,7 +11,7 @@ from stack.config.model_folder import model_fields
 from stack.config.schema import Config
 from stack.config.values import refuse, show
 
-#: Fields by which a class changes its logits after the head -> the values that leave them as they are.
+#: Fields that scale or cap the logits after the head -> values of the field that leave the logits unchanged.
 _AFTER_HEAD: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (1,),
     "logit_scale": (1,),
@@ -24,19 +27,19 @@ def loss_kernel(config: Config) -> str:
 
 
 def liger_parts(config: Config) -> list[str]:
-    """The keys of `kernels` that say liger."""
+    """Names of the keys of `kernels` that are set to liger."""
     return [part.name for part in fields(config.kernels) if getattr(config.kernels, part.name) == "liger"]
 
 
 def check_kernels(config: Config) -> None:
-    """Refuses kernels that the model cannot have.
+    """Checks that the chosen kernels can compute the model.
 
     Raises:
-        ConfigError: for the first such key.
+        ConfigError: a kernel cannot; raised for the first such key.
     """
     loss, changed = config.kernels.loss, _changed_after_head(config)
     if loss in ("chunked", "liger") and changed:
-        why = f"the model changes its logits after the head (model.config.{changed}), where it has none; use logits"
+        why = f"it cannot change logits after the head, as model.config.{changed} requires; use logits"
         refuse("kernels.loss", loss, why)
     name, family, given = _model(config)
     for part in liger_parts(config):
@@ -47,23 +50,24 @@ def check_kernels(config: Config) -> None:
             refuse(key, "liger", f"Liger's kernels for {name} are {', '.join(family.liger) or 'none'}; use torch")
         if part == "swiglu" and given["hidden_act"] not in ("silu", "swish"):
             activation = f"model.config.hidden_act={show(given['hidden_act'])}"
-            refuse(key, "liger", f"its kernel has silu inside, not {activation}; use torch")
+            refuse(key, "liger", f"its kernel computes silu, not {activation}; use torch")
         if part == "rope" and config.activation.checkpoint == "selective":
             why = "its kernel writes over the projections that activation.checkpoint=selective keeps"
             refuse(key, "liger", f"{why}; use torch, or activation.checkpoint=full")
         if config.precision.compile:
-            refuse(key, "liger", "precision.compile=true writes kernels of its own for it; use torch, or compile=false")
+            why = "precision.compile=true generates its own kernel for this part"
+            refuse(key, "liger", f"{why}; use torch, or precision.compile=false")
 
 
 def _changed_after_head(config: Config) -> str | None:
-    """`field=value` of what changes the logits after the head, None where nothing does."""
+    """`field=value` for a field that scales or caps the logits after the head; None if no field does."""
     _, _, given = _model(config)
     changes = (f"{key}={show(given[key])}" for key, same in _AFTER_HEAD.items() if given.get(key, same[0]) not in same)
     return next(changes, None)
 
 
 def _model(config: Config) -> tuple[str, Family, dict[str, Any]]:
-    """Name of the family, the family, and the values of its fields."""
+    """The model's family name, family, and fields with their values, defaults included."""
     given = model_fields(config.model)
     name = given["model_type"]
     return name, FAMILIES[name], {**FAMILIES[name].defaults, **given}

@@ -1,7 +1,7 @@
-"""What each key of `model.config` accepts, whichever family has it.
+"""The legal values of each key of `model.config`, for all families together.
 
-The names are those of the config classes of transformers 5, less what training does not use. Rotary settings are in
-`stack.config.rotary`.
+The keys are those of the config classes of transformers 5, without the ones that training does not use. Rotary settings
+are in `stack.config.rotary`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,9 +14,9 @@ Tree = Mapping[str, Any]
 """Key -> Spec, or the Tree of a section."""
 
 _ACTIVATION = Spec(str, choices=("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2"))
-#: 16 M: no model is so wide, and arithmetic with such numbers still takes no time.
+#: Upper bound of sizes and counts. It is larger than in any model, and small enough for loops and exact arithmetic.
 MOST = 2**24
-#: Longest distances between positions; models whose length is unlimited say a number of this size.
+#: Upper bound of distances between positions. Models without a length limit have numbers of about this size.
 FURTHEST = 2**31
 _SIZE = Spec(int, low=1, high=MOST)
 _REACH = Spec(int, low=1, high=FURTHEST)
@@ -24,7 +24,7 @@ _SCALE = Spec(float, above=0)
 _DROPOUT = Spec(float, low=0, below=1)
 _SWITCH = Spec(bool)
 
-#: Null is legal besides where it is the family's default.
+#: Null is legal for a key with `nullable`, and for every key whose default in the family is null.
 SPECS: dict[str, Spec] = {
     "vocab_size": Spec(int, low=2, high=MOST),
     "hidden_size": _SIZE,
@@ -78,7 +78,8 @@ SPECS: dict[str, Spec] = {
     "router_jitter_noise": Spec(float, low=0, below=1),
 }
 
-#: Keys of one meaning: a family that lacks one may have another, and no likeness of letters tells which.
+#: Groups of keys with the same meaning in different families. They serve for suggestions: their spelling is too
+#: different for a comparison of strings.
 _SYNONYMS = (
     ("intermediate_size", "moe_intermediate_size", "n_inner"),
     ("hidden_act", "hidden_activation", "activation_function"),
@@ -90,10 +91,16 @@ _SYNONYMS = (
 
 
 def check_fields(values: Mapping[str, Any], tree: Tree, family: str, path: str = "model.config") -> None:
-    """`values` against the keys of one family, and what that family allows them to be.
+    """Checks the values of `model.config`, or of a section in it, against the fields of one family.
+
+    Args:
+        values: key -> value.
+        tree: the family's fields, or those of the section.
+        family: name of the family, for messages.
+        path: dotted path of the section.
 
     Raises:
-        ConfigError: the family has no such key, or not with this value.
+        ConfigError: the family has no such key, or the value is not legal for it.
     """
     for key, value in values.items():
         inner = f"{path}.{key}"
@@ -108,7 +115,7 @@ def check_fields(values: Mapping[str, Any], tree: Tree, family: str, path: str =
 
 
 def union(trees: Iterable[Tree]) -> dict[str, Any]:
-    """Every key of any tree; null is legal where it is in one of them."""
+    """Merges trees: every key that is in any of them. Null is legal for a key if it is legal in one of the trees."""
     merged: dict[str, Any] = {}
     for tree in trees:
         for key, node in tree.items():

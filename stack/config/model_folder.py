@@ -1,5 +1,7 @@
-"""What `model.name` names: a family, a model folder on this machine, or a hub's in the Hugging Face cache; and the
-fields of the model, which its config.json and `model.config` give together."""
+"""Resolves `model.name`: a family, a model folder on this machine, or a model of the Hugging Face hub.
+
+The fields of the model come from its config.json, overridden by `model.config`.
+"""
 
 import copy
 import json
@@ -19,7 +21,7 @@ from stack.config.values import check_value, closest, one_line, refuse, show
 from stack.disk import parse_json, read_regular
 from stack.errors import ConfigError
 
-#: One file of weights, or many and the index that says which tensor is where.
+#: Names of the weights file of a small model, and of the index that maps tensors to files in a large one.
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -27,31 +29,36 @@ INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 
 _CONFIG = ("config.json",)
-#: In the copy of a model folder that a run directory keeps: which folder it was copied from. It has no weights.
+#: File in a run directory's copy of a model folder, with the path of the original. Such a copy has no weights.
 _COPIED_FROM = "copied_from.json"
-#: What is copied: all that describes the model, and no weights.
+#: Names of the files that are copied: config and tokenizer, without the weights.
 _DESCRIBING = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json|"
     r"vocab\.txt|merges\.txt|chat_template\.jinja|.*\.(model|tiktoken)"
 )
-#: What is fetched with the weights. Some hubs also keep them under other names, for other programs.
+#: Files to download with the weights. Repositories may hold further copies of the weights in other formats.
 _ALL = ("*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 #: Fields that are null in published config.json files even where the class has a number.
 _MAY_BE_NULL = ("head_dim", "num_key_value_heads", "sliding_window", "layer_types", "no_rope_layers", "n_inner")
-#: Endings of files that may hold a model's weights in a form that is not read here.
+#: Extensions of files that may hold weights in formats that are not read here.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors")
 
 _OFFER = f"the families are {', '.join(FAMILIES)}, and docs/add-a-family.md adds one"
 
 
 def base_fields(name: str) -> dict[str, Any]:
-    """Fields that `model.name` stands for, `model_type` among them: a family's, or those of a folder's or hub model's
-    config.json, under the names that the family has here. The caller may change what it gets.
+    """The config fields of the model that `model.name` names, always including `model_type`.
+
+    For a family they are `model_type` only. For a folder or a hub model they are the fields of its config.json, under
+    the names of `Family.fields`.
+
+    Returns:
+        A new dictionary, which the caller may modify.
 
     Raises:
-        ConfigError: it is none of them, the folder's model is of no known family, or a number in its config.json is
-            one that no model has.
+        ConfigError: `name` is neither a family, a folder nor a hub model, its config.json is unreadable or of an
+            unknown family, or a number in it is out of bounds.
     """
     if name in FAMILIES:
         return {"model_type": name}
@@ -68,11 +75,12 @@ def base_fields(name: str) -> dict[str, Any]:
 
 
 def model_fields(model: Model) -> dict[str, Any]:
-    """Hugging Face config fields of the model, `model_type` among them: those that its name stands for, overridden by
-    `model.config`. Rotary settings in `model.config` are whole: see `stack.config.compose`.
+    """The Hugging Face config fields of the model, including `model_type`: `base_fields` overridden by `model.config`.
+
+    Rotary settings in `model.config` replace all those of the folder, because `stack.config.compose` has merged them.
 
     Raises:
-        ConfigError: as `base_fields`.
+        ConfigError: as for `base_fields`.
     """
     fields = base_fields(model.name)
     if SECTION in model.config:
@@ -81,10 +89,11 @@ def model_fields(model: Model) -> dict[str, Any]:
 
 
 def rotary_section(name: str) -> dict[str, Any] | None:
-    """The rotary settings of the folder that `model.name` names; None of a family, or of one without such settings.
+    """The rotary settings of the folder or hub model `name`; None if `name` is a family, or the model has learned
+    positions.
 
     Raises:
-        ConfigError: as `base_fields`.
+        ConfigError: as for `base_fields`.
     """
     fields = base_fields(name)
     family = FAMILIES[fields["model_type"]]
@@ -93,7 +102,7 @@ def rotary_section(name: str) -> dict[str, Any] | None:
     return rotary_of(fields, layer_types=family.rotary_by_layer)
 
 
-# The file's state is a part of the key: a folder may be written anew under the same name.
+# The modification time, inode and size are part of the cache key, because a folder may be rewritten under its name.
 @lru_cache(maxsize=64)
 def _read_fields(name: str, file: Path, *_state: int) -> dict[str, Any]:
     try:
@@ -112,7 +121,7 @@ def _read_fields(name: str, file: Path, *_state: int) -> dict[str, Any]:
 
 
 def _check_numbers(name: str, fields: Mapping[str, Any], family: Family) -> None:
-    """Judges what the planner computes with; the class itself judges the rest."""
+    """Checks the fields of a config.json that the planner computes with. The model class checks the others."""
     for key in (SECTION, "rope_scaling"):
         if not isinstance(fields.get(key) or {}, Mapping):
             refuse("model.name", name, f"its config.json has {key}={show(fields[key])}, which is no section")
@@ -120,7 +129,7 @@ def _check_numbers(name: str, fields: Mapping[str, Any], family: Family) -> None
         value = fields.get(key)
         if isinstance(spec, Mapping):
             continue
-        # Null is what a file says of a field that its model does not use.
+        # config.json files have null for fields that the model does not use.
         if value is None and (spec.nullable or SPECS[key].nullable or key in _MAY_BE_NULL or key not in fields):
             continue
         if spec.kind is str and not spec.is_list:
@@ -132,35 +141,43 @@ def _check_numbers(name: str, fields: Mapping[str, Any], family: Family) -> None
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether `name` is spelt as a model on the hub, `org/name`, and names nothing on this machine."""
+    """Whether `name` has the form `org/name` of a model on the hub, and neither `name` nor `org` is a local path."""
     return bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.exists()
 
 
 def local_folder(name: str, *, weights: bool) -> Path:
-    """The folder that `model.name` stands for.
+    """The local folder of the model `name`.
 
-    A hub name (`org/name`) is fetched once and then taken from the Hugging Face cache as it is, without asking the hub
-    again: every rank sees the same commit.
+    A hub name (`org/name`) is downloaded once. Later calls use the Hugging Face cache without asking the hub again, so
+    that every rank uses the same commit.
 
     Args:
-        weights: also fetch the weights and the tokenizer of a hub name, at the commit of its config.json.
+        name: a path or a hub name.
+        weights: whether to download the weights and the tokenizer of a hub name too, at the commit of its config.json.
+
+    Returns:
+        A path, which may not exist unless `name` is a hub name.
 
     Raises:
-        ConfigError: a hub name that is neither in the cache nor to be had.
+        ConfigError: a hub name is neither in the cache nor can be downloaded.
     """
     folder = Path(name).expanduser()
     if folder.exists() or not _HUB_NAME.fullmatch(name):
         return folder
     folder = _snapshot(name, _CONFIG, revision=None, whole=_has_config)
-    # The name of a snapshot's folder is its commit.
+    # A snapshot's folder is named after its commit.
     return _snapshot(name, _ALL, revision=folder.name, whole=_has_all_weights) if weights else folder
 
 
 def check_weights(name: str, folder: Path) -> None:
-    """Refuses a folder without weights that can be read.
+    """Checks that a model folder has weights in safetensors files.
+
+    Args:
+        name: the value of `model.name`, for messages.
+        folder: the folder that it stands for.
 
     Raises:
-        ConfigError: it has none; the message says what is there and how to convert it.
+        ConfigError: it has none. The message names weights in other formats, and a command that converts them.
     """
     for file in (SINGLE, INDEX):
         if (folder / file).is_file():
@@ -179,22 +196,26 @@ def check_weights(name: str, folder: Path) -> None:
     there = [path.name for path in sorted(folder.iterdir()) if path.suffix in _OTHER_WEIGHTS] if folder.is_dir() else []
     if there:
         shown = there[0] + (f" and {len(there) - 1} more" if there[1:] else "")
-        why = f"its folder holds no {SINGLE} but {shown}, and nothing is unpickled here"
-        refuse("model.name", name, f"{why}; if you trust it, {convert}")
+        why = f"its folder has no {SINGLE} but {shown}, and stack reads safetensors only"
+        refuse("model.name", name, f"{why}; if you trust the author, convert it with {convert}")
     if folder == Path(name).expanduser():
-        refuse("model.name", name, f"its folder holds no {SINGLE}; give a whole folder, or use model.init=scratch")
-    refuse("model.name", name, f"it has no {SINGLE} on the hub; if you trust what it has, {convert}")
+        refuse("model.name", name, f"its folder has no {SINGLE}; give a whole folder, or use model.init=scratch")
+    refuse("model.name", name, f"it has no {SINGLE} on the hub; if you trust the author, convert it with {convert}")
 
 
 def copy_without_weights(name: str, target: Path) -> None:
-    """Copies what describes a model (config.json, generation_config.json, the tokenizer) from the folder or hub name
-    `name` into the folder `target`, which is made anew. The copy stands for `name` where only the fields are needed.
+    """Copies config.json, generation_config.json and the tokenizer of a model. The copy can replace the original where
+    only the config fields are needed.
+
+    Args:
+        name: path or hub name of the model.
+        target: folder for the copy; an existing one is deleted first.
 
     A `GENERATION` that `leads_out` is left out.
 
     Raises:
-        ConfigError: as `local_folder`.
-        OSError: it cannot be copied.
+        ConfigError: as for `local_folder`.
+        OSError: a file cannot be copied.
     """
     source = local_folder(name, weights=False)
     shutil.rmtree(target, ignore_errors=True)
@@ -217,7 +238,7 @@ def leads_out(file: Path, folder: Path) -> bool:
 
 
 def is_copy(folder: Path) -> bool:
-    """Whether `copy_without_weights` made the folder."""
+    """Whether `copy_without_weights` created the folder."""
     return (folder / _COPIED_FROM).is_file()
 
 
@@ -234,17 +255,23 @@ def _has_all_weights(folder: Path) -> bool:
 
 
 def _snapshot(name: str, patterns: tuple[str, ...], *, revision: str | None, whole: Callable[[Path], bool]) -> Path:
-    """The folder of a hub's files that match, from the cache where it is `whole` there.
+    """The local folder of a hub model. Files are downloaded unless the cached folder is complete.
+
+    Args:
+        name: hub name.
+        patterns: glob patterns of the files to download.
+        revision: a commit; None is the newest one.
+        whole: tells whether a cached folder has all required files.
 
     Raises:
-        ConfigError: as `local_folder`.
+        ConfigError: as for `local_folder`.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     fetch: dict[str, Any] = {"repo_id": name, "revision": revision, "allow_patterns": list(patterns)}
     try:
-        # It may be there in part only, from an interrupted download or from another program.
+        # The cached folder may be incomplete, after an interrupted download or a download by another program.
         if whole(cached := Path(snapshot_download(**fetch, local_files_only=True))):
             return cached
     except LocalEntryNotFoundError:

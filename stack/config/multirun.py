@@ -1,7 +1,7 @@
-"""A sweep's command line, and the jobs that one of Hydra's sweepers makes of it.
+"""Reads the command line of a sweep, and lets one of Hydra's sweepers generate its jobs.
 
-A sweeper gets to see what is swept and nothing else: what all jobs share stays here, where `stack.config.compose` reads
-it as strictly as for a single run.
+The sweeper gets only the overrides with several values. The overrides that all jobs share are added to each job
+afterwards, so that `stack.config.compose` checks them as strictly as for a single run.
 """
 
 import hashlib
@@ -28,32 +28,33 @@ from stack.config.schema import Config
 from stack.config.values import Spec, one_line, show
 from stack.errors import ConfigError, StackError
 
-#: What of Hydra's own a user may set: the rest would let Hydra make folders, or change directory.
+#: Hydra's own keys that a user may set. The others would let Hydra create folders or change the working directory.
 _ALLOWED = re.compile(r"hydra([./](launcher|sweeper)([./].*)?|\.sweep\.dir)$")
-#: Settings that say how many jobs there are to be, not which sweep this is.
+#: Sweeper settings that do not enter `Request.id`: a repeated sweep with more trials continues the same sweep.
 _SIZES = ("hydra.sweeper.n_trials", "hydra.sweeper.n_jobs", "hydra.sweeper.max_failure_rate")
 _DIGITS = 8
-#: Jobs of a sweep, and values of one range; more is a slip of the keyboard.
+#: Largest number of jobs in a sweep, and of values in a range. A larger number is most likely a typing error.
 _MOST = 10_000
 
-#: Runs jobs, each being its swept overrides, and returns an objective for each; also gets the launcher's settings.
+#: Called with a list of jobs, each a list of its swept overrides, and the launcher's settings as keyword arguments.
+#: Returns the objective of each job.
 RunJobs = Callable[..., list[float | None]]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks a sweep to be."""
+    """The command line of a sweep, sorted by kind of override."""
 
     shared: tuple[str, ...]
-    """Overrides of every job."""
+    """Overrides that apply to all jobs."""
     swept: tuple[str, ...]
     """Overrides with several values."""
     hydra: tuple[str, ...]
-    """Hydra's own: its launcher, its sweeper."""
+    """Overrides of Hydra's launcher and sweeper."""
     folder: str | None
-    """`hydra.sweep.dir`."""
+    """The value of `hydra.sweep.dir`, if given."""
     recipes: Recipes
-    """What its groups can be chosen from."""
+    """The groups, with their choices."""
 
     @property
     def is_optuna(self) -> bool:
@@ -61,33 +62,34 @@ class Request:
 
     @property
     def id(self) -> str:
-        """The same for the same sweep, however it is written."""
+        """Eight hexadecimal digits. They do not depend on the order of overrides or values, or on how numbers are
+        written."""
         swept = [[key_of(line), *_space(parse_line(line))] for line in self.swept]
         sweeper = [line for line in self.hydra if "sweeper" in line and key_of(line) not in _SIZES]
         return _digest([sorted(map(_canonical, self.shared)), sorted(swept), sorted(sweeper)])
 
     def example(self) -> Config:
-        """The config of one job, the first value of each override that has several.
+        """The config of the job with the first value of each swept override.
 
         Raises:
-            ConfigError: that job's config is wrong.
+            ConfigError: the config of that job is wrong.
         """
         return compose([*self.shared, *(_values(parse_line(line))[0] for line in self.swept)])
 
     def job(self, swept: Sequence[str]) -> list[str]:
-        """All overrides of the job that has `swept` from the sweeper."""
+        """All overrides of a job: those that the sweeper chose (`swept`), and the shared ones for other keys."""
         taken = {key_of(line) for line in swept}
         return [*(line for line in self.shared if key_of(line) not in taken), *swept]
 
 
 def read(lines: Sequence[str]) -> Request:
-    """Tells apart what a sweep's command line holds. Single values are judged with the jobs that they are of.
+    """Parses the command line of a sweep. Values are checked later, with the config of each job.
 
     Raises:
-        ConfigError: a line is not an override, or sets what a sweep does not let be set.
+        ConfigError: a line is not an override, or sets a key that a sweep cannot set.
     """
     lines, known = recipes.find(lines, recipes.conf_folder())
-    # In front, and absolute: every job is told it again.
+    # `--config-dir` is passed on to every job, with an absolute path.
     shared = [f"{recipes.FLAG}={known.own}"] if known.own else []
     swept, hydra, folder = [], [], None
     for line in lines:
@@ -98,7 +100,7 @@ def read(lines: Sequence[str]) -> Request:
             else:
                 hydra.append(line)
             continue
-        # A word that is no override is refused as for a single run.
+        # Words that are no overrides stay in `shared`, and `compose` refuses them as for a single run.
         override = parse_line(line) if "=" in line and not line.startswith("-") else None
         if override is None or not override.is_sweep_override():
             shared.append(line)
@@ -112,25 +114,27 @@ def read(lines: Sequence[str]) -> Request:
 
 
 def job_id(overrides: Sequence[str]) -> str:
-    """Eight hex digits that stand for a set of overrides, whatever their order and however a number is written."""
+    """Identifies a set of overrides by eight hexadecimal digits. They do not depend on the order of the overrides or on
+    how numbers are written."""
     return _digest(sorted(map(_canonical, overrides)))
 
 
 def key_of(line: str) -> str:
-    """The key or group that an override sets."""
+    """The key or group that an override sets, from its text."""
     return line.lstrip("+~").partition("=")[0]
 
 
 def multirun(request: Request, folder: Path, run_jobs: RunJobs) -> None:
-    """Lets the sweeper make jobs, and `run_jobs` run them, until it has enough.
+    """Runs a sweep: Hydra's sweeper generates batches of jobs and passes them to `run_jobs` until it is done.
 
     Args:
-        folder: existing folder of the sweep; the sweeper writes its own result there.
-        run_jobs: gets a list of jobs and, by name, the settings of hydra/launcher=stack.
+        request: the sweep.
+        folder: existing folder of the sweep, in which the sweeper writes its result.
+        run_jobs: called with a list of jobs and, as keyword arguments, the settings of hydra/launcher=stack.
 
     Raises:
-        ConfigError: Hydra or its sweeper refuses what it was given.
-        StackError: whatever `run_jobs` raises.
+        ConfigError: Hydra or its sweeper refuses an override.
+        StackError: raised by `run_jobs`.
     """
     ConfigStore.instance().store(name="schema", node=asdict(Config()))
     files: dict[str, str] = {}
@@ -146,7 +150,7 @@ def multirun(request: Request, folder: Path, run_jobs: RunJobs) -> None:
 
     def task(jobs: list[list[str]], **settings: Any) -> list[float | None]:
         try:
-            # What was opened and renamed for Hydra's tree; ours is strict about it.
+            # Undo `_open`: `compose` refuses its forms of an override.
             return run_jobs([[files.get(line, line.lstrip("+")) for line in job] for job in jobs], **settings)
         except Exception as error:
             own.append(error)
@@ -155,12 +159,12 @@ def multirun(request: Request, folder: Path, run_jobs: RunJobs) -> None:
     try:
         with initialize_config_dir(str(recipes.conf_folder()), job_name="stack", version_base="1.3"):
             hydra = GlobalHydra.instance().hydra
-        # Out of the context: each job is composed in one of its own, which Hydra does not nest.
+        # After the context has ended, because composing each job enters such a context and Hydra cannot nest them.
         assert hydra is not None
         hydra.multirun("config", task, lines, with_log_configuration=False)
     except StackError:
         raise
-    # Sweepers, and the libraries below them, tell of mistakes in whatever way they like.
+    # Sweepers and the libraries that they use raise exceptions of many types for a wrong setting.
     except Exception as error:
         if own:
             raise
@@ -169,11 +173,12 @@ def multirun(request: Request, folder: Path, run_jobs: RunJobs) -> None:
 
 
 def _defaults(request: Request) -> list[str]:
-    """What a sweep is unless it is told otherwise."""
+    """Overrides of Hydra's own keys that apply unless the user sets these keys."""
     keys = {key_of(line) for line in request.hydra}
     lines = {"hydra/launcher": "stack"}
     if request.is_optuna:
-        # One trial after another learns the most from each. A fixed seed suggests the same again in a repeated sweep.
+        # Optuna asks for as many trials at once as can run in parallel, one by default, since later trials learn from
+        # earlier ones. With a fixed seed a repeated sweep gets the same suggestions.
         lines["hydra.sweeper.n_jobs"] = "${hydra.launcher.max_parallel}"
         lines["hydra.sweeper.max_failure_rate"] = "1.0"
         if "hydra/sweeper/sampler=grid" not in request.hydra:
@@ -185,11 +190,11 @@ def _check_hydra(line: str) -> None:
     key = key_of(line)
     if not _ALLOWED.match(key):
         allowed = "hydra.launcher, hydra.sweeper and hydra.sweep.dir"
-        raise ConfigError(f"{show(line)}: a sweep takes of Hydra's own {allowed}; drop it")
+        raise ConfigError(f"{show(line)}: of Hydra's own keys a sweep accepts only {allowed}; drop it")
     if parse_line(line).is_sweep_override():
         raise ConfigError(f"{show(line)}: Hydra's own settings take one value; give one")
     if key == "hydra/launcher" and line != "hydra/launcher=stack":
-        raise ConfigError(f"{show(line)}: only hydra/launcher=stack gives each job processes of its own; drop it")
+        raise ConfigError(f"{show(line)}: a sweep works with hydra/launcher=stack only; drop it")
 
 
 def _check_swept(line: str, override: Override, known: Recipes) -> None:
@@ -201,10 +206,10 @@ def _check_swept(line: str, override: Override, known: Recipes) -> None:
 
 
 def _check_values(line: str, override: Override) -> None:
-    """Counts them where they are not written out, without making them."""
+    """Refuses globs, and ranges with no value or too many. Ranges are counted without generating their values."""
     value = override.value()
     if isinstance(value, Glob):
-        raise ConfigError(f"{show(line)}: a pattern is not looked up here; list the values")
+        raise ConfigError(f"{show(line)}: glob(...) is not supported; list the values")
     if isinstance(value, RangeSweep):
         assert value.start is not None
         assert value.stop is not None
@@ -230,7 +235,7 @@ def _check_sweeper(request: Request) -> None:
 
 
 def _values(override: Override) -> list[str]:
-    """The overrides of one value each; of an interval, its ends."""
+    """One override for each value of a swept one. An interval gives two, for its ends."""
     value = override.value()
     key = override.get_key_element()
     if isinstance(value, IntervalSweep):
@@ -239,7 +244,7 @@ def _values(override: Override) -> list[str]:
 
 
 def _space(override: Override) -> list[str]:
-    """What an override is swept over, in whatever order its values are listed."""
+    """The values of a swept override and the tags of an interval, sorted, in a form for `Request.id`."""
     value = override.value()
     tags = sorted(value.tags) if isinstance(value, IntervalSweep) else []
     return [*tags, *sorted(set(map(_canonical, _values(override))))]
@@ -257,11 +262,13 @@ def _canonical(line: str) -> str:
 
 
 def _open(line: str, known: Recipes, files: dict[str, str]) -> str:
-    """A swept override as Hydra's tree can take it: the tree is closed, and lacks the fields of the model's family; and
-    a file is a choice there under another name.
+    """Changes a swept override into a form that Hydra accepts. Hydra's tree is closed and lacks the fields of the
+    model's family, so those get `++`. A YAML file as a choice gets the name under which it is stored.
 
     Args:
-        files: gets the override that each of Hydra's stands for.
+        line: the override.
+        known: the groups.
+        files: filled with Hydra's form of each override that names a file -> the user's form.
     """
     key = key_of(line)
     if key.startswith("model.config."):

@@ -1,5 +1,4 @@
-"""Single overrides in Hydra's grammar, each judged alone; what only the whole config can tell is left to
-`stack.config.check`."""
+"""Parses overrides in Hydra's grammar and checks each by itself. `stack.config.check` checks the whole config."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,15 +14,19 @@ from stack.config.values import Spec, one_line, show
 from stack.errors import ConfigError
 
 MODEL_FIELDS = "model.config"
-#: Brackets inside brackets: no key needs more, and Hydra's parser runs out of stack on very many.
+#: Deepest nesting of brackets in an override. No key needs more, and Hydra's parser overflows the stack on very many.
 _DEEPEST = 20
 
 
 def parse(lines: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[Override]:
-    """The overrides, each found to be legal by itself.
+    """Parses overrides and checks that each is legal by itself.
+
+    Args:
+        lines: overrides as the user wrote them.
+        groups: group -> its choices.
 
     Raises:
-        ConfigError: for the first one that is not.
+        ConfigError: an override is wrong, or sets a key that an earlier one sets; raised for the first such override.
     """
     first: dict[str, str] = {}
     parsed = []
@@ -45,10 +48,10 @@ def parse(lines: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[Ove
 
 
 def parse_line(line: str) -> Override:
-    """One override by Hydra's grammar alone.
+    """Parses one override by Hydra's grammar, without checking its key or value.
 
     Raises:
-        ConfigError: it is not in that grammar.
+        ConfigError: the line is not in Hydra's grammar.
     """
     _check_depth(line)
     try:
@@ -59,7 +62,7 @@ def parse_line(line: str) -> Override:
 
 
 def node_of(path: str) -> Spec | Tree | None:
-    """What the schema has at a dotted key; None where there is no such key."""
+    """The spec of a dotted key, or the tree of a dotted section; None if the schema has no such path."""
     node: Any = schema_tree()
     for part in path.split("."):
         if not isinstance(node, Mapping) or part not in node:
@@ -69,12 +72,12 @@ def node_of(path: str) -> Spec | Tree | None:
 
 
 def is_model_field(override: Override) -> bool:
-    """Whether it sets a field of `model.config`, or all of them."""
+    """Whether an override sets or deletes a field of `model.config`, or the whole section."""
     return override.key_or_group == MODEL_FIELDS or override.key_or_group.startswith(f"{MODEL_FIELDS}.")
 
 
 def _check_depth(line: str) -> None:
-    """Counts brackets wherever they stand: a value in quotes with so many is none of ours either."""
+    """Refuses deeply nested brackets. Brackets inside quotes count too; no legal value has so many."""
     depth = 0
     for char in line:
         depth += (char in "[{(") - (char in "]})")
@@ -83,14 +86,14 @@ def _check_depth(line: str) -> None:
 
 
 def _check_words(line: str) -> None:
-    """Refuse what is not an override at all before Hydra's grammar calls it a token error."""
+    """Refuses words that are no overrides. Hydra's parser would report them as incomprehensible token errors."""
     key = re.split("[=@:]", line.lstrip("+~"), maxsplit=1)[0]
     if re.match(r"hydra($|[./])", key):
         raise ConfigError(f"{show(line)}: hydra.* is for a sweep, which stack train -m starts; drop it")
     if line in ("-m", "--multirun"):
         raise ConfigError(f"{line}: only stack train starts a sweep; drop it")
     if line == recipes.FLAG or line.startswith(f"{recipes.FLAG}="):
-        raise ConfigError(f"{show(line)}: groups are for a new run, and this is a saved config; drop it")
+        raise ConfigError(f"{show(line)}: groups work for a new run only, and this config is saved; drop it")
     if line.startswith("-"):
         raise ConfigError(f"{show(line)}: not an override; write key=value, for example train.steps=200")
     if "=" not in line and not line.startswith("~"):
@@ -110,7 +113,7 @@ def _check_choice(line: str, override: Override, choices: Sequence[str]) -> None
     if override.is_sweep_override() or isinstance(override.value(), dict | list):
         sweep = "; add -m to stack train for a sweep" if override.is_sweep_override() else ""
         raise ConfigError(
-            f"{show(line)}: {group} takes one choice, its keys come one by one; choices are {listed}{sweep}"
+            f"{show(line)}: {group} takes one choice; set its keys one by one, or choose among {listed}{sweep}"
         )
     if override.value() is None:
         raise ConfigError(f"{show(line)}: write ~{group} to compose without it; choices are {listed}")
@@ -136,13 +139,13 @@ def _check_key(line: str, override: Override, groups: Mapping[str, Sequence[str]
     if override.is_add() and not path.startswith(f"{MODEL_FIELDS}."):
         raise ConfigError(f"{show(line)}: {path} exists already; drop the +")
     value = override.value()
-    # What an interpolation stands for is known once everything is composed.
+    # An interpolation can be resolved and checked only after all groups and overrides are composed.
     if "${" not in str(value):
         check_fragment(path, value, node)
 
 
 def _is_bare_list(override: Override, node: Spec | Tree) -> bool:
-    """Whether the user most likely meant a list and left its brackets out: `data.paths=a,b`."""
+    """Whether an override looks like a list without its brackets, such as `data.paths=a,b`."""
     sweep = override.value()
     if not isinstance(node, Spec) or not node.is_list or not isinstance(sweep, ChoiceSweep):
         return False

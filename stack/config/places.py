@@ -1,4 +1,4 @@
-"""Paths of a config, made to mean the same from any folder."""
+"""Makes the paths in a config absolute."""
 
 import os
 from dataclasses import replace
@@ -9,9 +9,13 @@ from stack.errors import ConfigError
 
 
 def settled(cfg: Config) -> Config:
-    """The config with absolute paths, as it is saved with a run: the run may go on from another folder.
+    """The config with absolute paths, as it is saved with a run, so that the run can be resumed from another folder.
 
-    What may also be a name of the hub, or of a family, is a path where there is such a folder.
+    A value that may be either a path or a name (`model.name`, `data.name`, `data.tokenizer`) is a path if it names an
+    existing folder.
+
+    Raises:
+        ConfigError: a path is empty or begins with an unknown `~user`.
     """
     return replace(
         cfg,
@@ -36,10 +40,14 @@ def settled(cfg: Config) -> Config:
 
 
 def absolute(key: str, path: str) -> str:
-    """The path that a key means, from any folder.
+    """The absolute form of a path.
+
+    Args:
+        key: the config key, for messages.
+        path: a path, relative to the current folder, in which `~` is expanded.
 
     Raises:
-        ConfigError: it begins with the home of a user who is not there, or is empty.
+        ConfigError: the path is empty or begins with an unknown `~user`.
     """
     if not path:
         raise ConfigError(f"{key}= is empty; name a folder, or . for this one")

@@ -1,7 +1,8 @@
-"""Where groups and recipes are: in `conf/`, in a folder of one's own (`--config-dir DIR`), or in one file
+"""Finds config groups and recipes: in `conf/`, in a folder of the user's (`--config-dir DIR`), or in a single file
 (`experiment=mine.yaml`).
 
-A folder of one's own has the groups of `conf/` as its subfolders, so `DIR/experiment/mine.yaml` is `experiment=mine`.
+The user's folder has subfolders with the names of the groups in `conf/`: `DIR/experiment/mine.yaml` is chosen by
+`experiment=mine`.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from stack.errors import ConfigError
 
 FLAG = "--config-dir"
 _ENDINGS = (".yaml", ".yml")
-#: Groups whose files set keys of the whole config, unless their first line says otherwise.
+#: Groups whose files set keys of the whole config, unless a `# @package` in the first line says otherwise.
 _GLOBAL = ("experiment",)
 _PACKAGE = re.compile(r"\s*#\s*@package\s+(\S+)")
 
@@ -34,7 +35,7 @@ class Recipes:
 
     @property
     def search_path(self) -> list[str]:
-        """Overrides by which Hydra looks into the folder of one's own too."""
+        """The override that adds the user's folder to Hydra's search path, if there is such a folder."""
         if self.own is None:
             return []
         escaped = str(self.own).replace("\\", "\\\\").replace("'", "\\'")
@@ -45,7 +46,7 @@ def conf_folder() -> Path:
     """The folder of YAML groups: `stack/conf` in an installed wheel, `conf` beside the package in a checkout.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: neither folder exists.
     """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
@@ -57,12 +58,16 @@ def conf_folder() -> Path:
 def find(lines: Sequence[str], conf: Path) -> tuple[list[str], Recipes]:
     """Takes `--config-dir DIR` out of a command line.
 
+    Args:
+        lines: the overrides.
+        conf: the folder of `conf_folder`.
+
     Returns:
-        The other lines, and what they can choose from.
+        The other overrides, and the groups that they can choose from.
 
     Raises:
-        ConfigError: there is no such folder, or it has no group, or a choice under a name that `conf/` has, or a file
-            that would take Hydra for ever.
+        ConfigError: `--config-dir` is given twice, or its folder does not exist, has no group, has a choice of a name
+            that `conf/` has too, or has a file that Hydra's loader could read for ever (aliases, more than 1 MB).
     """
     rest: list[str] = []
     given: list[str] = []
@@ -89,10 +94,10 @@ def is_file_choice(choice: object) -> bool:
 
 
 def store(group: str, choice: str) -> str:
-    """Makes a file a choice of `group`, and returns the name by which Hydra then knows it.
+    """Registers a YAML file with Hydra as a choice of `group`, and returns the name of that choice.
 
     Raises:
-        ConfigError: it cannot be read, or is not a mapping.
+        ConfigError: the file cannot be read, or does not hold a mapping.
     """
     path = Path(choice).expanduser().absolute()
     try:
@@ -120,7 +125,7 @@ def _own_folder(given: str) -> Path:
 
 
 def _merged(own: Path, groups: Mapping[str, Sequence[str]], conf: Path) -> dict[str, list[str]]:
-    """The choices of both folders. One that both have would be conf's without a word."""
+    """The choices of each group in both folders. A name in both is refused, because Hydra would silently use conf's."""
     theirs = groups_of(own)
     for group, choices in theirs.items():
         if group in groups:
@@ -138,7 +143,7 @@ def _merged(own: Path, groups: Mapping[str, Sequence[str]], conf: Path) -> dict[
 
 
 def groups_of(folder: Path) -> dict[str, list[str]]:
-    """Group -> its choices, of `conf/` or a folder of one's own.
+    """The groups in `conf/` or in a folder of the user's, with the sorted names of their choices.
 
     Raises:
         ConfigError: the folder cannot be read.
@@ -154,7 +159,13 @@ def groups_of(folder: Path) -> dict[str, list[str]]:
 
 
 def no_such_choice(line: str, name: str, choices: Sequence[str]) -> ConfigError:
-    """The error for a choice that a group does not have."""
+    """The error for a choice that a group does not have.
+
+    Args:
+        line: the override, for the message.
+        name: the choice in it.
+        choices: those that exist.
+    """
     meant = closest(name, choices)
     hint = f"did you mean {meant}? " if meant else ""
     return ConfigError(f"{show(line)}: no such choice; {hint}choices are {', '.join(choices)}")

@@ -1,7 +1,7 @@
-"""Rotary settings: the keys of `model.config.rope_parameters`, and those that a folder's config.json already has.
+"""Rotary settings: checks `model.config.rope_parameters`, and reads the rotary settings of a folder's config.json.
 
-transformers 5 keeps them in the section `rope_parameters`, transformers 4 in `rope_scaling` and in keys beside it. A
-`rope_theta` beside the section would be overruled without a warning, so only the section is offered.
+transformers 5 keeps them in the section `rope_parameters`, transformers 4 in `rope_scaling` and in keys beside it.
+`model.config` has the section only, because transformers silently ignores a `rope_theta` beside it.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 from stack.config.values import Spec, refuse
 
 SECTION = "rope_parameters"
-#: Other places in which a config.json of transformers 4 has rotary settings.
+#: Keys in which a config.json of transformers 4 may have rotary settings.
 _OLD_KEYS = (
     *("rope_scaling", "rope_theta", "rope_local_base_freq"),
     *("rotary_emb_base", "rotary_pct", "partial_rotary_factor"),
@@ -37,7 +37,7 @@ ROPE: dict[str, Spec] = {
     "long_factor": _FACTORS,
 }
 PARTIAL = {"partial_rotary_factor": Spec(float, 0.25, above=0, high=1)}
-#: Phi-3 scales by two lists of factors, or not at all.
+#: Settings of Phi-3, whose only scaling is longrope's, by two lists of factors.
 PHI_ROPE: dict[str, Spec] = {
     "rope_type": replace(ROPE["rope_type"], choices=("default", "longrope")),
     **{
@@ -51,7 +51,7 @@ PHI_ROPE: dict[str, Spec] = {
 }
 
 _LENGTH = "original_max_position_embeddings"
-#: Keys that a rope_type needs, and those that it may have. Any other is an error: transformers only warns.
+#: Keys that each rope_type requires (`_NEEDS`) and accepts (`_MAY`). Any other is an error; transformers only warns.
 _NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -72,11 +72,16 @@ def _reads(rope_type: str) -> tuple[str, ...]:
 
 
 def check_rope(rope: Mapping[str, Any], head_dim: int, path: str = f"model.config.{SECTION}") -> None:
-    """Rotary settings as a whole, each layer type's where they differ; each value is legal by now.
+    """Checks that rotary settings fit together, and each layer type's section of them if there are such sections.
+
+    Args:
+        rope: the settings. Each value has been checked by itself.
+        head_dim: width of an attention head.
+        path: dotted path of the settings, for messages.
 
     Raises:
-        ConfigError: a key that the rope_type needs is missing, one is there that it does not read, or two of them do
-            not fit together or to the heads.
+        ConfigError: a key that the rope_type requires is missing, a key is not read with this rope_type, or values do
+            not fit together or to `head_dim`.
     """
     sections = {key: value for key, value in rope.items() if isinstance(value, Mapping)}
     for key, section in sections.items():
@@ -110,11 +115,12 @@ def check_rope(rope: Mapping[str, Any], head_dim: int, path: str = f"model.confi
 
 
 def rotary_of(fields: Mapping[str, Any], *, layer_types: bool) -> dict[str, Any]:
-    """The rotary settings of a config.json as the section that transformers 5 makes of them, whichever version wrote
-    the file. What the file leaves to the class is left out.
+    """The rotary settings of a config.json, of transformers 4 or 5, as a section `rope_parameters` of transformers 5.
+
+    Settings that the file does not have are left out; the model class has defaults for them.
 
     Args:
-        fields: of the config.json.
+        fields: the content of the config.json.
         layer_types: whether the family has a section for each layer type (Gemma 3).
     """
     given = fields.get("rope_scaling") or fields.get(SECTION) or {}
@@ -126,7 +132,7 @@ def rotary_of(fields: Mapping[str, Any], *, layer_types: bool) -> dict[str, Any]
         return _section(given, beside, fields)
     nested = {key: value for key, value in given.items() if isinstance(value, Mapping)}
     if given and not nested:
-        # transformers 4 scaled the layers of full attention only.
+        # transformers 4 applied `rope_scaling` to the layers with full attention only.
         nested = {"full_attention": given}
     theta = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
     sections = {
@@ -136,12 +142,18 @@ def rotary_of(fields: Mapping[str, Any], *, layer_types: bool) -> dict[str, Any]
 
 
 def without_rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json less its rotary settings, in whatever place it has them."""
+    """The fields of a config.json without its rotary settings, of transformers 4 or 5."""
     return {key: value for key, value in fields.items() if key not in (SECTION, *_OLD_KEYS)}
 
 
 def _section(given: Mapping[str, Any], beside: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """One section: `given`, and what of `beside` it lacks. Null stands for what is not set."""
+    """One section of rotary settings: `given`, completed by `beside`. Keys with null are dropped.
+
+    Args:
+        given: the section in the config.json.
+        beside: settings from keys beside the section.
+        fields: the whole config.json.
+    """
     section = {key: value for key, value in {**beside, **given}.items() if value is not None}
     if "type" in section:
         section.setdefault("rope_type", section["type"])

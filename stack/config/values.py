@@ -1,4 +1,5 @@
-"""One value against what its field allows. A refusal is one line: what was set, why not, what works."""
+"""Checks single values against the specs of their keys. An error is one line: what was set, why it is refused, and what
+works."""
 
 import re
 import sys
@@ -18,25 +19,32 @@ _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Spec:
-    """What one key accepts."""
+    """The legal values of one key."""
 
     kind: type
-    """int, float, bool or str; of the items where `is_list`."""
+    """int, float, bool or str: the type of the value, or of the items if `is_list`."""
     example: Any = None
-    """A value that works, shown to a user who gave one that does not."""
+    """A legal value, for messages."""
     is_list: bool = False
     nullable: bool = False
+    """Whether null is legal too."""
     auto: bool = False
-    """The word `auto` is legal too."""
+    """Whether the word `auto` is legal too."""
     choices: tuple[Any, ...] = ()
+    """The legal values; empty if any value of the type is legal."""
     low: float | None = None
+    """Inclusive lower bound."""
     above: float | None = None
+    """Exclusive lower bound."""
     high: float | None = None
+    """Inclusive upper bound."""
     below: float | None = None
+    """Exclusive upper bound."""
     length: int | None = None
+    """Required length of a list."""
 
     def __str__(self) -> str:
-        """One line of the surface: type, then bounds."""
+        """Type, choices and bounds on one line, as tests/unit/goldens/config_surface.txt lists them."""
         words = f"list of {self.kind.__name__}" if self.is_list else self.kind.__name__
         if self.auto:
             words += " or auto"
@@ -50,7 +58,11 @@ class Spec:
 
 
 def spec_of(field: Field[Any], hint: Any) -> Spec:
-    """The spec that a schema field declares by its type, default and metadata."""
+    """The spec of a field of the schema, from its type hint, default and metadata.
+
+    Raises:
+        TypeError: the field has a type for which there is no rule.
+    """
     metadata = dict(field.metadata)
     default = field.default_factory() if field.default_factory is not MISSING else field.default
     example = metadata.pop("example", default)
@@ -67,10 +79,15 @@ def spec_of(field: Field[Any], hint: Any) -> Spec:
 
 
 def check_value(path: str, value: Any, spec: Spec) -> Any:
-    """`value` in the type of its field; an integer where a float belongs is the only conversion.
+    """Checks a value against a spec, and returns it in the type of the spec. The only conversion is int to float.
+
+    Args:
+        path: dotted key, for messages.
+        value: the value as it was parsed.
+        spec: the legal values.
 
     Raises:
-        ConfigError: the value is missing, of another type, or outside what the field allows.
+        ConfigError: the value is missing, of another type, or out of bounds.
     """
     if value == "???":
         refuse(path, value, f"a value is needed{_for_example(spec)}")
@@ -91,33 +108,33 @@ def check_value(path: str, value: Any, spec: Spec) -> Any:
 
 
 def refuse(path: str, value: Any, why: str) -> NoReturn:
-    """Raise the ConfigError for `path=value`."""
+    """Raises the ConfigError for `path=value` with the reason `why`."""
     raise ConfigError(f"{path}={show(value)}: {why}")
 
 
 def show(value: Any, longest: int = _LONGEST) -> str:
-    """`value` as a user would write it in an override, on one line and of at most `longest` letters."""
+    """A value as a user would write it in an override: one line of at most `longest` characters."""
     return _shorten(_show(value), longest)
 
 
 def one_line(text: object) -> str:
-    """Another library's message without line breaks and control characters."""
+    """The text of an error of another library, without line breaks and control characters, at most 300 characters."""
     words = " ".join(str(text).split())
     return _shorten("".join(char if char.isprintable() else ascii(char)[1:-1] for char in words), 3 * _LONGEST)
 
 
 def closest(word: str, choices: Sequence[str], cutoff: float = 0.5) -> str | None:
-    """The choice that `word` most likely means, in any case of letters."""
+    """The choice that is most similar to `word`, ignoring case; None if the similarity is below `cutoff` (0 to 1)."""
     by_lower = {choice.lower(): choice for choice in choices}
     matches = get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
     return by_lower[matches[0]] if matches else None
 
 
 def closest_path(path: str, known: Sequence[str]) -> str | None:
-    """The dotted key that `path` most likely means.
+    """The dotted key that is most similar to `path`; None if no key is similar enough.
 
-    The last part counts most: judged as whole strings, `parallel.foo` would be close to everything in `parallel`,
-    and `lr` to nothing.
+    The last part counts most. Compared as whole strings, `parallel.foo` would be similar to every key in `parallel`,
+    and `lr` to none.
     """
 
     def likeness(candidate: str) -> float:
@@ -136,7 +153,7 @@ def _ratio(a: str, b: str) -> float:
 def _check_scalar(path: str, value: Any, spec: Spec) -> Any:
     if not _is_a(value, spec.kind):
         refuse(path, value, _wrong_type(value, spec))
-    # Not finite: inf, nan, and integers too large to convert.
+    # Refuses inf, nan, and integers that are too large for a float.
     if spec.kind is float and not abs(value) <= sys.float_info.max:
         refuse(path, value, f"must be finite{_for_example(spec, item=True)}")
     if spec.kind is int and not -(2**63) <= value < 2**63:
@@ -192,7 +209,7 @@ def _check_text(path: str, value: str, spec: Spec) -> None:
         refuse(path, value, why)
     if any(ord(char) < 32 or ord(char) == 127 for char in value):
         refuse(path, value, "must be one line without control characters")
-    # The saved config.yaml would read it as an interpolation.
+    # A saved config.yaml would read ${ as the start of an interpolation.
     if "${" in value:
         refuse(path, value, "must not contain ${ after interpolation")
 

@@ -1,4 +1,4 @@
-"""Reads a YAML file that somebody else may have written, in a time and with an error that its author cannot choose."""
+"""Reads YAML files by unknown authors: parsing time and memory are bounded, and every fault gives a one-line error."""
 
 import io
 from pathlib import Path
@@ -13,28 +13,29 @@ from stack.config.values import one_line
 from stack.disk import open_regular
 from stack.errors import ConfigError
 
-#: A config has some 200 lines. Beyond these the file is something else.
+#: Largest size and depth of nesting. A config has about 200 lines, so a larger file is something else.
 _MOST_BYTES = 1 << 20
 _DEEPEST = 50
-#: The parser written in C, where PyYAML was built with it.
+#: PyYAML's loader written in C if PyYAML was built with it, otherwise the one written in Python.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def load(path: Path, *, what: str) -> DictConfig:
-    """The mapping in a YAML file, its interpolations as they are written.
+    """Reads a mapping from a YAML file. Interpolations are not resolved.
 
     Args:
-        what: what the file should be, for the error.
+        path: the file.
+        what: describes the expected file, for messages.
 
     Raises:
-        ConfigError: the file cannot be read, is no YAML, is not a mapping, or is larger, deeper or more often repeated
-            by aliases than a config can be.
+        ConfigError: the file cannot be read, is not YAML, is not a mapping, is larger than 1 MB, is nested more than 50
+            deep, or has aliases.
     """
     text = _text(path, what)
     try:
         _check_events(text)
         tree = OmegaConf.load(io.BytesIO(text))
-    # OmegaConf raises OSError for a text that is one value.
+    # OmegaConf raises OSError if the text is a single value.
     except (YAMLError, OmegaConfBaseException, RecursionError, ValueError, OSError) as error:
         raise ConfigError(f"{path}: not YAML of a config ({first_words(error, path)}); give {what}") from error
     if not isinstance(tree, DictConfig):
@@ -58,7 +59,12 @@ def check_bounds(path: Path, *, what: str) -> None:
 
 
 def first_words(error: Exception, path: Path | None = None) -> str:
-    """What is wrong and where, without the excerpts and search paths that follow."""
+    """The fault and its line from an error of YAML or Hydra, without the excerpts and search paths that follow.
+
+    Args:
+        error: the error.
+        path: the file, if the error does not name it.
+    """
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
         name = error.problem_mark.name
         place = path if path and name in ("<byte string>", "<unicode string>", "<file>") else name
@@ -80,11 +86,12 @@ def _text(path: Path, what: str) -> bytes:
 
 
 def _check_events(text: bytes) -> None:
-    """Refuses what takes a loader that builds objects exponential time, or more stack than there is.
+    """Refuses aliases and deep nesting before any object is built. Nested aliases can take exponential time and memory,
+    and deep nesting overflows the stack.
 
     Raises:
-        ValueError: the text nests too deeply, or repeats a part by an alias.
-        YAMLError: it is no YAML.
+        ValueError: the text is nested too deeply or has an alias.
+        YAMLError: the text is not YAML.
     """
     depth = 0
     for event in yaml.parse(text, Loader=_LOADER):

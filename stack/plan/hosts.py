@@ -1,4 +1,4 @@
-"""How many hosts a run has and how many ranks each, from the hostfile, the Slurm allocation, or this machine."""
+"""Determines the hosts of a run and the ranks on each, from the hostfile, the Slurm allocation, or this machine."""
 
 import os
 import re
@@ -10,19 +10,19 @@ from stack.disk import read_regular
 from stack.errors import LayoutError
 from stack.plan.policies import local_devices
 
-#: Ranks on a host without a GPU: pp2 x dp2, the smallest layout in which nothing is trivial.
+#: Ranks on a host without a GPU: two stages x two replicas is the smallest layout with both kinds of parallelism.
 CPU_RANKS = 4
-#: As launch.ranks_per_node.
+#: Upper bound of launch.ranks_per_node in the schema.
 _MOST_SLOTS = 1024
 _LINE = re.compile(r"(?P<name>\w[\w.:%@-]*)\s+slots\s*=\s*(?P<slots>[1-9]\d*)")
 _EXAMPLE = "a line is NAME slots=RANKS, for example node-0 slots=8"
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
-    """Host -> its slots, in the order of the file; what follows a # is a comment.
+    """Reads a hostfile: host -> its slots, in the order of the file. A # starts a comment.
 
     Raises:
-        LayoutError: the file cannot be read, or is no hostfile.
+        LayoutError: the file cannot be read, or is not a hostfile.
     """
     given = f"launch.hostfile={show(path)}"
     try:
@@ -50,10 +50,10 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
 
 
 def hosts_of(cfg: Config) -> dict[str, int] | None:
-    """The hosts of the hostfile that the run uses, each with its slots; None without a hostfile.
+    """The hosts of the hostfile that the run uses -> their slots; None without a hostfile.
 
     Raises:
-        LayoutError: as `read_hostfile`; or it has fewer hosts, or a host fewer slots, than the run is to use.
+        LayoutError: as for `read_hostfile`; or the file has fewer hosts than `launch.nodes`.
     """
     if cfg.launch.hostfile is None:
         return None
@@ -67,10 +67,11 @@ def hosts_of(cfg: Config) -> dict[str, int] | None:
 
 
 def ranks_of_hosts(cfg: Config) -> tuple[int, int, str]:
-    """Hosts, ranks on each, and why.
+    """The number of hosts, the number of ranks on each, and where the numbers come from, as text.
 
     Raises:
-        LayoutError: as `hosts_of`; or the hosts' slots differ.
+        LayoutError: as for `hosts_of`; or `launch.ranks_per_node` is larger than a host's slots, or is auto while the
+            hosts have different numbers of slots.
     """
     if hosts := hosts_of(cfg):
         ranks, why = _ranks_of_slots(cfg, hosts)
@@ -89,7 +90,7 @@ def ranks_of_hosts(cfg: Config) -> tuple[int, int, str]:
 
 
 def _of_slurm(variable: str) -> int | None:
-    """The number that a variable of the allocation begins with (`8(x2)` is 8 on each of two hosts)."""
+    """The number at the start of a Slurm variable, such as 8 in `8(x2)`; None if the variable is not set."""
     found = re.match(r"\d{1,6}(?!\d)", os.environ.get(variable, ""))
     return int(found[0]) if found else None
 
@@ -107,6 +108,6 @@ def _ranks_of_slots(cfg: Config, hosts: dict[str, int]) -> tuple[int, str]:
     if len(set(hosts.values())) > 1:
         raise LayoutError(
             f"launch.hostfile={cfg.launch.hostfile}: {fewest} has {hosts[fewest]} slots, others have more, and every "
-            f"host runs as many ranks; use launch.ranks_per_node={hosts[fewest]}"
+            f"host must run the same number of ranks; use launch.ranks_per_node={hosts[fewest]}"
         )
     return hosts[fewest], "its slots"

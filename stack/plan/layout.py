@@ -1,6 +1,7 @@
-"""Where everything goes: ranks to stages and replicas, layers to stages, sequences to microbatches.
+"""Computes the layout of a run: assigns ranks to pipeline stages and replicas, layers to stages, and sequences to
+microbatches.
 
-Pure arithmetic made once, before any process starts. Everything downstream reads the frozen `Plan`.
+The layout is arithmetic only. It is computed before any process starts, and saved as a frozen `Plan`.
 """
 
 import dataclasses
@@ -17,37 +18,51 @@ from stack.plan.hosts import ranks_of_hosts
 from stack.plan.policies import SCHEDULES, check_policies
 from stack.plan.shape import ModelShape, divisors, model_shape
 
-#: Legal values that an error lists.
+#: Largest number of legal values that an error lists.
 _MOST_OFFERED = 12
-#: How far around a microbatch size others are tried.
+#: Range around the given microbatch size that is searched for legal ones.
 _NEAR = 32
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The layout of a run. The pipe is the outermost axis of the rank grid: a data group is contiguous, inside a host
-    where it can be, and only hidden states cross hosts."""
+    """The layout of a run.
+
+    The pipeline is the outer axis of the rank grid: rank = pipe_rank * replicas + replica. The ranks of a data-parallel
+    group are therefore consecutive and on one host if they fit, so that only hidden states cross hosts.
+    """
 
     world_size: int
+    """Number of ranks."""
     nodes: int
+    """Number of hosts."""
     pipeline: int
-    """Ranks along the pipe."""
+    """Ranks along the pipeline."""
     stages: int
-    """Parts that the decoder layers are cut into; a rank of the pipe holds stages / pipeline of them."""
+    """Parts into which the decoder layers are cut; a rank holds stages / pipeline of them."""
     replicas: int
+    """Ranks in a data-parallel group."""
     zero: int
+    """ZeRO stage."""
     schedule: str
+    """Pipeline schedule, a key of `SCHEDULES`."""
     shape: ModelShape
     seq_len: int
+    """Tokens in a sequence."""
     global_size: int
+    """Sequences in a step."""
     micro_size: int
+    """Sequences in a microbatch of one replica."""
     microbatches: int
+    """Microbatches of one replica in a step."""
     first_layers: tuple[int, ...]
+    """Index of the first decoder layer of each stage."""
     reasons: dict[str, str]
+    """Name of a number in the plan -> how it was derived, as text."""
 
     @property
     def summary(self) -> str:
-        """The layout in a few words."""
+        """The layout in a few words, such as `PP2 x DP2, ZeRO-3, 1f1b`."""
         return f"PP{self.pipeline} x DP{self.replicas}, ZeRO-{self.zero}, {self.schedule}"
 
     def pipe_rank_of(self, rank: int) -> int:
@@ -60,7 +75,8 @@ class Plan:
         return pipe_rank * self.replicas + replica
 
     def stages_of(self, pipe_rank: int) -> tuple[int, ...]:
-        """Stages that a rank of the pipe holds, in the order of the forward: dealt round, or folded into a V."""
+        """Stages that the ranks with this position in the pipeline hold, in the order of the forward. Stages are
+        assigned round-robin. In a folded schedule every other round is reversed, so that the stages form a V."""
         rounds = range(0, self.stages, self.pipeline)
         if SCHEDULES[self.schedule].folded:
             return tuple(
@@ -69,22 +85,22 @@ class Plan:
         return tuple(start + pipe_rank for start in rounds)
 
     def holder_of(self, stage: int) -> int:
-        """The rank of the pipe that holds a stage."""
+        """Position in the pipeline of the ranks that hold a stage."""
         turn, place = divmod(stage, self.pipeline)
         return self.pipeline - 1 - place if turn % 2 and SCHEDULES[self.schedule].folded else place
 
     @property
     def tied_apart(self) -> bool:
-        """Whether the token embedding and the head that is tied to it are on different ranks of the pipe."""
+        """Whether the token embedding and the head tied to it are on different ranks."""
         return self.shape.tied and self.holder_of(0) != self.holder_of(self.stages - 1)
 
     def layers_of(self, stage: int) -> range:
-        """Decoder layers of a stage."""
+        """Indices of the decoder layers of a stage."""
         ends = (*self.first_layers[1:], self.shape.layers)
         return range(self.first_layers[stage], ends[stage])
 
     def stage_params(self, stage: int) -> int:
-        """Parameters a stage holds (before ZeRO shards them over its data group)."""
+        """Parameters of a stage, before ZeRO shards them over the data-parallel group."""
         first = self.shape.embedding_params if stage == 0 else 0
         last = self.shape.norm_params + self.shape.head_params if stage == self.stages - 1 else 0
         if stage == self.stages - 1 and self.shape.tied and not self.tied_apart:
@@ -92,12 +108,12 @@ class Plan:
         return len(self.layers_of(stage)) * self.shape.layer_params + first + last
 
     def rank_params(self, pipe_rank: int) -> int:
-        """Parameters of all stages of a rank of the pipe."""
+        """Parameters of all stages that a rank holds, before ZeRO shards them."""
         return sum(map(self.stage_params, self.stages_of(pipe_rank)))
 
     @cached_property
     def largest_rank_params(self) -> int:
-        """Parameters of the rank of the pipe that has most."""
+        """The largest of `rank_params`."""
         return max(map(self.rank_params, range(self.pipeline)))
 
     def stage_flops(self, stage: int) -> float:
@@ -106,7 +122,7 @@ class Plan:
         return len(self.layers_of(stage)) * self.shape.layer_flops(self.seq_len) + head
 
     def to_dict(self) -> dict:
-        """Plain values for plan.json, with the per-stage table."""
+        """The plan as plain values for plan.json, with a table of the stages."""
         table = [
             {
                 "stage": stage,
@@ -121,7 +137,12 @@ class Plan:
 
 
 def make_plan(cfg: Config, world_size: int | None = None, nodes: int = 1) -> Plan:
-    """Lays the run out over `world_size` ranks on `nodes` hosts (default: those that `cfg.launch` asks for).
+    """Computes the layout of a run.
+
+    Args:
+        cfg: config of the run.
+        world_size: number of ranks; by default it follows from `cfg.launch`, and `nodes` is ignored.
+        nodes: number of hosts.
 
     Raises:
         LayoutError: ranks, stages, layers and batch do not fit together.
@@ -164,9 +185,15 @@ def make_plan(cfg: Config, world_size: int | None = None, nodes: int = 1) -> Pla
 
 
 def _replicas(parallel: Parallel, world_size: int, ranks: str) -> int:
-    """
+    """Size of a data-parallel group.
+
     Args:
-        ranks: their number and where it comes from, for the error.
+        parallel: section of the config.
+        world_size: number of ranks.
+        ranks: the number of ranks and where it comes from, as text for messages.
+
+    Raises:
+        LayoutError: parallel.pipeline does not divide the ranks, or parallel.data contradicts it.
     """
     if world_size % parallel.pipeline:
         legal = sorted(sorted(divisors(world_size), key=lambda d: abs(d - parallel.pipeline))[:_MOST_OFFERED])
@@ -201,7 +228,7 @@ def _split(parallel: Parallel, shape: ModelShape, seq_len: int) -> tuple[tuple[i
             f"use at most {most}"
         )
     if parallel.split == "auto":
-        return balanced_split(shape, stages, seq_len), "smallest largest stage by FLOPs, the head counted"
+        return balanced_split(shape, stages, seq_len), "FLOPs of the stages balanced, including the head"
     split = tuple(parallel.split)
     if len(split) != stages or split[-1] >= shape.layers:
         even = [stage * shape.layers // stages for stage in range(stages)]
@@ -213,11 +240,12 @@ def _split(parallel: Parallel, shape: ModelShape, seq_len: int) -> tuple[tuple[i
 
 
 def balanced_split(shape: ModelShape, stages: int, seq_len: int) -> tuple[int, ...]:
-    """First layer of each stage so that the costliest stage is as cheap as can be.
+    """The first layer of each stage, chosen so that the most expensive stage is as cheap as possible.
 
-    A stage's cost is its share of the FLOPs, the output projection on the last stage counted; a hundredth of its
-    share of the parameters decides between splits of equal FLOPs. Every stage gets a layer. Of the splits that are as
-    cheap, the one whose last stage is largest is taken, and the stages ahead of it are split in the same way.
+    The cost of a stage is its share of the FLOPs, including the output projection on the last stage. A hundredth of its
+    share of the parameters is added, to decide between splits of equal FLOPs. Every stage gets at least one layer.
+    Among equally cheap splits the one with the largest last stage is taken, and the stages before it are split in the
+    same way.
     """
     flops = shape.layers * shape.layer_flops(seq_len) + shape.head_flops
     params = max(shape.total_params, 1)
@@ -226,8 +254,8 @@ def balanced_split(shape: ModelShape, stages: int, seq_len: int) -> tuple[int, .
     head = shape.head_flops / flops + 0.01 * shape.head_params / params
 
     def ahead(count: int, layers: int) -> float:
-        """Cost of the costliest of the first `count` stages, which have `layers` layers: of the first one, which has
-        the embedding, or of the others, which share the rest evenly."""
+        """Cost of the most expensive of the first `count` stages, if these have `layers` layers together. The first
+        stage also has the embedding; the other stages share the remaining layers evenly."""
         if count == 1:
             return layers * layer + first
         return _balance(
@@ -237,7 +265,8 @@ def balanced_split(shape: ModelShape, stages: int, seq_len: int) -> tuple[int, .
         )[1]
 
     def start_of_last(count: int, layers: int, extra: float) -> int:
-        """First layer of the last of `count` stages, which have `layers` layers."""
+        """First layer of the last one of `count` stages that have `layers` layers together. `extra` is the cost of the
+        head on that stage."""
         return _balance(
             range(count - 1, layers),
             growing=lambda start: ahead(count - 1, start),
@@ -252,14 +281,27 @@ def balanced_split(shape: ModelShape, stages: int, seq_len: int) -> tuple[int, .
 
 
 def _balance(numbers: range, growing: Callable[[int], float], falling: Callable[[int], float]) -> tuple[int, float]:
-    """The number, the smallest of several, for which the larger of both functions is least; and that value."""
+    """Finds the smallest number that minimizes max(growing(number), falling(number)).
+
+    Args:
+        numbers: candidates in ascending order.
+        growing: a function that does not decrease.
+        falling: a function that does not increase.
+
+    Returns:
+        The number, and the minimum.
+    """
     meet = bisect_left(numbers, True, key=lambda number: growing(number) >= falling(number))
     near = numbers[max(meet - 1, 0) : meet + 1]
     return min(((number, max(growing(number), falling(number))) for number in near), key=lambda found: found[1])
 
 
 def _microbatches(cfg: Config, replicas: int, ranks: str) -> int:
-    """The batch triangle: global_size = micro_size x microbatches x replicas, in sequences."""
+    """Microbatches of a replica in a step, from global_size = micro_size x microbatches x replicas.
+
+    Raises:
+        LayoutError: the number is not whole, or the schedule cannot run so many.
+    """
     size, micro, parallel = cfg.batch.global_size, cfg.batch.micro_size, cfg.parallel
     microbatches, rest = divmod(size, micro * replicas)
     if rest:
@@ -276,7 +318,7 @@ def _microbatches(cfg: Config, replicas: int, ranks: str) -> int:
 
 
 def _illegal_count(microbatches: int, parallel: Parallel) -> str:
-    """Why the schedule cannot run so many microbatches, or nothing."""
+    """The reason why the schedule cannot run this number of microbatches; empty if it can."""
     ranks = parallel.pipeline
     if parallel.schedule == "1f1b" and microbatches < ranks:
         return f"needs one for each of {ranks} stages"
@@ -286,7 +328,8 @@ def _illegal_count(microbatches: int, parallel: Parallel) -> str:
 
 
 def _nearest_batches(size: int, micro: int, replicas: int, parallel: Parallel) -> str:
-    """Three legal (global_size, micro_size, microbatches) that are close to what was asked for, in relative change."""
+    """The three legal combinations of global_size, micro_size and microbatches with the smallest relative changes, as
+    text for messages."""
     legal = set()
     for candidate in _micro_sizes(size, micro, replicas, parallel.pipeline):
         unit = candidate * replicas
@@ -300,15 +343,15 @@ def _nearest_batches(size: int, micro: int, replicas: int, parallel: Parallel) -
 
 
 def _micro_sizes(size: int, micro: int, replicas: int, pipeline: int) -> set[int]:
-    """Microbatch sizes that may be legal and near: small ones, those around `micro`, and those that leave the global
-    size about as it is with few microbatches."""
+    """Candidates for the microbatch size: small ones, those around `micro`, and those that keep the global size about
+    the same with few microbatches."""
     few = {size // (replicas * count) for count in range(pipeline, pipeline + _NEAR)}
     found = {*range(1, _NEAR), *range(micro - _NEAR, micro + _NEAR), *few}
     return {candidate for candidate in found if 1 <= candidate <= 2 * micro}
 
 
 def _legal_counts(wanted: int, parallel: Parallel) -> list[int]:
-    """The numbers of microbatches around `wanted` that the schedule can run: the nearest on each side, and one more."""
+    """Numbers of microbatches that the schedule can run: the two smallest from `wanted` up, and the largest below."""
     most = wanted + 2 * parallel.pipeline + 1
     above = (count for count in range(max(1, wanted), most) if not _illegal_count(count, parallel))
     below = (count for count in range(wanted - 1, 0, -1) if not _illegal_count(count, parallel))

@@ -1,9 +1,10 @@
-"""Bytes that each rank of the pipe needs, before any process starts.
+"""Estimates the memory in bytes that each rank needs, before any process starts.
 
-States follow from the ZeRO stage (Rajbhandari et al. 2020, section 3) and from what DeepSpeed keeps beside them.
-Activations are counted tensor by tensor as autograd saves them, the way of Korthikanti et al. 2022 (section 4.1),
-written anew for RMS norms in fp32, grouped heads and a gated MLP. tests/unit/test_memory.py compares both with counts.
-Not counted: CUDA's context, communicators, workspaces of libraries, and what the allocator cannot hand out again.
+Model states follow from the ZeRO stage (Rajbhandari et al. 2020, section 3), plus DeepSpeed's buffers. Activations are
+the sum of the tensors that autograd saves, by the method of Korthikanti et al. 2022 (section 4.1), with formulas of our
+own for RMS norms in fp32, grouped-query attention and a gated MLP. tests/unit/test_memory.py compares both with
+measured counts. CUDA's context, communicators, workspaces of libraries and fragmentation of the allocator are not
+counted.
 """
 
 import itertools
@@ -17,55 +18,59 @@ from stack.config.model_folder import model_fields
 from stack.config.schema import Config
 from stack.plan.layout import Plan
 
-#: Bytes of one element.
+#: Bytes of an element of each dtype.
 _WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FP32 = 4
-#: Tokens whose logits a loss in chunks has at once on a GPU, as in stack/models/loss.py.
+#: Tokens in a chunk of the chunked loss on a GPU, as in stack/models/loss.py.
 _CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank, by what they are for. On the device unless said otherwise."""
+    """Bytes of one rank by use. They are on the device, except for `host` and `files`."""
 
     parameters: int
+    """Parameters, or the rank's shard of them, in the compute dtype."""
     masters: int
-    """fp32 copies that are updated. DeepSpeed keeps one beside an fp32 parameter too; ZeRO-0 does not."""
+    """fp32 master weights. DeepSpeed keeps them even for fp32 parameters. ZeRO-0 in fp32 has none."""
     moments: int
+    """Optimizer state in fp32."""
     gradients: int
-    """fp32 sums as long as microbatches run: whole ones, this rank's shard of them, or both."""
+    """fp32 sums of gradients while microbatches run: whole gradients, the rank's shard of them, or both."""
     bucket: int
-    """What gradients are reduced through, where it is there all the time."""
+    """Buffer for gradient reduction that is allocated all the time."""
     reducing: int
-    """What else there is while gradients are reduced."""
+    """Further buffers that are allocated while gradients are reduced."""
     within: int
-    """What of that is there while microbatches run, because each of their backwards reduces."""
+    """The part of `reducing` that is allocated while microbatches run. It is 0 if gradients are reduced once a step."""
     gathered: int
-    """ZeRO-3: parameters in full."""
+    """ZeRO-3: gathered whole parameters."""
     kept: int
-    """Activations of the microbatches between their forward and their backward."""
+    """Activations of the microbatches whose forward has run and whose backward has not."""
     layer: int
-    """What the backward of one layer has beside that: its recomputation, gradients of activations and of one matrix."""
+    """Further memory of the backward of one layer: its recomputed activations, the gradients of activations, and the
+    gradient of one matrix."""
     loss: int
-    """What the loss and its backward have beside what is kept."""
+    """Further memory of the loss and its backward."""
     buffers: int
-    """Hidden states and their gradients from the neighbours."""
+    """Receive buffers for hidden states and their gradients from neighbouring stages."""
     update: int
-    """Gradients while parameters are updated: shards, and the same once more in one flat tensor for the optimizer."""
+    """Gradients during the optimizer step: the shards, and a copy in one flat tensor for the optimizer."""
     whole_gradients: int
-    """The part of `gradients` that the reduction at the end of a step turns into shards."""
+    """The part of `gradients` that the reduction at the end of a step replaces by shards."""
     microbatches: int
+    """Number of microbatches in a step, not bytes."""
     host: int
-    """Offloaded masters, moments, gradients and shards, in host memory."""
+    """Host memory for offloaded masters, moments, gradients and parameter shards."""
     files: int
-    """Offloaded masters and moments, in files."""
+    """Disk space for offloaded masters and moments."""
 
     @property
     def phases(self) -> dict[str, int]:
-        """Bytes when there are most of them in each part of a step."""
+        """Phase of a step (loss, layers, reduce, update) -> largest number of bytes on the device during it."""
         always = self.parameters + self.masters + self.moments + self.bucket + self.buffers
         running = always + self.gathered + self.kept
-        # The loss of the only microbatch comes before any gradient.
+        # With a single microbatch no gradients exist yet when its loss is computed.
         before = self.whole_gradients if self.microbatches == 1 else 0
         return {
             "loss": running + self.gradients - before + self.loss if self.loss else 0,
@@ -76,17 +81,17 @@ class RankMemory:
 
     @property
     def peak(self) -> int:
-        """The most there is at once."""
+        """Largest number of bytes on the device at any time of a step."""
         return max(self.phases.values())
 
     @property
     def peak_phase(self) -> str:
-        """The part of a step in which that is."""
+        """The phase of a step that has the peak."""
         return max(self.phases, key=self.phases.__getitem__)
 
 
 def plan_memory(cfg: Config, plan: Plan) -> tuple[RankMemory, ...]:
-    """The memory of each rank of the pipe; replicas are alike."""
+    """The memory of each rank along the pipeline. All replicas need the same."""
     layer = layer_activations(cfg, plan)
     return tuple(_rank(cfg, plan, pipe_rank, layer) for pipe_rank in range(plan.pipeline))
 
@@ -96,8 +101,9 @@ def _rank(cfg: Config, plan: Plan, pipe_rank: int, layer: "LayerActivations") ->
     tokens = plan.micro_size * plan.seq_len
     stages = plan.stages_of(pipe_rank)
     matrix = max(_largest_matrix(plan, stage, layer.inner) for stage in stages)
-    # At the start of a layer's backward: all that its forward saves, two gradients of hidden states and two of the
-    # MLP's width; then the gradient of a matrix in the compute dtype, and in fp32 if that is another.
+    # The peak of a layer's backward is at its start: all activations that its forward saves (added below), two gradients
+    # of hidden states, two gradients of the MLP's width, and the gradient of a matrix in the compute dtype, and also in
+    # fp32 if that differs.
     working = tokens * width * 2 * (plan.shape.hidden + layer.inner) + matrix * (
         _FP32 if width == _FP32 else width + _FP32
     )
@@ -114,7 +120,7 @@ def _rank(cfg: Config, plan: Plan, pipe_rank: int, layer: "LayerActivations") ->
 
 
 def _states(cfg: Config, plan: Plan, pipe_rank: int) -> dict[str, Any]:
-    """What a rank has of parameters, optimizer state and gradients, and where."""
+    """The fields of `RankMemory` for parameters, optimizer state and gradients."""
     parallel, zero = cfg.parallel, plan.zero
     width, params = _WIDTH[cfg.precision.dtype], plan.rank_params(pipe_rank)
     shard = -(-params // plan.replicas)
@@ -143,10 +149,18 @@ def _states(cfg: Config, plan: Plan, pipe_rank: int) -> dict[str, Any]:
 
 
 def _offloaded(cfg: Config, found: dict[str, Any], shard: int, largest: int) -> dict[str, Any]:
-    """Moves what `parallel.offload` names off the device. On the host DeepSpeed has each shard of the gradients twice
-    with ZeRO-3 and with ZeRO-2's sums of microbatches, and for ZeRO-1 and 2 the updated shard in the compute dtype;
-    those two leave the reduced gradients on the device until the update has ended, and have room for the `largest`
-    parameter here and there."""
+    """Moves the states that `parallel.offload` names from the device to the host or to files.
+
+    On the host, DeepSpeed keeps two copies of the gradient shards with ZeRO-3, and with ZeRO-2 if gradients are summed
+    over microbatches. ZeRO-1 and 2 also keep the updated shard in the compute dtype on the host, leave the reduced
+    gradients on the device until the optimizer step has ended, and keep a buffer for the largest parameter on both.
+
+    Args:
+        cfg: config of the run.
+        found: fields of `RankMemory` without offload; modified and returned.
+        shard: parameters in the rank's shard.
+        largest: elements of the largest parameter.
+    """
     offload, width, three = cfg.parallel.offload, _WIDTH[cfg.precision.dtype], cfg.parallel.zero == 3
     if offload.optimizer != "none":
         found["files" if offload.optimizer == "nvme" else "host"] += found["masters"] + found["moments"]
@@ -163,17 +177,21 @@ def _offloaded(cfg: Config, found: dict[str, Any], shard: int, largest: int) -> 
 
 
 def _bucket(cfg: Config, plan: Plan, whole: int) -> dict[str, int]:
-    """fp32 elements that are reduced together. ZeRO-3 keeps the bucket, moves gradients into it, and reduces a copy
-    into a shard; ZeRO-1 and 2 make it for the reduction, two where one is reduced beside the backward that fills the
-    other, and a copy of it. One that holds all gradients is reduced when the backward has ended.
+    """Bytes of the buffers for gradient reduction: the fields `bucket`, `reducing` and `within` of `RankMemory`.
+
+    ZeRO-3 keeps the bucket, moves gradients into it, and reduces a copy of it into a shard. ZeRO-1 and 2 allocate the
+    bucket and a copy of it for the reduction. With overlap they allocate two buckets, of which one is reduced while the
+    backward fills the other. A bucket that holds all gradients is reduced only after the backward has ended.
 
     Args:
-        whole: bytes of the whole gradients that are reduced at the end of the step, 0 where each backward reduces.
+        cfg: config of the run.
+        plan: its layout.
+        whole: bytes of the whole gradients if they are reduced at the end of the step; 0 if each backward reduces.
     """
     if plan.zero == 0:
         return {"bucket": 0, "reducing": 0, "within": 0}
     largest = plan.largest_rank_params
-    # As on a GPU, which is what memory is planned for.
+    # The estimate is for a GPU, which has streams.
     zero = ds_config(cfg, replicas=plan.replicas, rank_params=largest, streams=True)["zero_optimization"]
     size, one = zero["reduce_bucket_size"] * _FP32, zero["reduce_bucket_size"] >= largest
     if plan.zero == 3:
@@ -184,8 +202,12 @@ def _bucket(cfg: Config, plan: Plan, whole: int) -> dict[str, int]:
 
 
 def _gathered(cfg: Config, plan: Plan, pipe_rank: int) -> int:
-    """All units of the rank; or those that `stack.parallel.gathering` has at once: the last one of each stage, and two
-    in a row. One rank that keeps its parameters on the device uses its shard."""
+    """Bytes of gathered parameters with ZeRO-3.
+
+    With gather=step these are all parameters of the rank. With gather=microbatch they are the units that
+    `stack.parallel.gathering` holds at once: the last unit of each stage, and two consecutive ones. A single replica
+    whose parameters are on the device gathers nothing, since its shard is the whole.
+    """
     if plan.replicas == 1 and cfg.parallel.offload.params == "none":
         return 0
     width = _WIDTH[cfg.precision.dtype]
@@ -196,44 +218,46 @@ def _gathered(cfg: Config, plan: Plan, pipe_rank: int) -> int:
 
 
 def _units(plan: Plan, stage: int) -> list[int]:
-    """Parameters of the units of a stage in the order of its forward."""
+    """Parameters of the units of a stage (embedding, decoder layers, head), in the order of its forward."""
     first = [plan.shape.embedding_params] * (stage == 0)
     last = [plan.shape.head_params] * (stage == plan.stages - 1)
     return [*first, *(plan.shape.layer_params for _ in plan.layers_of(stage)), *last]
 
 
 def _two_in_a_row(units: list[int]) -> int:
-    """The largest two neighbours ahead of the last unit, which is counted apart."""
+    """Parameters of the largest two consecutive units, without the last unit, which the caller counts separately."""
     ahead = units[:-1]
     return max([sum(pair) for pair in itertools.pairwise(ahead)], default=sum(ahead))
 
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Bytes that autograd keeps of a decoder layer, for each token of a microbatch."""
+    """Bytes that autograd saves in a decoder layer for each token of a microbatch."""
 
     whole: int
-    """Nothing recomputed."""
+    """In a layer without recomputation."""
     kept: int
-    """Under `activation.checkpoint`, in the layers that are recomputed; `whole` where none is."""
+    """In a layer that `activation.checkpoint` recomputes; equal to `whole` with `none`."""
     norm: int
-    """Of one norm of the hidden width and its input."""
+    """For one norm over the hidden size, including its input."""
     table: int
-    """Rotary tables and the mask, once a stage."""
+    """For the rotary tables and the attention mask, which each stage has once."""
     inner: int
-    """Width of the MLP, of all experts that a token is sent to."""
+    """Width of the MLP in elements, not bytes; summed over the experts that a token is sent to."""
 
 
 def layer_activations(cfg: Config, plan: Plan) -> LayerActivations:
-    """What the layers of the configured model keep. Exact for Llama's layer; close for norms and MLPs of others.
+    """The activations that the layers of the configured model save. Exact for Llama's layer, approximate for norms and
+    MLPs of other families.
 
-    With w bytes an element, hidden width h, q and kv wide queries and keys, n heads, an MLP i wide:
+    With w bytes per element, hidden size h, queries of width q, keys of width kv, n heads and an MLP of width i, the
+    bytes for each token are:
 
-        norm        4h (its input in fp32, if that is a copy) + 4 + w h (normed) + w h (scaled)
+        norm        4h (input in fp32, counted as a copy) + 4 + w h (normalized) + w h (scaled)
         attention   w (2q + 2kv) + 4n: queries, keys, values, the output, and the softmax's sum of each head
         MLP         4 w i: gate, its activation, up, and their product
 
-    torch.compile recomputes what is pointwise and keeps w (4h + 2q + 2kv + 3i) + 4n + 8.
+    torch.compile recomputes pointwise operations. A layer then saves w (4h + 2q + 2kv + 3i) + 4n + 8.
     """
     shape, width, family, fields = plan.shape, _WIDTH[cfg.precision.dtype], *_family(cfg)
     heads, q = fields["num_attention_heads"], shape.attention_width
@@ -254,7 +278,7 @@ def layer_activations(cfg: Config, plan: Plan) -> LayerActivations:
             whole += 2 * width * shape.hidden * fields["num_experts_per_tok"] + 2 * _FP32 * experts
     products = width * (2 * shape.hidden + q + 2 * kv + (matrices - 1) * inner)
     if family.experts:
-        # The second matrix of each expert that a token is sent to, and the router's.
+        # The results of the second matrix of each expert that a token is sent to, and of the router.
         products += width * (shape.hidden * (fields["num_experts_per_tok"] - 1) + experts)
     eager = cfg.model.attention == "eager"
     products += width * q + (width * heads * plan.seq_len if eager else _FP32 * heads)
@@ -269,13 +293,27 @@ def layer_activations(cfg: Config, plan: Plan) -> LayerActivations:
 
 
 def _family(cfg: Config) -> tuple[Family, dict[str, Any]]:
+    """The model's family, and its fields with their values, defaults included."""
     given = model_fields(cfg.model)
     family = FAMILIES[given["model_type"]]
     return family, {**family.defaults, **given}
 
 
 def _attention(kind: str, q: int, kv: int, heads: int, reach: int, width: int, *, masked: bool) -> int:
-    """Bytes a token. With a mask SDPA has no grouped heads, and makes it numbers in each layer."""
+    """Bytes per token that attention saves.
+
+    With a mask, SDPA repeats keys and values for all query heads, and turns the boolean mask into numbers in each
+    layer.
+
+    Args:
+        kind: `model.attention`.
+        q: width of all query heads.
+        kv: width of all key heads.
+        heads: number of query heads.
+        reach: tokens that a query may attend to.
+        width: bytes of an element.
+        masked: whether an attention mask is passed.
+    """
     if kind == "eager":
         scores = heads * reach * (_FP32 + (width if width < _FP32 else 0))
         return width * 4 * q + scores
@@ -285,7 +323,8 @@ def _attention(kind: str, q: int, kv: int, heads: int, reach: int, width: int, *
 
 
 def _norm(cfg: Config, size: int, width: int, *, classic: bool) -> int:
-    """Bytes a token of a norm and what follows it. A fused kernel and LayerNorm keep their input as it is."""
+    """Bytes per token that a norm over `size` elements and the layer after it save. Fused kernels and LayerNorm save
+    their input in the compute dtype, `width` bytes per element."""
     if classic:
         return 2 * width * size + 2 * _FP32
     if cfg.kernels.rms_norm == "liger":
@@ -294,8 +333,8 @@ def _norm(cfg: Config, size: int, width: int, *, classic: bool) -> int:
 
 
 def _mlp(cfg: Config, fields: dict[str, Any], inner: int) -> int:
-    """Elements a token: a fused gate keeps gate and up, and makes its activation again; transformers writes the tanh
-    form of GELU as five steps."""
+    """Elements per token that an MLP of width `inner` saves. Liger's fused gate recomputes the activation.
+    transformers computes the tanh form of GELU in five steps and saves each."""
     activation = fields.get("activation_function") or fields.get("hidden_act")
     if FAMILIES[fields["model_type"]].classic:
         return (5 if activation == "gelu_new" else 2) * inner
@@ -303,11 +342,12 @@ def _mlp(cfg: Config, fields: dict[str, Any], inner: int) -> int:
 
 
 def in_flight(plan: Plan, pipe_rank: int) -> int:
-    """Microbatches, summed over the stages of a rank, whose forward has run and whose backward has not ended.
+    """Largest number of microbatches whose forward has run and whose backward has not ended, summed over the stages of
+    a rank.
 
-    1F1B: one for each rank from here to the end (Narayanan et al. 2019). Several stages on a rank: its warm-up and one
-    (Narayanan et al. 2021, section 2.2); where weight gradients are put off, `pipe_rank` more. ZB-V: two for each rank
-    (Qi et al. 2024, section 6).
+    1F1B: one for this rank and each rank behind it (Narayanan et al. 2019). Interleaved schedules: the warm-up and one
+    (Narayanan et al. 2021, section 2.2); with zero bubble, whose weight gradients are delayed, `pipe_rank` more. ZB-V:
+    two for each rank of the pipeline (Qi et al. 2024, section 6).
     """
     ranks, virtual, behind = plan.pipeline, plan.stages // plan.pipeline, plan.pipeline - 1 - pipe_rank
     count = plan.microbatches
@@ -323,6 +363,7 @@ def in_flight(plan: Plan, pipe_rank: int) -> int:
 
 
 def _kept(cfg: Config, plan: Plan, pipe_rank: int, layer: LayerActivations) -> int:
+    """Bytes of the activations of all microbatches in flight on a rank."""
     stages, tokens = plan.stages_of(pipe_rank), plan.micro_size * plan.seq_len
     width, hidden = _WIDTH[cfg.precision.dtype], plan.shape.hidden
     every = cfg.activation.every if cfg.activation.checkpoint == "every_k" else 1
@@ -332,7 +373,7 @@ def _kept(cfg: Config, plan: Plan, pipe_rank: int, layer: LayerActivations) -> i
         recomputed = sum(index % every == 0 for index in layers)
         found = recomputed * layer.kept + (len(layers) - recomputed) * layer.whole + layer.table
         if stage < plan.stages - 1:
-            # What it sent.
+            # Plus the hidden states that the stage sent to the next one.
             return tokens * (found + width * hidden)
         return tokens * (found + layer.norm) + _kept_by_loss(cfg, plan)
 
@@ -340,8 +381,8 @@ def _kept(cfg: Config, plan: Plan, pipe_rank: int, layer: LayerActivations) -> i
 
 
 def _kept_by_loss(cfg: Config, plan: Plan) -> int:
-    """Bytes between the forward and the backward of a microbatch: the fp32 log-softmax, or, of a loss in chunks, the
-    gradient of its input and the head's in fp32."""
+    """Bytes that the loss keeps between the forward and the backward of a microbatch: the fp32 log-softmax, or for a
+    chunked loss the gradient of its input and the fp32 gradient of the head."""
     tokens, shape = plan.micro_size * plan.seq_len, plan.shape
     if loss_kernel(cfg) != "logits":
         return tokens * shape.hidden * _WIDTH[cfg.precision.dtype] + shape.head_params * _FP32
@@ -349,9 +390,12 @@ def _kept_by_loss(cfg: Config, plan: Plan) -> int:
 
 
 def _loss(cfg: Config, plan: Plan) -> int:
-    """Bytes beside what it keeps. Two fp32 gradients of the logits' size, or their gradient in the compute dtype with
-    the head's in that and in fp32. In chunks: logits, softmax and gradient of one, or the head's gradient scaled
-    and then in fp32."""
+    """Largest number of bytes during the loss and its backward, besides those of `_kept_by_loss`.
+
+    With whole logits: two fp32 gradients of the size of the logits; or later the gradient of the logits in the compute
+    dtype, together with the head's gradient in the compute dtype and in fp32. With a chunked loss: logits, softmax and
+    gradient of one chunk; or later the head's gradient in the compute dtype and in fp32.
+    """
     width, head = _WIDTH[cfg.precision.dtype], plan.shape.head_params
     tokens = plan.micro_size * plan.seq_len
     logits = tokens * plan.shape.vocab
@@ -362,7 +406,8 @@ def _loss(cfg: Config, plan: Plan) -> int:
 
 
 def _receive_buffers(cfg: Config, plan: Plan, stages: tuple[int, ...], flight: int) -> int:
-    """One hidden state and one gradient for each microbatch of the window, from each neighbour there is."""
+    """Bytes of the receive buffers: a hidden state of each microbatch in the window from the previous stage, and a
+    gradient of each from the next stage."""
     window = min(plan.pipeline, plan.microbatches) if plan.schedule == "1f1b" else plan.microbatches
     received = sum((stage > 0) + (stage < plan.stages - 1) for stage in stages)
     hidden = plan.micro_size * plan.seq_len * plan.shape.hidden * _WIDTH[cfg.precision.dtype]
@@ -370,9 +415,9 @@ def _receive_buffers(cfg: Config, plan: Plan, stages: tuple[int, ...], flight: i
 
 
 def _largest_matrix(plan: Plan, stage: int, inner: int) -> int:
-    """Parameters of the largest matrix of a stage, but the head: its gradient belongs to the loss."""
+    """Parameters of the largest matrix of a stage. The head is left out, because `_loss` counts its gradient."""
     shape = plan.shape
     embedding = shape.embedding_params if stage == 0 else 0
-    # An expert's matrices are one tensor with those of the others.
+    # The matrices of all experts are one tensor.
     largest = shape.layer_params // 2 if shape.idle_params else shape.hidden * max(inner, shape.attention_width)
     return max(largest, embedding)

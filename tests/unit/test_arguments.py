@@ -92,9 +92,8 @@ def test_what_a_run_says_to_type_is_what_a_shell_takes(make, name):
 def test_what_does_not_train_is_no_run(make, capsys, verb, kind):
     other = make("doctor" if kind == "check" else "evaluations", kind)
     assert main([verb, str(other.path), "out"]) == 2
-    assert {"evaluation": "an evaluation, and no run", "check": "what stack doctor left"}[
-        kind
-    ] in capsys.readouterr().err
+    expected = {"evaluation": "the directory of an evaluation, not", "check": "a directory that stack doctor left, not"}
+    assert expected[kind] in capsys.readouterr().err
 
 
 def test_the_run_that_is_meant_is_the_newest_that_trains(make, capsys):
@@ -124,7 +123,7 @@ def test_the_run_of_an_evaluation_is_named(make, capsys):
         (["eval", "train.eval_sequences=1"], "stack eval needs a run directory"),
         (["export", "RUN"], "stack export needs the folder to write to"),
         (["export", "RUN", "export.dtyp=bf16"], "stack export needs the folder to write to"),
-        (["export", "RUN", "model=x"], "./OUT for one that is named like a key"),
+        (["export", "RUN", "model=x"], "./OUT if the folder is named like a key"),
         (["verify", "RUN", "x"], "x: stack verify takes a run directory and nothing else"),
         (["verify", "x" * 5000], "cannot be looked up"),
         (["resume", "lr=0.1"], "lr=0.1 is no run directory, it has no config.yaml"),

@@ -79,9 +79,9 @@ moe_intermediate_size? drop a preset's with ~model.config.intermediate_size
 experment=8b | no such key; did you mean experiment?
 experiment=8bb | no such choice; did you mean 8b? choices are 1b, 405b_plan, 70b, 8b, finetune, quickstart
 precision=float64 | no such choice; choices are bf16, fp16, fp32
-experiment=[1b,8b] | experiment takes one choice, its keys come one by one; choices are 1b, 405b_plan, \
+experiment=[1b,8b] | experiment takes one choice; set its keys one by one, or choose among 1b, 405b_plan, \
 70b, 8b, finetune, quickstart
-precision=bf16,fp32 | precision takes one choice, its keys come one by one; choices are bf16, fp16, fp32; \
+precision=bf16,fp32 | precision takes one choice; set its keys one by one, or choose among bf16, fp16, fp32; \
 add -m to stack train for a sweep
 +experiment=8b | experiment has a choice already; drop the +
 experiment@x=8b | packages are not used here; drop @x
@@ -148,7 +148,7 @@ data.source=files -> data.paths=[] | data.source=files needs some, for example d
 data.source=hf -> data.name=null | data.source=hf needs one, for example data.name=HuggingFaceFW/fineweb-edu
 data.paths=[a.txt] | not read with data.source=python_stdlib; add data.source=files
 data.extensions=[.log] | not read with data.source=python_stdlib; add data.source=files
-data.extensions=[log] | an ending begins with a dot; use .log
+data.extensions=[log] | an extension begins with a dot; use .log
 data.name=c4 | not read with data.source=python_stdlib; add data.source=hf
 schedule.warmup_steps=201 | more than train.steps=200; use schedule.warmup_steps=20, at most 200
 schedule.decay_steps=190 | more than the steps after warm-up, train.steps=200 less schedule.warmup_steps=20; at most 180
@@ -174,8 +174,8 @@ hydra.run.dir=x | hydra.* is for a sweep, which stack train -m starts; drop it
 +hydra.verbose=true | hydra.* is for a sweep, which stack train -m starts; drop it
 hydra/launcher=joblib | hydra.* is for a sweep, which stack train -m starts; drop it
 # interpolation
-run.name=${run.nam} -> run.name | its interpolation leads nowhere (Interpolation key 'run.nam' not found)
-run.name=${run.name} -> run.name | its interpolation leads nowhere (Recursive interpolation detected)
+run.name=${run.nam} -> run.name | its interpolation cannot be resolved (Interpolation key 'run.nam' not found)
+run.name=${run.name} -> run.name | its interpolation cannot be resolved (Recursive interpolation detected)
 train.steps=${run.name} -> train.steps=run | an integer is needed, for example 100
 """.replace("\\\n", "").replace("{families}", FAMILIES_LINE)
 
@@ -366,7 +366,9 @@ def test_a_saved_config_takes_keys_and_no_choices(tmp_path: Path) -> None:
     saved = tmp_path / "config.yaml"
     saved.write_text(to_yaml(compose()))
     assert from_yaml(saved, ["parallel.pipeline=1"]).parallel.pipeline == 1
-    with pytest.raises(ConfigError, match="experiment=8b: a choice is for a new run; here set its keys one by one"):
+    with pytest.raises(
+        ConfigError, match="experiment=8b: a group choice works for a new run only; set its keys one by one"
+    ):
         from_yaml(saved, ["experiment=8b"])
 
 

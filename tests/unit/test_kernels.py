@@ -189,15 +189,15 @@ def test_auto_follows_the_fields(family, fields, kernel):
     [
         (
             ["model.name=cohere", "kernels.loss=chunked"],
-            "kernels.loss=chunked: the model changes its logits after the head (model.config.logit_scale=0.0625)",
+            "kernels.loss=chunked: it cannot change logits after the head, as model.config.logit_scale=0.0625 requires",
         ),
-        (["model.name=cohere", "kernels.loss=liger"], "kernels.loss=liger: the model changes its logits"),
+        (["model.name=cohere", "kernels.loss=liger"], "kernels.loss=liger: it cannot change logits"),
         (["model.name=cohere", "kernels.rope=liger"], "kernels.rope=liger: Liger's kernels for cohere are none"),
         (
             ["model.name=gemma3_text", "model.config.final_logit_softcapping=null", "kernels.swiglu=liger"],
             "kernels.swiglu=liger: Liger's kernels for gemma3_text are rms_norm, rope; use torch",
         ),
-        (["model.config.hidden_act=gelu", "kernels.swiglu=liger"], "kernels.swiglu=liger: its kernel has silu inside"),
+        (["model.config.hidden_act=gelu", "kernels.swiglu=liger"], "kernels.swiglu=liger: its kernel computes silu"),
         (["precision.compile=true", "kernels.rms_norm=liger"], "kernels.rms_norm=liger: precision.compile=true"),
         (["activation=selective", "kernels.rope=liger"], "kernels.rope=liger: its kernel writes over the projections"),
     ],

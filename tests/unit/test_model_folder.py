@@ -167,5 +167,5 @@ def test_a_hub_model_without_safetensors(tmp_path):
     with hub({name: content for name, content in FILES.items() if name != "model.safetensors"}) as (endpoint, _):
         error = ask("weights", tmp_path, endpoint)["error"]
     assert error.startswith(
-        "model.name=org/tiny: it has no model.safetensors on the hub; if you trust what it has, Auto"
+        "model.name=org/tiny: it has no model.safetensors on the hub; if you trust the author, convert it with Auto"
     )

@@ -318,15 +318,13 @@ def test_a_folder_without_safetensors_is_refused_and_nothing_unpickled(tmp_path)
     folder = published(tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(
-        ConfigError, match=r"holds no model.safetensors but pytorch_model.bin, and nothing is unpickled"
+        ConfigError, match=r"has no model.safetensors but pytorch_model.bin, and stack reads safetensors only"
     ):
         stages(folder, 1)
-    with pytest.raises(ConfigError, match=r"if you trust it, AutoModelForCausalLM.from_pretrained\("):
+    with pytest.raises(ConfigError, match=r"trust the author, convert it with AutoModelForCausalLM.from_pretrained\("):
         compose(["model=folder", f"model.name={folder}", "model.init=pretrained"])
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(
-        ConfigError, match=r"holds no model.safetensors; give a whole folder, or use model.init=scratch"
-    ):
+    with pytest.raises(ConfigError, match=r"has no model.safetensors; give a whole folder, or use model.init=scratch"):
         compose(["model=folder", f"model.name={folder}", "model.init=pretrained"])
 
 

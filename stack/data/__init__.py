@@ -1,1 +1,1 @@
-"""The corpus: read once into token shards (`stack data`), then a pure function of (step, replica)."""
+"""The corpus. `stack data` writes it into token shards once; batches are then a pure function of (step, replica)."""

@@ -1,7 +1,7 @@
 """Batches as a pure function of (step, replica): no iterator, no state, no communication.
 
-Every rank of a replica computes the same batch, and any layout sees the same global batches in the same order, so the
-position of a run in its data is one integer: the step.
+Every rank of a replica computes the same batch, and every layout sees the same global batches in the same order.
+Therefore the step alone says where a run is in its data.
 """
 
 from dataclasses import dataclass
@@ -25,20 +25,21 @@ class Batch:
     labels: np.ndarray
     """int64, same shape: labels[..., t] is the target of position t, `IGNORE` where there is none."""
     positions: np.ndarray
-    """int64, same shape: a token's place in its document, counted from the start of the document or the sequence."""
+    """int64, same shape: the token's distance from the start of its document, or from the start of the sequence where
+    the document began before the sequence."""
     global_target_tokens: int
-    """Labels that are not `IGNORE`, in the whole global batch of all replicas."""
+    """Number of labels that are not `IGNORE` in the global batch, over all replicas."""
 
 
 class Batches:
-    """The sequences of a split, in global batches of `global_size`, for each of `replicas`.
+    """The sequences of a split, in global batches of `global_size` sequences that are divided over `replicas`.
 
-    `pack=True`: the stream is cut into windows of seq_len + 1 tokens, each starting at the last token of the one
-    before (the rest at the end of the stream, less than a window, is unused). A sequence may span documents; positions
-    start at 0 in each, and attention does not reach past that. So the last token of a document has no target: what
-    follows it is the first token of the next document, which cannot be predicted from this one.
-    `pack=False`: a sequence is the first seq_len + 1 tokens of one document, padded on the right, where no token sees
-    the padding.
+    `pack=True`: the stream is cut into windows of seq_len + 1 tokens. Each window starts at the last token of the
+    window before. A rest at the end of the stream that is shorter than a window is unused. A sequence may hold several
+    documents; positions start at 0 in each document, and attention stays inside a document. The last token of a
+    document has no target, because the next token belongs to another document.
+    `pack=False`: a sequence is the first seq_len + 1 tokens of one document. A shorter document is padded on the right,
+    where causal attention hides the padding from every token.
     """
 
     def __init__(
@@ -53,12 +54,21 @@ class Batches:
         replicas: int,
         before: int = 0,
     ) -> None:
-        """Sizes are in sequences, `micro_size` is one microbatch of one replica; `seed` orders epochs. Global batch
-        `step` begins with sequence `before` + step x global_size: `before` is not 0 where a run went on with another
-        size of batch, or with other data.
+        """
+        Args:
+            split: the documents.
+            seq_len: tokens in a sequence.
+            pack: whether a sequence may hold several documents (see the class).
+            seed: chooses the order of the sequences in each epoch.
+            global_size: sequences in a global batch.
+            micro_size: sequences in one microbatch of one replica.
+            replicas: number of data-parallel replicas.
+            before: sequences used before step 0. Global batch `step` begins with sequence
+                `before` + step x global_size. Not 0 after a resume with another batch size or other data.
 
-        Raises `LayoutError` where a global batch is no whole number of microbatches on each replica, `DataError`
-        where the split is too small for one sequence.
+        Raises:
+            LayoutError: a global batch is not a whole number of microbatches on each replica.
+            DataError: the split is too small for one sequence.
         """
         slice_size = micro_size * replicas
         if global_size % slice_size:
@@ -69,7 +79,7 @@ class Batches:
             )
         self.split, self.seq_len, self.pack, self.seed = split, seq_len, pack, seed
         self.global_size, self.micro_size, self.replicas, self.before = global_size, micro_size, replicas, before
-        # Every stored document has two tokens or more (`prepare` sees to it), so each one is a sequence.
+        # `prepare` stores only documents of two tokens or more, so each document gives a sequence with a target.
         self.num_sequences = (split.num_tokens - 1) // seq_len if pack else split.num_documents
         """Sequences in one epoch."""
         if self.num_sequences < 1:
@@ -79,13 +89,14 @@ class Batches:
             )
 
     def train(self, step: int, replica: int) -> Batch:
-        """The batch of optimizer step `step` (0, 1, ...) on `replica`; there is one for every step, for ever."""
+        """The batch of optimizer step `step` (0, 1, ...) on `replica`. Epochs follow one another without end."""
         return self._batch(*self._bounds(self.order(step)), replica)
 
     def order(self, step: int) -> np.ndarray:
-        """Which sequences make global batch `step`, in order: int64 [global_size], depends on seed and step only.
+        """The numbers of the sequences of global batch `step`, in order: int64 [global_size].
 
-        Batches take the epochs' sequences one after another, each epoch in a new order, and may span epochs.
+        Each epoch has all sequences in an order of its own. A batch may hold the end of one epoch and the beginning of
+        the next.
         """
         first = self.before + step * self.global_size
         if step < 0 or first < 0:
@@ -100,7 +111,10 @@ class Batches:
     def heldout(self, start: int, count: int, replica: int) -> Batch:
         """Sequences [start, start + count) in the order of the split, padded to a full global batch.
 
-        Added sequences are all `IGNORE`. Needs 0 <= start, 1 <= count <= global_size, start + count <= num_sequences.
+        All labels of the padding sequences are `IGNORE`.
+
+        Raises:
+            ValueError: unless 0 <= start, 1 <= count <= global_size and start + count <= num_sequences.
         """
         if not (start >= 0 and 1 <= count <= self.global_size and start + count <= self.num_sequences):
             raise ValueError(
@@ -111,7 +125,7 @@ class Batches:
         return self._batch(starts, stops, replica)
 
     def _bounds(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First token and end of each sequence in the stream, its last target included."""
+        """First token and end (exclusive) of each sequence in the stream; the range includes the last target."""
         if self.pack:
             starts = sequences * self.seq_len
             return starts, starts + self.seq_len + 1
@@ -122,8 +136,9 @@ class Batches:
         if not 0 <= replica < self.replicas:
             raise ValueError(f"replica {replica} of {self.replicas}")
         lengths = np.maximum(stops - starts - 1, 0)
-        # Documents that begin after the first token of a sequence, by number. Found in the documents' bounds alone: the
-        # tokens of the other replicas are not read.
+        # [first, end): the documents that begin after the first token of each sequence. Their number is how many
+        # targets the sequence loses. The document bounds are enough for the count over all replicas; tokens are read
+        # for this replica only.
         first, end = np.searchsorted(self.split.starts, starts + 1), np.searchsorted(self.split.starts, stops)
         targets = lengths - np.maximum(end - first, 0)
         rows = self.global_size // self.replicas
@@ -147,8 +162,8 @@ class Batches:
         )
 
     def _document_starts(self, start: int) -> np.ndarray:
-        """For each token of the sequence that begins at `start`, where its document does: int64 [seq_len], counted in
-        the sequence."""
+        """For each token of the sequence that begins at token `start` of the stream: where its document begins, counted
+        from the start of the sequence, or 0 where the document began before. int64 [seq_len]."""
         tokens = np.arange(start, start + self.seq_len)
         documents = np.searchsorted(self.split.starts, tokens, side="right") - 1
         return np.maximum(self.split.starts[documents] - start, 0)

@@ -1,4 +1,7 @@
-"""A prepared corpus, opened for reading. Whatever happens to its files meanwhile is a `DataError`, never a signal."""
+"""Reads a prepared corpus. A file that is damaged or removed during the run raises `DataError`.
+
+Shards are read with `pread`, not through a memory map: reading a map of a file that was cut kills the process (SIGBUS).
+"""
 
 import os
 from functools import lru_cache
@@ -10,7 +13,7 @@ import numpy as np
 from stack.data import manifest
 from stack.errors import DataError
 
-#: Shards open at a time; each holds a file descriptor, and 1024 of those is a common limit.
+#: Largest number of open shards; each needs a file descriptor, and a process may often have only 1024.
 _OPEN_SHARDS = 256
 
 
@@ -21,17 +24,17 @@ class Corpus:
         self.folder = folder
         self.manifest = about
         self.vocab_size: int = about["vocab_size"]
-        """Token ids that a model of the corpus needs: more than every one that occurs, and than every one of the
-        tokenizer's vocabulary apart from tokens that were added to it and do not occur."""
+        """Rows that a model's embedding needs: one more than the largest token id among those that occur and those of
+        the tokenizer's vocabulary. A token added to the vocabulary counts only where it occurs."""
         self.eos_id: int = about["eos_id"]
 
     @classmethod
     def open(cls, folder: Path) -> "Corpus":
-        """Opens what `prepare` or `locate` returned. Raises `DataError` where it is not whole."""
+        """Opens the folder that `prepare` or `locate` returned. Raises `DataError` where the corpus is not whole."""
         return cls(folder, manifest.read(folder))
 
     def split(self, name: str) -> "Split":
-        """`train` or `heldout`."""
+        """The split `train` or `heldout`. Raises `ValueError` for any other name."""
         if name not in manifest.SPLITS:
             raise ValueError(f"no split {name!r}; the splits are {' and '.join(manifest.SPLITS)}")
         return Split(self.folder, name, self.manifest)
@@ -52,7 +55,7 @@ class Split:
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
         index = self._folder / "documents.npy"
         try:
-            # Kept open: its size is asked of this file, whatever has taken its name since.
+            # Kept open, so that `starts` can check the size of the mapped file even if its name now leads to another.
             self._index: IO[bytes] = open(index, "rb")  # noqa: SIM115
             self._starts = np.asarray(np.load(index, mmap_mode="r"))
         except (OSError, ValueError) as error:
@@ -61,8 +64,13 @@ class Split:
 
     @property
     def starts(self) -> np.ndarray:
-        """int64 [num_documents + 1]: document i is the tokens from starts[i] to starts[i + 1]. Memory-mapped: not to be
-        kept. Raises `DataError` where the file was cut, since a process that reads a map of it would be killed."""
+        """int64 [num_documents + 1]: document i is the tokens from starts[i] to starts[i + 1].
+
+        The array is a memory map: get it anew for each use, since only this property checks the file's size.
+
+        Raises:
+            DataError: the file was cut. Reading the map of a cut file would kill the process.
+        """
         if os.fstat(self._index.fileno()).st_size != self._index_bytes:
             raise self._lost(self._folder / "documents.npy", "it was cut while it was read")
         return self._starts
@@ -71,7 +79,8 @@ class Split:
         """Tokens [start, stop) of the stream, 0 <= start <= stop <= num_tokens: a copy, int64 [stop - start].
 
         Raises:
-            DataError: a shard is gone, was cut, cannot be read, or holds ids that no token of the corpus has.
+            IndexError: the bounds are outside of the stream.
+            DataError: a shard is missing, was cut, cannot be read, or holds ids that no token of the corpus has.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of a {self.name} split of {self.num_tokens}")
@@ -92,7 +101,7 @@ class Split:
     def _read_shard(self, shard: int, offset: int, count: int) -> np.ndarray:
         path, size = self._path(shard), self._dtype.itemsize
         try:
-            # A map would be as fast, but to read one whose file was cut ends the process with SIGBUS.
+            # No memory map: reading the map of a cut file ends the process with SIGBUS. `pread` is as fast.
             content = os.pread(self._shard(shard).fileno(), count * size, offset * size)
         except OSError as error:
             raise self._lost(path, error.strerror or str(error)) from error

@@ -1,4 +1,4 @@
-"""A stream of documents, and what every source says about a record whose text cannot be had."""
+"""A stream of documents, and the errors that all sources share for a record without readable text."""
 
 import difflib
 from collections.abc import Callable, Collection, Iterator
@@ -13,27 +13,28 @@ from stack.errors import DataError
 class Documents:
     """The documents of a source in their fixed order; every iteration starts again at the first.
 
-    Documents without a character are left out. Iterating raises `DataError` where a file or a record cannot
-    be read as text.
+    Empty documents are left out. Iterating raises `DataError` where a file or a record cannot be read as text.
     """
 
     read: Callable[[], Iterator[str]]
     total: int | None
-    """How much there is, in `unit`s; None where it is unknown before reading. A hint, for the progress bar."""
+    """Size of all documents in `unit`s, for the progress bar; None where it is unknown before reading."""
     unit: Literal["bytes", "documents"]
     unread: str = ""
-    """What of the named folders is not read and why, as one line for the user; empty where all of it is read."""
+    """One line for the user: which files of the named folders are not read and why; empty where all are read."""
 
     def __iter__(self) -> Iterator[str]:
         return (text for text in self.read() if text)
 
 
 def record_text(record: Any, key: str, where: str) -> str:
-    """The text of one record. `key` is a field, or the path of a nested one such as `data.text`; a field whose own name
-    has a dot comes first.
+    """The text of one record, "" where the field or an object above it is null.
+
+    `key` names a field, or a nested field by its path, such as `data.text`. A field whose name is the whole `key`,
+    dots included, takes precedence.
 
     Raises:
-        DataError: the record is no object, or has no such field, or holds something else than text there.
+        DataError: the record is no object, has no such field, or the field does not hold text.
     """
     if not isinstance(record, dict):
         raise DataError(
@@ -52,7 +53,7 @@ def record_text(record: Any, key: str, where: str) -> str:
 
 
 def text_columns(record: dict[str, Any], prefix: str = "") -> list[str]:
-    """Fields of a record that hold text, nested ones by their path."""
+    """Names of the record's fields that hold text; a nested field has its path, such as `data.text`."""
     found = []
     for name, value in record.items():
         if isinstance(value, str):
@@ -63,7 +64,7 @@ def text_columns(record: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def check_text(value: Any, key: str, where: str) -> str:
-    """`value` if it is a str, "" if it is None (not a document), else `DataError`."""
+    """`value` if it is a str, "" if it is None (the record is then left out). Raises `DataError` for other types."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -74,7 +75,7 @@ def check_text(value: Any, key: str, where: str) -> str:
 
 
 def no_column(key: str, columns: Collection[str], where: str) -> DataError:
-    """The error of a `data.text_key` that is missing; `columns` are those that hold text."""
+    """The error for a `data.text_key` that names no column; `columns` are the columns that hold text."""
     names = list(columns)
     nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
     fix = f"use data.text_key={nearest[0]}" if nearest else "use data with a column of text"
@@ -82,16 +83,16 @@ def no_column(key: str, columns: Collection[str], where: str) -> DataError:
 
 
 def undecodable(where: Path | str, error: UnicodeDecodeError) -> DataError:
-    """The error of text that is not UTF-8."""
+    """The error for text that is not UTF-8."""
     return DataError(f"data.paths has {where}, which is not UTF-8 (byte {error.start}); convert it, e.g. with iconv")
 
 
 def one_line(error: BaseException) -> str:
-    """The message of a library's exception, short enough to stand inside ours."""
+    """The message of a library's exception on one line, at most 300 characters, to quote in our own message."""
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {text}" if not text or isinstance(error, KeyError) else text
 
 
 def some(names: list[str]) -> str:
-    """The first names of a list, for a message."""
+    """The first eight names of a list, for a message; "none" if the list is empty."""
     return ", ".join(names[:8] + ["..."] * (len(names) > 8)) or "none"

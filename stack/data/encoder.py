@@ -1,4 +1,4 @@
-"""Documents to token ids by any Hugging Face tokenizer, and what its special tokens mean in them."""
+"""Turns documents into token ids with any Hugging Face tokenizer, and decides how special tokens in a text are read."""
 
 import json
 import re
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Encoder:
-    """A Hugging Face tokenizer as the shards need it."""
+    """A Hugging Face tokenizer for writing shards: encodes pieces of documents and counts special tokens in them."""
 
     def __init__(self, hf: "PreTrainedTokenizerBase", *, special_tokens: str) -> None:
         """`special_tokens` is `parse` or `text`, as in `data.special_tokens`; `hf` must have an `eos_token`."""
@@ -26,12 +26,13 @@ class Encoder:
         self.vocab_size = max(vocabulary.values()) + 1
         """One more than the largest token id."""
         self.ordinary_size = 1 + max((vocabulary[t] for t in vocabulary.keys() - hf.get_added_vocab()), default=-1)
-        """The same without the tokens that were added to the vocabulary, such as a `[PAD]` that no text holds."""
+        """One more than the largest id of a token that was not added to the vocabulary. A `[PAD]`, for example, is
+        often added and occurs in no text."""
         assert isinstance(hf.eos_token_id, int)
         self.eos_id: int = hf.eos_token_id
         """The token that ends every document."""
         self.begin = _begin(hf)
-        """The tokens that begin every document."""
+        """The tokens that begin every document; often one beginning-of-sequence token, or none."""
         self._special = _special_tokens(hf)
         longest_first = sorted(self._special, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, longest_first)), _flags(hf)) if longest_first else None
@@ -40,15 +41,15 @@ class Encoder:
         self._documents_with, self._counts = 0, Counter[str]()
 
     def pieces(self, text: str, longest: int) -> Iterator[str]:
-        """The document in pieces of about `longest` characters whose tokens are together those of the whole; one piece
-        where that cannot be known of the tokenizer or the text."""
+        """The document in pieces of about `longest` characters. The tokens of the pieces together are those of the
+        document. It is a single piece where the tokenizer or the text has no place for such a cut."""
         return self._cutter.pieces(text, longest)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text, without what the tokenizer puts around it.
+        """The token ids of each text, without the tokens that the tokenizer adds around a text.
 
         Raises:
-            DataError: the tokenizer has no token for what a text holds.
+            DataError: the tokenizer cannot encode a text.
         """
         try:
             if self._backend is not None:
@@ -56,17 +57,17 @@ class Encoder:
             return self.hf(list(texts), add_special_tokens=False, split_special_tokens=not self._parses, verbose=False)[
                 "input_ids"
             ]
-        except Exception as error:  # the Rust library raises this class itself
+        except Exception as error:  # the Rust library raises plain Exception
             raise _cannot_encode(error) from error
 
     def count_spelled(self, text: str) -> None:
-        """Remembers which special tokens a whole document spells, for `note`."""
+        """Counts which special tokens the text of a whole document contains, for `note`."""
         if self._spelled and (found := set(self._spelled.findall(text))):
             self._documents_with += 1
             self._counts.update(sorted(found))
 
     def note(self) -> str:
-        """One line about the documents that spell special tokens, or nothing."""
+        """One line about the documents whose text contains special tokens; empty where there are none."""
         if not self._documents_with:
             return ""
         read = ("as these tokens", "text", "ordinary text") if self._parses else ("as text", "parse", "these tokens")
@@ -79,14 +80,14 @@ class Encoder:
 
 
 def _begin(hf: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """What the tokenizer by itself puts ahead of a text: its beginning-of-sequence token, or nothing.
+    """The tokens that the tokenizer adds ahead of every text: the beginning-of-sequence token, or none.
 
     Raises:
-        DataError: it cannot encode a letter.
+        DataError: the tokenizer cannot encode the letter "a", which is used to find out.
     """
     try:
         alone, whole = (hf("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (False, True))
-    except Exception as error:  # the Rust library raises this class itself
+    except Exception as error:  # the Rust library raises plain Exception
         raise _cannot_encode(error) from error
     starts = (at for at in range(len(whole)) if whole[at : at + len(alone)] == alone)
     return tuple(whole[: next(starts, 0)]) if alone else ()
@@ -102,7 +103,7 @@ def _special_tokens(hf: "PreTrainedTokenizerBase") -> set[str]:
 
 
 def _flags(hf: "PreTrainedTokenizerBase") -> re.RegexFlag:
-    """Whether a special token is found in any case of letters: where the text is made lower-case before."""
+    """IGNORECASE where the tokenizer makes the text lower-case before it looks for special tokens, else no flag."""
     normalizer = hf.backend_tokenizer.normalizer if hf.is_fast else None
     normalized = any(token.normalized for token in hf.added_tokens_decoder.values() if token.special)
     lowers = normalizer is not None and normalized and normalizer.normalize_str("A").endswith("a")
@@ -110,13 +111,13 @@ def _flags(hf: "PreTrainedTokenizerBase") -> re.RegexFlag:
 
 
 def _backend(hf: "PreTrainedTokenizerBase", *, hidden: set[str]) -> "tokenizers.Tokenizer":
-    """The fast tokenizer, or a copy of it to which no text spells a token of `hidden`.
+    """The fast tokenizer, or a copy of it in which no text can produce a token of `hidden`.
 
-    These are renamed to what nobody can guess. Not to look for added tokens is not enough: sentencepiece's vocabularies
-    also hold `<s>` as an ordinary piece, and a unigram model takes it from the text.
+    The copy renames these tokens to random hexadecimal strings. It would not be enough to stop looking for added
+    tokens: the vocabularies of sentencepiece also have `<s>` as an ordinary piece, which a unigram model finds in text.
 
     Raises:
-        DataError: the tokenizer has parts in Python, which cannot be copied.
+        DataError: the tokenizer has parts written in Python, which cannot be copied.
     """
     from tokenizers import Tokenizer
 
@@ -126,7 +127,7 @@ def _backend(hf: "PreTrainedTokenizerBase", *, hidden: set[str]) -> "tokenizers.
         names = {token: secrets.token_hex(16) for token in hidden}
         try:
             backend = Tokenizer.from_str(json.dumps(_renamed(json.loads(backend.to_str()), names)))
-        except Exception as error:  # the Rust library raises this class itself
+        except Exception as error:  # the Rust library raises plain Exception
             raise DataError(
                 f"data.special_tokens=text does not work with this tokenizer ({one_line(error)}); use parse"
             ) from error
@@ -136,7 +137,7 @@ def _backend(hf: "PreTrainedTokenizerBase", *, hidden: set[str]) -> "tokenizers.
 
 
 def _renamed(content: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """A tokenizer.json whose tokens `names` have other names and their old ids."""
+    """The content of a tokenizer.json with tokens renamed by `names` (old name -> new name); ids stay the same."""
     model = dict(content["model"])
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(token, token): number for token, number in model["vocab"].items()}
@@ -156,5 +157,5 @@ def _cutter(hf: "PreTrainedTokenizerBase") -> Cutter:
         return Cutter("")
     try:
         return cutter(hf.backend_tokenizer.to_str())
-    except Exception:  # noqa: BLE001 - the Rust library raises it for what is written in Python
+    except Exception:  # noqa: BLE001 - the Rust library raises plain Exception for parts written in Python
         return Cutter("")

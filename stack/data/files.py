@@ -1,4 +1,4 @@
-"""Which files `data.paths` selects, what each of them is, and which ones beside them are not read."""
+"""Selects the files that `data.paths` names, finds the format of each, and counts the files that are not read."""
 
 import difflib
 import glob
@@ -15,11 +15,11 @@ from stack.config.schema import Data
 from stack.data.documents import one_line, some
 from stack.errors import DataError
 
-#: Read as one document each.
+#: Endings of files that are one document each.
 PLAIN = (".txt", ".md", ".rst", ".py", ".tex", ".html")
-#: Read as records, each with its text in the column `data.text_key`.
+#: Endings of files of records; the text of each record is in the column `data.text_key`.
 KEYED = (".csv", ".jsonl", ".json", ".parquet")
-#: Endings of compressed files; the ending before it says what is inside.
+#: Endings of compressed files; the ending before this one names the format inside, as in `.jsonl.gz`.
 CODECS = (".gz", ".zst", ".bz2", ".xz")
 
 _KNOWN = f"{', '.join(PLAIN + KEYED)}, each also with {', '.join(CODECS)}"
@@ -27,7 +27,7 @@ _KNOWN = f"{', '.join(PLAIN + KEYED)}, each also with {', '.join(CODECS)}"
 
 @dataclass(frozen=True)
 class Source:
-    """A file that is read."""
+    """A file to read."""
 
     path: Path
     kind: str
@@ -38,14 +38,14 @@ class Source:
 
 @dataclass
 class Selection:
-    """What `data.paths` stands for."""
+    """The result of `select`."""
 
     files: list[Source] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
-    """Reason -> number of files and folders that were found and are not read."""
+    """Reason -> number of files and folders that are left out for it."""
 
     def note(self) -> str:
-        """One line about `unread`, or nothing."""
+        """One line about `unread`; empty where everything is read."""
         if not self.unread:
             return ""
         count = self.unread.total()
@@ -57,10 +57,10 @@ class Selection:
 
 
 def select(cfg: Data) -> Selection:
-    """Lists and stats files; reads none.
+    """The files that `data.paths` and `data.extensions` select. Lists and stats files, but opens none.
 
     Raises:
-        DataError: an entry of `data.paths` names nothing that exists, or nothing that can be read.
+        DataError: an entry of `data.paths` does not exist, or leads to no file of a known format.
     """
     if not cfg.paths:
         raise DataError("data.source=files needs data.paths, which is empty; use data.paths=[FOLDER_OR_FILE_OR_GLOB]")
@@ -73,7 +73,7 @@ def select(cfg: Data) -> Selection:
             if not any(here.values()):
                 _refuse(item, list(here))
             for path, source in here.items():
-                # The same path again is the same wish, and nothing to tell of.
+                # A path that two entries of data.paths name is read once and not reported.
                 identity = _identity(path)
                 if seen.get(identity, path) != path:
                     selection.unread["read under another name"] += 1
@@ -90,10 +90,10 @@ def select(cfg: Data) -> Selection:
 
 
 def walk(root: Path, unread: Counter[str]) -> list[Path]:
-    """All regular files below `root`, sorted by path, without what is hidden, installed packages and prepared corpora.
+    """All regular files below `root`, sorted by path, except hidden ones, installed packages and prepared corpora.
 
-    Links are followed. A folder that several names lead to is read under the first of them, so a circle of links ends.
-    `unread` counts what is left out, by its reason.
+    Links are followed. A folder that has several names is read under the first of them, so a circle of links ends.
+    `unread` counts what is left out, by reason.
 
     Raises:
         OSError: a folder cannot be listed.
@@ -119,10 +119,11 @@ def walk(root: Path, unread: Counter[str]) -> list[Path]:
 
 
 def listing(files: Sequence[Path], base: Path, *, times: bool) -> dict[str, Any]:
-    """Number, bytes and a hash over the names below `base`, sizes and modification times of files, as JSON.
+    """Number of files, their bytes, and a hash over their names below `base`, sizes and, with `times`, modification
+    times, as JSON.
 
     Raises:
-        DataError: a file went away.
+        DataError: a file was removed meanwhile.
     """
     digest = hashlib.blake2b(digest_size=16)
     total = 0
@@ -130,7 +131,10 @@ def listing(files: Sequence[Path], base: Path, *, times: bool) -> dict[str, Any]
         try:
             status = file.stat()
         except OSError as error:
-            raise DataError(f"data: {file} went away while it was listed ({error.strerror}); let it rest") from error
+            raise DataError(
+                f"data: {file} was removed while the files were listed ({error.strerror}); start again when the folder "
+                "no longer changes"
+            ) from error
         total += status.st_size
         stamp = status.st_mtime_ns if times else 0
         digest.update(
@@ -140,11 +144,12 @@ def listing(files: Sequence[Path], base: Path, *, times: bool) -> dict[str, Any]
 
 
 def common_folder(files: Sequence[Path]) -> Path:
+    """The deepest folder that holds all of the files."""
     return Path(os.path.commonpath([file.parent for file in files]))
 
 
 def nearest_path(path: Path) -> str:
-    """Advice: the most similar name in the deepest folder of `path` that exists."""
+    """Advice for a message about a missing `path`: the most similar name in the deepest folder of it that exists."""
     missing = path
     while not missing.parent.is_dir():
         missing = missing.parent
@@ -156,14 +161,14 @@ def nearest_path(path: Path) -> str:
 
 
 def _source(path: Path, extensions: Sequence[str]) -> Source | None:
-    """What a file is by its name; None where nobody knows how to read it."""
+    """The file's format by its name; None for an unknown ending."""
     name = path.name.lower()
     codec = next((codec for codec in CODECS if name.endswith(codec)), "")
     inside = name.removesuffix(codec)
     if any(inside.endswith(extension) for extension in extensions):
         return Source(path, ".txt", codec)
     kind = Path(inside).suffix
-    # Parquet compresses by itself, and is read from its end.
+    # A compressed Parquet file cannot be read as a stream: its index is at the end. Parquet compresses its columns.
     readable = kind in PLAIN + KEYED and not (codec and kind == ".parquet")
     return Source(path, kind, codec) if readable else None
 
@@ -174,7 +179,7 @@ def _ending(path: Path) -> str:
 
 
 def _expand(item: str, unread: Counter[str]) -> list[Path]:
-    """The files that one entry of `data.paths` stands for, absolute; those of a folder in the order of their paths."""
+    """The files of one entry of `data.paths`, as absolute paths; the files of a folder are sorted by path."""
     path = Path(item).expanduser().absolute()
     if path.is_file():
         return [path]
@@ -191,7 +196,7 @@ def _expand(item: str, unread: Counter[str]) -> list[Path]:
         if match.is_file():
             found.append(match)
         elif match.is_dir():
-            # `**` matches the files of the folders that it matches by itself.
+            # `**` already matches the files in each folder that it matches.
             found += walk(match, unread) if "**" not in item else []
         else:
             unread[_odd(match)] += 1
@@ -201,7 +206,7 @@ def _expand(item: str, unread: Counter[str]) -> list[Path]:
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """What a glob matches, sorted. `**` follows no links, which may lead in a circle."""
+    """The paths that a glob matches, sorted. `**` follows no links, since they may form a circle."""
     if "**" not in pattern.parts:
         return sorted(Path(match) for match in glob.glob(str(pattern)))
     fixed = Path(*pattern.parts[: next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))])
@@ -210,6 +215,7 @@ def _matches(pattern: Path) -> list[Path]:
 
 
 def _refuse(item: str, found: list[Path]) -> None:
+    """Raises `DataError` for an entry of `data.paths` whose files, `found`, all have unknown endings."""
     if len(found) == 1 and Path(item).expanduser().absolute() == found[0]:
         ending = _ending(found[0])
         read = f"if it is plain text, use data.extensions=[{ending}]; " if ending.startswith(".") else ""
@@ -221,7 +227,7 @@ def _refuse(item: str, found: list[Path]) -> None:
 
 
 def _left_out(entry: os.DirEntry, path: Path) -> str:
-    """Why an entry of a folder is not read; empty where it is a file or a folder to go into."""
+    """Why an entry of a folder is left out; empty for a file to read and for a folder to enter."""
     if entry.name.startswith("."):
         return "hidden"
     try:
@@ -231,14 +237,14 @@ def _left_out(entry: os.DirEntry, path: Path) -> str:
     if is_folder:
         if entry.name in ("__pycache__", "site-packages", "dist-packages"):
             return f"named {entry.name}"
-        # data.paths=[data] with data.root=data must not read what it has prepared as text.
+        # With data.paths=[data] and data.root=data the files of a prepared corpus must not be read as text.
         prepared = (path / "manifest.json").is_file() and (path / "tokenizer").is_dir()
         return "prepared by stack data" if prepared else ""
     return "" if entry.is_file() else _odd(path)
 
 
 def _odd(path: Path) -> str:
-    """What a name stands for that is neither a file nor a folder."""
+    """The kind of a path that is neither a file nor a folder: FIFO, socket, device, or dangling (a broken link)."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -248,5 +254,6 @@ def _odd(path: Path) -> str:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
+    """Device and inode: equal for all names of one file or folder."""
     status = folder.stat()
     return status.st_dev, status.st_ino

@@ -1,4 +1,4 @@
-"""Files to documents: plain text, records of CSV, JSON and Parquet, also compressed; one document at a time."""
+"""Reads documents from plain text and from records of CSV, JSON and Parquet, also compressed, one at a time."""
 
 import bz2
 import csv
@@ -19,15 +19,16 @@ from stack.errors import DataError
 if TYPE_CHECKING:
     import pyarrow
 
-#: Most bytes of one document, record or `.json` array after decompression: a crafted file cannot take all memory.
+#: Largest size in bytes of one document, record or `.json` array after decompression, so that a crafted file cannot
+#: exhaust the memory.
 MAX_BYTES = 4 << 30
 
 
 def read(source: Source, key: str) -> Iterator[str]:
-    """The documents of one file.
+    """The documents of one file. `key` is `data.text_key`, the column or field that holds the text of a record.
 
     Raises:
-        DataError: the file, or a record of it, cannot be read as text; the message says where.
+        DataError: the file or a record in it cannot be read as text; the message names the line, row or element.
     """
     try:
         if source.kind == ".parquet":
@@ -86,7 +87,7 @@ def _read_csv(stream: IO[bytes], path: Path, key: str) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise undecodable(f"{path}:{number}", error) from error
 
-    # A process-wide setting of the module, whose default is 128 KiB.
+    # Applies to the whole process; the default of the csv module is 128 KiB.
     csv.field_size_limit(MAX_BYTES)
     rows = csv.reader(lines(), strict=True)
     try:
@@ -105,8 +106,8 @@ def _read_csv(stream: IO[bytes], path: Path, key: str) -> Iterator[str]:
 
 
 def _read_jsonl(stream: IO[bytes], path: Path, key: str) -> Iterator[str]:
-    # Not the `json` builder of `datasets`: it infers one schema for all columns of all files and fails on a corpus
-    # whose metadata columns vary, though only the text is wanted.
+    # The `json` builder of `datasets` is not used: it infers one schema for all columns of all files, and fails on a
+    # corpus whose metadata columns vary, although only the text is needed.
     for number, line in _lines(stream, path):
         if line.strip():
             where = f"{path}:{number}"
@@ -114,7 +115,7 @@ def _read_jsonl(stream: IO[bytes], path: Path, key: str) -> Iterator[str]:
 
 
 def _read_json(stream: IO[bytes], path: Path, key: str) -> Iterator[str]:
-    """A `.json` file is one array of objects, read whole, or the same as `.jsonl`."""
+    """A `.json` file is either one array of objects, which is read whole, or has one object a line like `.jsonl`."""
     buffered: Any = stream if hasattr(stream, "peek") else io.BufferedReader(stream)  # type: ignore[type-var]
     if not buffered.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from _read_jsonl(buffered, path, key)
@@ -136,7 +137,7 @@ def _parse(text: bytes, where: Path | str, fix: str) -> Any:
 
 
 def _sound(text: str) -> str:
-    # JSON can escape half a surrogate pair, which no encoder of tokens takes.
+    # JSON can escape half a surrogate pair, which tokenizers refuse. It becomes U+FFFD here.
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -151,10 +152,10 @@ _READERS: dict[str, Callable[[IO[bytes], Path, str], Iterator[str]]] = {
 
 
 def parquet_rows(path: Path, key: str) -> int:
-    """Rows of a file that has the column `key`.
+    """The number of rows of a Parquet file.
 
     Raises:
-        DataError: it has not, or is no Parquet.
+        DataError: the file has no column `key`, or is not Parquet.
     """
     import pyarrow
     import pyarrow.parquet
@@ -188,7 +189,7 @@ def _read_parquet(path: Path, key: str) -> Iterator[str]:
 
 
 def _column(schema: "pyarrow.Schema", key: str, path: Path) -> list[str]:
-    """The names that lead to the column `key`: itself, or the fields of nested structs.
+    """The path of the column `key`: one name, or the names of nested struct fields from the outside in.
 
     Raises:
         DataError: there is no such column.

@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
 
 def dataset_documents(cfg: Data, name: str) -> Documents:
-    """The text column of a data set, memory-mapped by `datasets`, which keeps it in its own cache on disk.
+    """The text column of a data set. `datasets` memory-maps it from its own cache on disk.
 
-    `name` is a hub name or an existing folder. A folder made by `Dataset.save_to_disk` has one split, whatever
-    `data.split` says. Raises `DataError` where hub, data set, subset, split or column are not there.
+    `name` is a hub name or an existing folder. A folder made by `Dataset.save_to_disk` has one split, and `data.split`
+    is then ignored.
+
+    Raises:
+        DataError: the hub cannot be reached, or there is no such data set, subset, split or column. Iterating raises it
+            too, where a row cannot be read.
     """
     where = f"data.name={name}"
     table = _from_disk(cfg, name) if _was_saved_to_disk(name) else _load(cfg, name)
@@ -41,10 +45,10 @@ def dataset_documents(cfg: Data, name: str) -> Documents:
 
 
 def _column(features: dict[str, Any], key: str, where: str) -> str:
-    """The column that holds `key`: itself, or the one that a path such as `data.text` begins with.
+    """The column that holds `key`: the column `key` itself, or for a path such as `data.text` the column `data`.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no such column.
     """
     if key in features:
         return key
@@ -57,6 +61,7 @@ def _column(features: dict[str, Any], key: str, where: str) -> str:
 
 
 def _texts(features: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names of the columns that hold text; nested fields have their path, such as `data.text`."""
     found = []
     for name, kind in features.items():
         if isinstance(kind, dict):

@@ -1,4 +1,7 @@
-"""Whether the Hugging Face hub answers, asked once and briefly, so that nobody waits through minutes of retries."""
+"""Checks with one short connection whether the Hugging Face hub answers.
+
+Without the check, the Hugging Face libraries would retry for minutes on a host without internet.
+"""
 
 import socket
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ PROBE_TIMEOUT_S = 5.0
 
 
 def endpoint() -> str:
-    """The hub's address: `HF_ENDPOINT` or https://huggingface.co."""
+    """The URL of the hub: `HF_ENDPOINT`, or https://huggingface.co where it is not set."""
     from huggingface_hub import constants
 
     return constants.ENDPOINT
@@ -39,10 +42,10 @@ def reachable() -> bool:
 
 @contextmanager
 def offline(*modules: ModuleType) -> Iterator[None]:
-    """Puts Hugging Face libraries into offline mode for a while: only their local caches are asked.
+    """Puts Hugging Face libraries into offline mode inside a `with` block: they read only their local caches.
 
-    `modules` hold a flag `HF_HUB_OFFLINE`. The environment variable of that name is read at import, so it
-    would come too late here.
+    Each of `modules` has a flag `HF_HUB_OFFLINE`. Setting the environment variable of that name would have no effect
+    here, because the libraries read it when they are imported.
     """
     before = [module.HF_HUB_OFFLINE for module in modules]
     try:

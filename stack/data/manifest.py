@@ -1,4 +1,4 @@
-"""What makes a folder a prepared corpus: its name, its manifest, and the checks that both hold.
+"""The format of a prepared corpus: folder name, manifest, and the checks of both.
 
 A prepared corpus, `<data.root>/<source>-<first 12 digits of the fingerprint>/`:
 
@@ -8,8 +8,8 @@ A prepared corpus, `<data.root>/<source>-<first 12 digits of the fingerprint>/`:
     train/documents.npy       int64 [documents + 1]: where each document starts in the split's stream, then its end
     heldout/...               the same for the documents kept out of training
 
-Each split is one stream of tokens; a document may go on in the next shard and ends with the end-of-document token.
-This module imports neither torch nor a Hugging Face library: `locate` runs in every start of every rank.
+Each split is one stream of tokens. A document ends with the end-of-document token, and may continue in the next shard.
+This module imports neither torch nor a Hugging Face library, because every rank calls `locate` at every start.
 """
 
 import hashlib
@@ -33,7 +33,8 @@ AGAIN = "run `stack data` with the same overrides"
 
 
 def made_from(cfg: Data, *, seed: int) -> dict[str, Any]:
-    """Everything the content of a prepared corpus depends on, as JSON; not `data.seq_len`, not `data.pack`.
+    """All settings that the content of a prepared corpus depends on, as JSON. `data.seq_len` and `data.pack` are not
+    among them, since batches apply these two when they read the corpus.
 
     `seed` chooses the held-out documents. Raises `DataError` where the source or the tokenizer does not exist.
     """
@@ -48,20 +49,20 @@ def made_from(cfg: Data, *, seed: int) -> dict[str, Any]:
 
 
 def fingerprint(recipe: dict[str, Any]) -> str:
-    """32 hexadecimal digits of BLAKE2b over `recipe` (what `made_from` returns)."""
+    """32 hexadecimal digits of BLAKE2b over `recipe`, the result of `made_from`."""
     return checksum(recipe)
 
 
 def folder_of(cfg: Data, recipe: dict[str, Any]) -> Path:
-    """Where the corpus made from `recipe` is, or would be."""
+    """The folder for the corpus made from `recipe`, whether it exists or not."""
     return Path(cfg.root).expanduser() / f"{_label(cfg)}-{fingerprint(recipe)[:12]}"
 
 
 def locate(cfg: Data, *, seed: int) -> Path:
     """The folder of the prepared corpus that `cfg` and `seed` ask for.
 
-    Takes milliseconds: lists the source, reads the manifest, compares file sizes (`verify` compares hashes). Raises
-    `DataError` where it is not prepared or not whole.
+    Takes milliseconds: lists the source, reads the manifest and compares file sizes. `verify` compares hashes. Raises
+    `DataError` where the corpus is not prepared or not whole.
     """
     recipe = made_from(cfg, seed=seed)
     folder = folder_of(cfg, recipe)
@@ -74,7 +75,7 @@ def locate(cfg: Data, *, seed: int) -> Path:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared corpus, after checking it against itself and against the sizes of its files.
+    """The manifest of a prepared corpus, after a check of its checksum, its values and the sizes of the files.
 
     Raises `DataError` where the manifest is missing, damaged or of another format, or a file is missing or has
     another size.
@@ -91,7 +92,7 @@ def read(folder: Path) -> dict[str, Any]:
     if manifest.pop("checksum", None) != checksum(manifest):
         raise DataError(f"{path} is damaged, its checksum does not match; {AGAIN}")
     try:
-        # A checksum proves that nothing was changed by accident, not who wrote it.
+        # The checksum excludes accidental changes only. A crafted manifest may have a valid one, so values are checked.
         files = [(_inside(folder, file["path"]), file["bytes"], file["blake2b"]) for file in manifest["files"]]
         _check_shape(manifest)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -105,11 +106,11 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, progress: Callable[[int, int], None] = lambda *_: None) -> dict[str, Any]:
-    """Like `read`, and reads every file to compare its hash: seconds a gigabyte.
+    """Like `read`, and also compares the hash of every file, which takes seconds for each gigabyte.
 
-    `progress` is called with the bytes read so far, and of all.
+    `progress` is called with the bytes read so far and the bytes of all files.
 
-    Raises `DataError` naming the first file whose content has changed.
+    Raises `DataError` that names the first file whose content has changed.
     """
     manifest = read(folder)
     total, done = sum(file["bytes"] for file in manifest["files"]), 0
@@ -127,7 +128,7 @@ def verify(folder: Path, progress: Callable[[int, int], None] = lambda *_: None)
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A file of the corpus. Raises `ValueError` where the name, or a link in its place, leads out of the folder."""
+    """The path of a corpus file. Raises `ValueError` where `name`, or a link in its place, leads out of the folder."""
     path = PurePosixPath(name)
     real = Path(os.path.realpath(folder / path))
     if path.is_absolute() or ".." in path.parts or not real.is_relative_to(os.path.realpath(folder)):
@@ -136,7 +137,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _check_shape(manifest: dict[str, Any]) -> None:
-    """Raises `ValueError`, or what a missing key raises, where a manifest cannot be that of a corpus."""
+    """Raises `ValueError`, `KeyError`, `TypeError` or `AttributeError` where the manifest has an impossible value."""
     numbers = [manifest[key] for key in ("vocab_size", "eos_id", "shard_tokens")]
     numbers += [manifest["splits"][name][key] for name in SPLITS for key in ("documents", "tokens")]
     if not all(isinstance(number, int) and number >= 0 for number in numbers) or not manifest["shard_tokens"]:
@@ -165,7 +166,8 @@ def _label(cfg: Data) -> str:
 
 
 def _nearest(cfg: Data, recipe: dict[str, Any]) -> str:
-    """In what the most similar corpus beside `recipe`'s differs, as a clause; empty where there is none."""
+    """A clause for a message: the most similar corpus in `data.root` and the settings in which it differs from
+    `recipe`; empty where there is no other corpus."""
     best: tuple[int, str] | None = None
     for path in sorted(Path(cfg.root).expanduser().glob(f"{_label(cfg)}-*/{MANIFEST}")):
         try:
@@ -179,6 +181,7 @@ def _nearest(cfg: Data, recipe: dict[str, Any]) -> str:
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Each key that differs between two nested dicts, with both values; nested keys are joined by dots."""
     found = []
     for key in sorted(there.keys() | here.keys()):
         one, two = there.get(key), here.get(key)

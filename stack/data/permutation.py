@@ -1,4 +1,4 @@
-"""A shuffled order of n items that is computed, not stored."""
+"""A shuffled order of n items that is computed for each position and not stored."""
 
 import hashlib
 
@@ -11,18 +11,18 @@ _MIX_A, _MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 class Permutation:
     """A pseudo-random permutation of 0 .. size-1, chosen by (seed, epoch), in O(1) memory.
 
-    A balanced Feistel network over the smallest even number of bits that holds `size`, and cycle walking: a value
-    that falls outside is encrypted again until it falls inside. The domain is at most 4 x `size`, so this takes
-    at most 4 encryptions on average. The result is a bijection whatever the round function is.
+    A balanced Feistel network over the smallest even number of bits that holds `size`, with cycle walking: a value
+    of `size` or more is encrypted again until it is below `size`. The domain is at most 4 x `size`, so a position takes
+    at most 4 encryptions on average. A Feistel network is a bijection for every round function.
 
     Feistel: Luby and Rackoff, "How to construct pseudorandom permutations from pseudorandom functions", SIAM J.
     Comput. 17(2), 1988. Cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA
     2002. Round function: the finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
-    generators", OOPSLA 2014) under a round key from BLAKE2b. It shuffles; it is no cipher.
+    generators", OOPSLA 2014) under a round key from BLAKE2b. Good enough to shuffle, not a secure cipher.
     """
 
     def __init__(self, size: int, *, seed: int, epoch: int) -> None:
-        """`size`, below 2**62, must be at least 1; any integers `seed` and `epoch`."""
+        """`size` is from 1 to 2**62 - 1; `seed` and `epoch` are any integers. Raises `ValueError` for `size` < 1."""
         if size < 1:
             raise ValueError(f"a permutation needs at least one item, not {size}")
         self.size = size
@@ -33,7 +33,7 @@ class Permutation:
         self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """The items at `positions`: integers in [0, size), any shape; returns int64 of that shape."""
+        """The items at `positions`, integers in [0, size) of any shape: int64 of the same shape."""
         items = self._encrypt(np.atleast_1d(positions).astype(np.uint64))
         while (outside := items >= np.uint64(self.size)).any():
             items[outside] = self._encrypt(items[outside])

@@ -1,16 +1,17 @@
-"""Where a long document can be cut so that its pieces give the tokens of the whole, for a given tokenizer.
+"""Finds places to cut a long document, so that the tokens of the pieces together are those of the whole document.
 
-A cut is made between a letter or digit and the space (or line feed) that follows it, and only for tokenizers of which
-every part is known to treat the two sides apart there. The parts of a tokenizer, in the order in which they run:
+A cut lies between a letter or digit and the space (or line feed) that follows it. Cuts are made only for tokenizers
+whose every part is known to handle the two sides of such a cut independently. The parts run in this order:
 
-- Added tokens are found first. None of them may reach over the cut, or end with the letter, where it could take up the
-  space (`rstrip`).
-- The normalizer must map each side by itself. Unicode's normal forms do so ahead of any ASCII character.
-- The pre-tokenizer must split at the cut, by rules that do not look back over it. Otherwise the model must be a BPE
-  none of whose tokens has a space after a letter: no merge reaches over the cut then.
+- Added tokens are found first. None of them may span the cut. None may end with the letter before the cut either,
+  because a token with `rstrip` would take up the space after it.
+- The normalizer must map each side independently. Unicode's normal forms do so where the right side begins with an
+  ASCII character.
+- The pre-tokenizer must split at the cut, by rules that do not look back over it. If it does not split there, the model
+  must be a BPE without a token that has a space after a letter, so that no merge spans the cut.
 - The model sees one pre-token at a time.
 
-A tokenizer with any other part is not cut: its documents are tokenized whole.
+With any other tokenizer a document is tokenized whole.
 """
 
 import json
@@ -22,8 +23,8 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-#: Alternatives of the regular expressions by which pre-tokenizers split. None matches a letter or digit together with
-#: the white space after it, none looks back, and what each matches ahead of the cut does not depend on what follows.
+#: Known alternatives of the regular expressions of pre-tokenizers. None matches a letter or digit together with the
+#: white space after it, none looks back, and the match before the cut does not depend on the text after the cut.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -38,10 +39,10 @@ _ALTERNATIVES = {
     *(r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"),
     *(r"\s*[\r\n]+", r"\s*[\r\n]", r"\s+(?!\S)", r"\s+"),
 }
-#: Regular expressions of white space alone: a match begins at the cut or after it, or ends before the letter.
+#: Regular expressions that match white space only. A match begins at the cut or later, or ends before the letter.
 _BLANKS = {r" {2,}", r"\s+", r"\s{2,}|[\n\r\t]", r"[\n\r\t]", r"\n"}
 _BLANK = "▁"
-#: Normalizers that map each character by itself, or leave ASCII and what is before it apart.
+#: Normalizers that map each character independently, or at least never combine an ASCII character with text before it.
 _LOCAL = {"Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents", "BertNormalizer", "Nmt"}
 
 
@@ -49,7 +50,7 @@ _ASCII = frozenset(string.ascii_letters + string.digits)
 
 
 class _Unknown(Exception):
-    """A part of the tokenizer is not known to treat the two sides of a cut apart."""
+    """A part of the tokenizer is not known to handle the two sides of a cut independently."""
 
 
 class Cutter:
@@ -60,16 +61,16 @@ class Cutter:
     ) -> None:
         """
         Args:
-            blanks: what may follow a cut: a space, and a line feed where that is allowed; empty where nothing is.
+            blanks: the characters that may follow a cut: " ", " \\n", or "" for a tokenizer without cuts.
             not_after: letters after which there is no cut.
-            only_after: the only letters after which there is one, if they are known.
+            only_after: if given, the only letters after which there is a cut.
         """
         self.blanks, self._not_after, self._only_after = blanks, not_after, only_after
         self._is_letter = lru_cache(maxsize=1 << 16)(self._may_precede)
 
     def pieces(self, text: str, longest: int) -> Iterator[str]:
-        """The text in pieces of at most `longest` characters, or more where no cut is near; the whole where there are
-        none."""
+        """The text in pieces of at most `longest` characters. A piece is longer where it contains no cut, and a text
+        without cuts is one piece."""
         start = 0
         while len(text) - start > longest and (cut := self._last(text, start, start + longest)):
             yield text[start:cut]
@@ -77,7 +78,7 @@ class Cutter:
         yield text[start:]
 
     def _last(self, text: str, start: int, limit: int) -> int:
-        """The last cut after `start` and up to `limit`, else the first one after that; 0 where there is none."""
+        """The last cut after `start` and up to `limit`, else the first cut after `limit`; 0 where there is none."""
         cut = max((self._before(text, blank, start, limit) for blank in self.blanks), default=0)
         later = [at for blank in self.blanks if not cut and (at := self._after(text, blank, limit))]
         return cut or min(later, default=0)
@@ -97,14 +98,14 @@ class Cutter:
     def _may_precede(self, letter: str) -> bool:
         if letter in self._not_after or (self._only_after is not None and letter not in self._only_after):
             return False
-        # A letter since Unicode 3.2, so that every library knows it for one, which no normal form takes apart. The one
-        # letter of the basic plane that joins what follows it in a grapheme is left out.
+        # The character must be a letter or digit since Unicode 3.2, so that every library agrees, and no normal form
+        # may decompose it. U+0D4E is excluded: it is the only such letter that joins the next character in a grapheme.
         known = unicodedata.ucd_3_2_0.category(letter) in ("Lu", "Ll", "Lo", "Nd") and letter <= "\uffff"
         return known and unicodedata.is_normalized("NFKD", letter) and letter != "\u0d4e"
 
 
 def cutter(tokenizer: str) -> Cutter:
-    """The cuts of a tokenizer, which is given as the content of its tokenizer.json."""
+    """The `Cutter` for the tokenizer whose tokenizer.json has the content `tokenizer`."""
     content: dict[str, Any] = json.loads(tokenizer)
     try:
         return _cutter(content)
@@ -123,23 +124,29 @@ def _cutter(content: dict[str, Any]) -> Cutter:
     not_after = _ends(content["added_tokens"], normalizers)
     if not splits:
         return Cutter(" ", not_after=not_after, only_after=_never_joined(content["model"], normalizers, blank))
-    # The rules of sentencepiece's normalizer are for graphemes; between two ASCII characters one of them ends.
+    # sentencepiece's normalizer (`Precompiled`) maps whole graphemes. A grapheme always ends between two ASCII
+    # characters, hence only ASCII letters before the cut.
     by_grapheme = any(part["type"] == "Precompiled" for part in normalizers)
     return Cutter(blanks, not_after=not_after, only_after=_ASCII if by_grapheme else None)
 
 
 def _flat(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The members of a sequence, or the part alone."""
+    """The members of a `Sequence`, nested ones included; a list of `part` alone for any other type."""
     if part is None:
         return []
     return [inner for each in part[key] for inner in _flat(each, key)] if part["type"] == "Sequence" else [part]
 
 
 def _normalized(part: dict[str, Any], blank: str, blanks: str) -> tuple[str, str]:
-    """What a normalizer makes of the space after the cut, and which blanks may still follow one.
+    """The character into which a normalizer turns the space after the cut, and the blanks that may still follow a cut.
+
+    Args:
+        part: the normalizer.
+        blank: the character that earlier normalizers made of the space.
+        blanks: the blanks that may follow a cut so far.
 
     Raises:
-        _Unknown: it may not map the two sides apart.
+        _Unknown: the normalizer may not map the two sides of a cut independently.
     """
     kind = part["type"]
     if kind in _LOCAL or (kind == "Strip" and not part["strip_left"]):
@@ -160,20 +167,21 @@ def _normalized(part: dict[str, Any], blank: str, blanks: str) -> tuple[str, str
 
 
 def _pre_tokenized(parts: list[dict[str, Any]], blank: str, blanks: str) -> tuple[bool, str, str]:
-    """Whether the pre-tokenizer splits at the cut, what it makes of the space after it, which blanks may follow one.
+    """Whether the pre-tokenizer splits at the cut, the character that it makes of the space after the cut, and the
+    blanks that may follow a cut.
 
     Raises:
-        _Unknown: a rule may look over the cut.
+        _Unknown: a rule may look across the cut.
     """
     splits = False
     for part in parts:
         kind = part["type"]
         if kind == "Metaspace" and part["replacement"] == _BLANK:
-            # A piece that begins with a space is not given another one; one that begins with a line feed would be.
+            # Metaspace adds a space to a piece that begins with a line feed, but not to one that begins with a space.
             blanks = blanks if splits else " "
             blank, splits = _BLANK, splits or part.get("split", True)
         elif splits:
-            # Each of the parts is split further by itself.
+            # The text is already split at the cut; later rules split each part further, independently of the others.
             continue
         elif kind == "ByteLevel" and blank == " ":
             blanks = " " if part["add_prefix_space"] else blanks
@@ -186,7 +194,7 @@ def _pre_tokenized(parts: list[dict[str, Any]], blank: str, blanks: str) -> tupl
                 raise _Unknown
             splits = r"\s+" in found
         elif kind not in ("Digits", "Punctuation") and not (
-            # Nothing is left of the spaces that it splits at.
+            # The normalizer has replaced all spaces, so this rule never matches.
             kind == "Split" and blank == _BLANK and part["pattern"] == {"String": " "}
         ):
             raise _Unknown
@@ -196,7 +204,7 @@ def _pre_tokenized(parts: list[dict[str, Any]], blank: str, blanks: str) -> tupl
 def _alternatives(pattern: str) -> set[str]:
     """The alternatives of a regular expression at its outermost level."""
     found, depth, in_class = [""], 0, False
-    # Some tokenizers spell a line feed by the character itself.
+    # Some tokenizers write a line feed as the character itself, others as \n.
     for symbol in re.findall(r"\\.|.", pattern.replace("\r", r"\r").replace("\n", r"\n")):
         in_class = (in_class or symbol == "[") and symbol != "]"
         depth += 0 if in_class else (symbol == "(") - (symbol == ")")
@@ -208,10 +216,10 @@ def _alternatives(pattern: str) -> set[str]:
 
 
 def _ends(added: list[dict[str, Any]], normalizers: list[dict[str, Any]]) -> frozenset[str]:
-    """The letters with which added tokens end, in both cases.
+    """The last letters of the added tokens, in upper and lower case.
 
     Raises:
-        _Unknown: an added token may reach over a cut, or look at the letter before it.
+        _Unknown: an added token may span a cut, or its match depends on the letter before it.
     """
     for token in added:
         content, normalized = token["content"], token["normalized"] and bool(normalizers)
@@ -226,16 +234,17 @@ def _ends(added: list[dict[str, Any]], normalizers: list[dict[str, Any]]) -> fro
 
 
 def _never_joined(model: dict[str, Any], normalizers: list[dict[str, Any]], blank: str) -> frozenset[str]:
-    """The letters that a BPE, to which both sides of the cut are one word, never merges with a blank after them.
+    """The letters that a BPE never merges with a following blank, although both sides of the cut are one pre-token.
 
     Raises:
-        _Unknown: it is another model, or does not work by merges of characters alone.
+        _Unknown: the model is no BPE, or does not work by merges of characters alone.
     """
     others = any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"))
     replaces = all(part["type"] == "Replace" and "String" in part["pattern"] for part in normalizers)
     if model["type"] != "BPE" or others or not replaces or blank not in model["vocab"]:
         raise _Unknown
     joined = {token[at - 1] for token in model["vocab"] for at in range(1, len(token)) if token[at] == blank}
-    # Of letters that are no token a BPE makes bytes, or unknown tokens that it joins. In bytes only ASCII is itself.
+    # Only letters that are tokens themselves count: a BPE splits any other letter into bytes, or into unknown tokens,
+    # which it joins. In a byte-level vocabulary ("Ġ") only ASCII letters stand for themselves.
     letters = {token for token in model["vocab"] if len(token) == 1 and (blank != "Ġ" or token in _ASCII)}
     return frozenset(letters - joined)

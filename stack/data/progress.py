@@ -1,4 +1,4 @@
-"""How far the preparation is: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""Progress of `stack data`: a bar on a terminal, a plain line every few seconds elsewhere."""
 
 import sys
 import time
@@ -12,14 +12,15 @@ LINE_INTERVAL_S = 5.0
 
 
 def say(text: str) -> None:
-    """One line to stderr, at once."""
+    """Prints one line to stderr and flushes it."""
     print(f"data: {text}", file=sys.stderr, flush=True)
 
 
 class Meter:
     """Counts documents, text bytes and tokens and shows them on stderr; a context manager.
 
-    `total` is in `unit`s and a hint: where it is None or proves too small, the bar shows no end.
+    `total` is the expected size in `unit`s. Where it is None or proves too small, the bar shows no end. Without `show`
+    nothing is printed.
     """
 
     def __init__(self, total: int | None, unit: Literal["bytes", "documents"], *, show: bool) -> None:
@@ -49,7 +50,7 @@ class Meter:
             say(self._text())
 
     def advance(self, *, documents: int, bytes: int, tokens: int) -> None:
-        """Adds finished documents, their text's bytes in UTF-8 and their tokens."""
+        """Adds a number of finished documents, of bytes of text in UTF-8, and of tokens."""
         self.documents += documents
         self.bytes += bytes
         self.tokens += tokens

@@ -1,4 +1,4 @@
-"""`stack data`: documents to token shards, once, whatever interrupts it and however many try at the same time."""
+"""`stack data`: writes documents into token shards. It may be killed, and several processes may run it at once."""
 
 import errno
 import hashlib
@@ -26,20 +26,20 @@ from stack.errors import DataError
 __all__ = ["locate", "prepare", "verify"]
 
 SHARD_BYTES = 256 << 20
-#: A longer document is encoded in pieces of this many characters, if the tokenizer allows: an encoder takes about 100
-#: bytes a token.
+#: A document with more characters is encoded in pieces of this size, if the tokenizer allows it: encoding takes about
+#: 100 bytes of memory for each token.
 PIECE_CHARS = 1 << 20
-#: Characters encoded in one call, so that the tokenizer's threads all have work.
+#: Characters encoded in one call; enough that all threads of the tokenizer have work.
 BATCH_CHARS = 2 << 20
 
 
 def prepare(cfg: Data, *, seed: int, progress: bool = True) -> Path:
-    """Makes the corpus that `cfg` asks for, if it is not there yet, and returns its folder.
+    """Makes the corpus that `cfg` asks for, if it does not exist yet, and returns its folder.
 
-    `seed` (>= 0) chooses the held-out documents. A corpus appears under its name only when it is whole; a damaged one
-    is made again. May be killed at any time and run by several processes at once: one works, the others wait. Memory
-    stays bounded: the longest document (and about 100 bytes for each of its tokens, where it cannot be cut into
-    pieces), a batch of text, the BPE's sample and 8 bytes a document.
+    `seed` (>= 0) chooses the held-out documents. A corpus appears under its name only when it is whole; a damaged
+    corpus is made again. The process may be killed at any time. Of several processes that prepare the same corpus, one
+    works and the others wait. Memory is bounded by the longest document (and about 100 bytes for each of its tokens,
+    where it cannot be cut into pieces), a batch of text, the sample for the BPE and 8 bytes for each document.
 
     Raises `DataError` where the source, the tokenizer or the folder cannot be used, or there are fewer than two
     documents.
@@ -64,9 +64,9 @@ def prepare(cfg: Data, *, seed: int, progress: bool = True) -> Path:
 
 
 def verify(cfg: Data, *, seed: int) -> Path:
-    """The folder of the corpus that `cfg` asks for, after reading all of it and comparing it with its manifest.
+    """The folder of the corpus that `cfg` asks for, after comparing every file with its hash in the manifest.
 
-    Raises `DataError` where it is not prepared, or naming the first file that has changed.
+    Raises `DataError` where the corpus is not prepared, or a file has changed; the message names the first such file.
     """
     folder = locate(cfg, seed=seed)
     last = time.monotonic()
@@ -97,8 +97,8 @@ def _is_whole(folder: Path) -> bool:
 
 @contextmanager
 def _lock(target: Path) -> Iterator[bool]:
-    """Holds the lock of `target`, and says whether there is one. Without locks several processes may work at the same
-    time, each in a folder of its own, and the first to end gives its folder the name."""
+    """Holds the lock of `target` inside a `with` block, and yields whether the file system has locks. Without locks
+    several processes may work at once, each in a temporary folder, and the first to finish renames its folder."""
     with open(_lock_path(target), "a") as stream:
         state = lock(stream, wait=False)
         if state == "busy":
@@ -108,7 +108,8 @@ def _lock(target: Path) -> Iterator[bool]:
 
 
 def _lock_path(target: Path) -> Path:
-    # Never removed: a process that waits on a removed file would hold a lock that nobody else sees.
+    # The lock file is never removed: a process that waits for the lock of a removed file would get a lock that no other
+    # process sees.
     return target.with_name(f".{target.name}.lock")
 
 
@@ -117,7 +118,8 @@ def _temporary(target: Path) -> Path:
 
 
 def _remove_stale(target: Path) -> None:
-    """Removes temporary folders whose makers died: those of `target`, whose lock we hold, or with a free lock."""
+    """Removes temporary folders of processes that died: those of `target`, whose lock this process holds, and those of
+    other corpora whose lock is free."""
     for folder in target.parent.glob(".*.tmp-*"):
         owner = target.with_name(folder.name[1:].rsplit(".tmp-", 1)[0])
         if owner == target:
@@ -128,17 +130,20 @@ def _remove_stale(target: Path) -> None:
                 if lock(stream, wait=False) == "held":
                     shutil.rmtree(folder, ignore_errors=True)
         except OSError:
-            continue  # it is another user's
+            continue  # the lock file belongs to another user
 
 
 def _make(cfg: Data, recipe: dict[str, Any], target: Path, *, progress: bool) -> None:
-    """Writes the corpus into a folder beside `target`, then renames it: the name appears with all or nothing."""
+    """Writes the corpus into a temporary folder beside `target` and renames it when it is whole."""
     folder = _temporary(target)
     folder.mkdir()
     try:
         _write(cfg, recipe, folder, progress=progress)
         if manifest.made_from(cfg, seed=recipe["seed"]) != recipe:
-            raise DataError(f"data.source={cfg.source} changed while it was read; let it rest and {manifest.AGAIN}")
+            raise DataError(
+                f"data.source={cfg.source} changed while it was read; wait until it no longer changes, then "
+                f"{manifest.AGAIN}"
+            )
         sync_tree(folder)
         _publish(folder, target)
         sync(target.parent)
@@ -147,7 +152,8 @@ def _make(cfg: Data, recipe: dict[str, Any], target: Path, *, progress: bool) ->
 
 
 def _publish(folder: Path, target: Path) -> None:
-    """Gives a whole corpus its name. Where locks are missing another process may have been first with the same one."""
+    """Renames a whole corpus to `target`, unless a whole one is there already: on a file system without locks another
+    process may have finished first. A damaged folder `target` is removed before."""
     while not _is_whole(target):
         if target.exists():
             damaged = _temporary(target)
@@ -233,14 +239,14 @@ def _encode(
 ) -> None:
     dtype = writers["train"].dtype
     begin, end = np.array(tokens.begin, dtype=dtype), np.array([tokens.eos_id], dtype=dtype)
-    writer: _SplitWriter | None = None  # where the open document goes; None while it has no token
+    writer: _SplitWriter | None = None  # the split of the unfinished document; None until its first token
     number = 0
     for batch in _batches(texts, tokens):
         written = ended = 0
         for (_, last), ids in zip(batch, tokens.encode([piece for piece, _ in batch]), strict=True):
             if ids:
                 piece = np.array(ids, dtype=dtype)
-                # A text that spells the beginning itself, as templated chats do, has it once.
+                # A text that already begins with these tokens, such as a templated chat, gets no second copy.
                 if writer is None and not np.array_equal(piece[: len(begin)], begin):
                     piece = np.concatenate([begin, piece])
                 writer = writer or writers[choose(number)]
@@ -258,7 +264,7 @@ def _utf8_length(text: str) -> int:
 
 
 def _batches(texts: Iterable[str], tokens: Encoder) -> Iterator[list[tuple[str, bool]]]:
-    """Lists of (piece of a document, whether it is the last piece of it), about `BATCH_CHARS` characters together."""
+    """Lists of (piece of a document, whether it is the document's last), each of about `BATCH_CHARS` characters."""
     batch: list[tuple[str, bool]] = []
     chars = 0
     for text in texts:
@@ -276,12 +282,12 @@ def _batches(texts: Iterable[str], tokens: Encoder) -> Iterator[list[tuple[str, 
 
 
 class _Chooser:
-    """The split of a document by its number alone, so that no order of work can change it."""
+    """Chooses the split of a document by its number and the seed alone, independently of the order of work."""
 
     def __init__(self, heldout_fraction: float, seed: int) -> None:
         self._seed = seed
         self._threshold = int(heldout_fraction * 2**64)
-        # One of the first two documents goes to each split: neither is ever empty, however small the corpus.
+        # Each split gets one of the first two documents, so that neither split is empty in a small corpus.
         self._first_heldout = min((0, 1), key=self._hash)
 
     def _hash(self, number: int) -> int:
@@ -294,7 +300,7 @@ class _Chooser:
 
 
 class _SplitWriter:
-    """One split's token stream, cut into shards, and the index of its documents."""
+    """Writes the token stream of one split into shards, and the index of its documents."""
 
     def __init__(self, folder: Path, dtype: np.dtype) -> None:
         folder.mkdir()
@@ -310,7 +316,7 @@ class _SplitWriter:
         return len(self._starts) - 1
 
     def add(self, ids: np.ndarray) -> None:
-        """Appends tokens, at least one."""
+        """Appends tokens, an array [tokens] of at least one."""
         self.largest_id = max(self.largest_id, int(ids.max()))
         while len(ids):
             room = self._shard_tokens - self.num_tokens % self._shard_tokens
@@ -325,7 +331,7 @@ class _SplitWriter:
         self._starts.append(self.num_tokens)
 
     def close(self) -> None:
-        """Writes the index and closes the files; harmless where writing has failed before."""
+        """Writes the index and closes the files. May be called after a failed write."""
         if self._shard:
             self._shard.close()
         np.save(self.folder / "documents.npy", np.frombuffer(self._starts, dtype="<i8"))

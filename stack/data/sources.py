@@ -1,7 +1,7 @@
-"""Where the text comes from: a stream of documents, and a description of them that is cheap to recompute.
+"""The sources of text: Python's standard library, files, and Hugging Face data sets.
 
-`describe` runs in every start of a driver or rank (through `manifest.locate`): it only lists and stats files.
-`documents` runs in `stack data`: it reads them, one at a time.
+`describe` runs in every start of a driver or rank (through `manifest.locate`), so it only lists and stats files.
+`documents` runs in `stack data` and reads the documents, one at a time.
 """
 
 import platform
@@ -19,23 +19,23 @@ from stack.errors import DataError
 
 
 def describe(cfg: Data) -> dict[str, Any]:
-    """What `cfg` selects, as JSON: two descriptions are equal where the documents are (the source's part of the
-    fingerprint). Lists and stats files; reads none and asks no hub.
+    """A description of the documents that `cfg` selects, as JSON: the source's part of the corpus fingerprint.
 
-    Files count by name relative to their common folder, size and modification time, so a corpus that moves as a
-    whole stays the same. A hub data set counts by its name, subset and split.
+    Two equal descriptions stand for the same documents. Files are described by their name relative to their common
+    folder, size and modification time, so moving all of them together changes nothing. A hub data set is described by
+    its name, subset and split. Lists and stats files, opens none, and does not ask the hub.
 
-    Raises `DataError` where `cfg` names nothing that exists or nothing that can be read.
+    Raises `DataError` where `cfg` selects nothing that exists, or nothing that can be read.
     """
     if cfg.source == "python_stdlib":
         root, paths = _stdlib_files()
-        # Neither the place nor the times: the hosts of one run have the same interpreter in other places.
+        # Paths and times are left out: hosts of one run may have the same interpreter in different places.
         listing = files.listing(paths, root, times=False)
         version = f"{platform.python_implementation()} {platform.python_version()}"
         return {"source": cfg.source, "python": version, **listing}
     if cfg.source == "files":
         selected = files.select(cfg).files
-        # What each file is follows from its name, and from these two.
+        # The documents in a file depend on its name and these two settings.
         key = {} if all(file.kind in PLAIN for file in selected) else {"text_key": cfg.text_key}
         plain = {"extensions": sorted(cfg.extensions)} if cfg.extensions else {}
         paths = [file.path for file in selected]
@@ -51,8 +51,9 @@ def describe(cfg: Data) -> dict[str, Any]:
 def documents(cfg: Data) -> Documents:
     """The documents that `cfg` selects.
 
-    Order: `python_stdlib` and folders and globs sorted by path, `data.paths` as given, a data set as it is.
-    Raises `DataError` as `describe` does, and where the column, the split or the hub is not there.
+    Order: files of `python_stdlib`, of a folder and of a glob are sorted by path; entries of `data.paths` keep their
+    order, and so do the rows of a data set.
+    Raises `DataError` as `describe` does, and where the column or split does not exist or the hub cannot be reached.
     """
     if cfg.source == "python_stdlib":
         _, paths = _stdlib_files()
@@ -90,7 +91,7 @@ def _stdlib_texts(paths: list[Path]) -> Iterator[str]:
         try:
             text = file.read_bytes().decode("utf-8")
         except UnicodeDecodeError:
-            # A few test modules are deliberately in other encodings; they are no loss.
+            # A few test modules of the standard library are deliberately in other encodings.
             continue
         except OSError as error:
             raise DataError(
@@ -116,7 +117,7 @@ def _file_documents(cfg: Data) -> Documents:
     note = selection.note()
     if len(tables) == len(selection.files):
         return Documents(read, rows, "documents", note)
-    # Neither rows nor compressed files say beforehand how many bytes of text they are.
+    # The bytes of text in Parquet rows and in compressed files are unknown before they are read.
     countable = not tables and not any(file.codec for file in selection.files)
     return Documents(
         read, sum(file.path.stat().st_size for file in selection.files) if countable else None, "bytes", note

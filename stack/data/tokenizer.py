@@ -1,4 +1,4 @@
-"""Text to token ids: a byte-level BPE learnt from the corpus, or any Hugging Face tokenizer."""
+"""The tokenizer of a corpus: a byte-level BPE learnt from the corpus, or any Hugging Face tokenizer."""
 
 import hashlib
 import heapq
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
-#: Characters the BPE is learnt from, the characters looked at to choose them, and the most of one document.
+#: The BPE is learnt from a sample of SAMPLE_CHARS characters out of the first SAMPLE_WINDOW characters, with at most
+#: SAMPLE_DOCUMENT characters of one document.
 SAMPLE_CHARS = 16 << 20
 SAMPLE_WINDOW = 1 << 30
 SAMPLE_DOCUMENT = 1 << 18
 
-#: Files that hold the tokens, and those that say more of them. A model folder may hold 100 GB of weights beside them.
+#: Files that hold a tokenizer's vocabulary, and files with more settings of it. Nothing else of a model folder is read,
+#: since the folder may also hold 100 GB of weights.
 _VOCABULARY_FILES = re.compile(r"(tokenizer|vocab)\.json|vocab\.txt|.*\.(model|tiktoken)")
 _OTHER_FILES = re.compile(r"(tokenizer_config|special_tokens_map|added_tokens|config)\.json|merges\.txt")
 #: Files that `save_pretrained` writes for tokenizers of all classes.
@@ -38,10 +40,10 @@ _SAVED = re.compile(
 
 
 def describe(cfg: Data) -> dict[str, Any]:
-    """What `data.tokenizer` stands for, as JSON: the tokenizer's part of the fingerprint.
+    """A description of the tokenizer that `data.tokenizer` names, as JSON: its part of the corpus fingerprint.
 
-    A folder counts by the content of its tokenizer files, a hub name by the name. Imports no library.
-    Raises `DataError` where it is a path that does not exist or holds no tokenizer.
+    A folder is described by a hash of its tokenizer files, a hub tokenizer by its name. Imports no library.
+    Raises `DataError` where `data.tokenizer` is a path that does not exist or a folder without a tokenizer.
     """
     if cfg.tokenizer == "bpe":
         return {"kind": "bpe", "vocab_size": cfg.vocab_size, "sample_chars": SAMPLE_CHARS}
@@ -67,16 +69,18 @@ def describe(cfg: Data) -> dict[str, Any]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a file with the tokens of a tokenizer."""
+    """Whether a folder has a tokenizer's vocabulary file."""
     return any(path.is_file() and _VOCABULARY_FILES.fullmatch(path.name) for path in folder.iterdir())
 
 
 def load_or_train(cfg: Data, texts: Iterable[str], folder: Path) -> Encoder:
     """The tokenizer that `cfg` asks for, also saved to `folder` for `AutoTokenizer.from_pretrained(folder)`.
 
-    `texts` is read (at most `SAMPLE_WINDOW` characters of it) only where a BPE is learnt. The same texts give the
-    same BPE. Raises `DataError` where the text is too little for `data.vocab_size`, or the tokenizer cannot be
-    loaded or has no end-of-sequence token.
+    `texts` is read only to learn a BPE, and at most `SAMPLE_WINDOW` characters of it. The same texts give the same BPE.
+
+    Raises:
+        DataError: there is too little text for `data.vocab_size`, or the tokenizer cannot be loaded or has no
+            end-of-sequence token.
     """
     hf = _train(cfg.vocab_size, sample(texts)) if cfg.tokenizer == "bpe" else load(cfg.tokenizer)
     if hf.eos_token_id is None:
@@ -89,14 +93,14 @@ def load_or_train(cfg: Data, texts: Iterable[str], folder: Path) -> Encoder:
 
 
 def copy_tokenizer(folder: Path, out: Path) -> None:
-    """Copies the files of a prepared corpus's tokenizer, and nothing else that may lie in its folder.
+    """Copies the tokenizer files of a prepared corpus from `folder` to `out`, and no other files of the folder.
 
-    The copy goes into an export, which is made to be given away. A link in a corpus from elsewhere may lead to a file
-    of this user that is not.
+    The copy goes into an export, which users give to others. Links out of the folder are refused, because a corpus
+    from elsewhere may contain a link to a private file of this user.
 
     Raises:
-        DataError: such a link.
-        OSError: the folder is not there, or cannot be copied.
+        DataError: a tokenizer file is a link that leads out of the folder.
+        OSError: the folder does not exist or cannot be copied.
     """
     root = folder.resolve(strict=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -113,10 +117,10 @@ def copy_tokenizer(folder: Path, out: Path) -> None:
 
 
 def sample(texts: Iterable[str]) -> list[str]:
-    """About `SAMPLE_CHARS` characters of the first `SAMPLE_WINDOW`, the documents chosen by a hash of their number.
+    """About `SAMPLE_CHARS` characters out of the first `SAMPLE_WINDOW`, in documents chosen by a hash of their number.
 
-    Documents are cut to `SAMPLE_DOCUMENT` characters. The result is in the order of `texts`, and all of it where it is
-    small. Holds no more than the sample in memory.
+    Documents are cut to `SAMPLE_DOCUMENT` characters and stay in the order of `texts`. A small `texts` is taken whole.
+    Holds no more than the sample in memory.
     """
     kept: list[tuple[int, int, str]] = []  # a heap whose first entry has the largest hash
     kept_chars = seen_chars = 0
@@ -159,7 +163,7 @@ def _byte_level_bpe(vocab_size: int, texts: list[str]) -> "tokenizers.Tokenizer"
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=2,  # a pair seen once is no pattern
+        min_frequency=2,  # no merge for a pair that occurs only once
         special_tokens=[END_OF_DOCUMENT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -180,11 +184,11 @@ def load(name: str) -> "PreTrainedTokenizerBase":
     is_local = folder.is_dir()
     from_cache = is_local or not hub.reachable()
     try:
-        # Without the False a folder that brings code makes transformers ask on the terminal whether to run it.
+        # By default transformers would ask on the terminal whether to run code that comes with a tokenizer.
         return AutoTokenizer.from_pretrained(
             folder if is_local else name, local_files_only=from_cache, trust_remote_code=False
         )
-    except Exception as error:  # the Rust library raises this class itself
+    except Exception as error:  # the Rust library raises plain Exception
         reason, advice = one_line(error), "use a tokenizer folder, or data.tokenizer=bpe"
         if "trust_remote_code" in str(error):
             reason = "it needs Python code of its own, and code that comes with a tokenizer is never run here"

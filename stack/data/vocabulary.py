@@ -1,6 +1,7 @@
-"""Whether a corpus was tokenized with the vocabulary of a pretrained model: its embeddings mean nothing under another.
+"""Checks that a corpus was tokenized with the vocabulary of a pretrained model.
 
-Reads the files of the tokenizers alone: the driver asks before any process starts.
+The model's embeddings belong to token ids, so they are useless with another vocabulary. The checks read only the files
+of the tokenizers, because the driver runs them before any process starts.
 """
 
 from pathlib import Path
@@ -17,19 +18,19 @@ Vocabulary = dict[str, int]
 
 
 def check_choice(cfg: Config) -> None:
-    """Refuses a vocabulary that cannot be that of pretrained weights, before a corpus is tokenized with it.
+    """Refuses a tokenizer that cannot be that of the pretrained weights, before a corpus is tokenized with it.
 
     Raises:
-        DataError: with model.init=pretrained a vocabulary would be learnt, or is to come from a model folder that has
-            none.
+        DataError: with model.init=pretrained, `data.tokenizer` would learn a vocabulary, or names a model folder that
+            has no tokenizer.
     """
     name = cfg.model.name
     lacks = Path(name).expanduser().is_dir() and not has_tokenizer(Path(name).expanduser())
     chosen = cfg.data.tokenizer
     if cfg.model.init != "pretrained" or not (chosen == "bpe" or (chosen == name and lacks)):
         return
-    why = "learns a new vocabulary, and the weights know another" if chosen == "bpe" else "holds no tokenizer"
-    advice = "FOLDER, that of the tokenizer they were trained with" if lacks else name
+    why = "learns a new vocabulary, and the weights need their own" if chosen == "bpe" else "holds no tokenizer"
+    advice = "FOLDER, the folder of the tokenizer that the weights were trained with" if lacks else name
     raise DataError(
         f"data.tokenizer={chosen} {why} (model.init=pretrained model.name={name}); use data.tokenizer={advice}"
     )
@@ -38,11 +39,11 @@ def check_choice(cfg: Config) -> None:
 def check_vocabulary(corpus: Path, model: Path) -> None:
     """Compares the tokens of a prepared corpus with those of a model folder, id by id.
 
-    Tokens that the corpus adds at ids which the model has none for are allowed, as are those of the model that the
-    corpus lacks. Where one of the two folders has no tokenizer that can be read here there is nothing to compare.
+    The corpus may add tokens at ids for which the model has no token, and may lack tokens of the model. Nothing is
+    compared where one of the two folders has no tokenizer file that can be read here.
 
     Raises:
-        DataError: a token has another id, or an id another token.
+        DataError: a token has different ids in the two, or an id has different tokens; or a tokenizer file is damaged.
     """
     theirs, ours = _tokens(model), _tokens(corpus / TOKENIZER)
     if theirs is None or ours is None:
@@ -60,11 +61,11 @@ def check_vocabulary(corpus: Path, model: Path) -> None:
 
 
 def _tokens(folder: Path) -> tuple[Vocabulary, Vocabulary] | None:
-    """A tokenizer's vocabulary and what was added to it, from the first of the files that tokenizers are kept in; None
-    where there is none of them.
+    """A tokenizer's vocabulary and the tokens that were added to it, from tokenizer.json, else vocab.json, else
+    tokenizer.model; None where the folder has none of these files.
 
     Raises:
-        DataError: a file is damaged.
+        DataError: the file is damaged.
     """
     for name, read in (("tokenizer.json", _of_json), ("vocab.json", _of_vocab), ("tokenizer.model", _of_pieces)):
         path = folder / name
@@ -85,13 +86,13 @@ def _of_json(path: Path) -> tuple[Vocabulary, Vocabulary]:
 
 
 def _of_vocab(path: Path) -> tuple[Vocabulary, Vocabulary]:
-    """GPT-2's layout: vocab.json and merges.txt, and what was added later."""
+    """Reads GPT-2's vocab.json, and added_tokens.json where it exists."""
     added = path.with_name("added_tokens.json")
     return dict(parse_json(read_regular(path))), dict(parse_json(read_regular(added))) if added.is_file() else {}
 
 
 def _of_pieces(path: Path) -> tuple[Vocabulary, Vocabulary]:
-    """Sentencepiece's own file."""
+    """Reads sentencepiece's tokenizer.model."""
     from sentencepiece import SentencePieceProcessor
 
     pieces = SentencePieceProcessor(model_file=str(path))

@@ -1,7 +1,8 @@
-"""One pipeline stage of a Hugging Face model: built on meta, only the stage's own modules kept and materialised.
+"""Builds one pipeline stage of a Hugging Face model.
 
-Every stage runs the class's own forward. Stand-ins take the place of other stages' modules, so hidden states are all
-that crosses a cut, masks and rotary tables are made on each stage, and every parameter keeps its Hugging Face name.
+The whole model is built on the meta device, and only the stage's own modules are materialised. Stand-ins replace the
+modules of other stages. Every stage then runs the class's own forward: only hidden states cross between stages, each
+stage computes masks and rotary tables, and every parameter keeps its Hugging Face name.
 """
 
 import zlib
@@ -25,17 +26,17 @@ from stack.models.router import Router
 from stack.models.weights import Weights
 from stack.plan.layout import Plan
 
-#: Calls with each unit as soon as it is materialised.
+#: A function that is called with each unit as soon as the unit is materialised.
 Place = Callable[[nn.Module], None]
 
 
 class Stage(nn.Module):
-    """Decoder layers `plan.layers_of(stage)`, with what is ahead of them on the first stage, norm and head on the last.
+    """Decoder layers `plan.layers_of(stage)`; also the embedding on the first stage, and norm and head on the last.
 
     forward(x, positions, labels, bounds=None):
         x: int64 token ids [micro_size, seq_len] on the first stage, else hidden states
             [micro_size, seq_len, hidden] in the compute dtype.
-        positions: int64 [micro_size, seq_len]; they start at 0 in every document, and attention does not cross that.
+        positions: int64 [micro_size, seq_len]; they start at 0 in every document, and attention stays inside it.
         labels: int64 [micro_size, seq_len], already shifted, `IGNORE` where there is no target.
         bounds: int32 [1, bounds] of the microbatch, for kernels that use them (`stack.models.documents`).
         Returns hidden states [micro_size, seq_len, hidden], or on the last stage the sum of the token losses
@@ -45,7 +46,10 @@ class Stage(nn.Module):
     def __init__(self, model: Any, plan: Plan, stage: int, *, loss: str):
         """
         Args:
-            loss: `stack.config.kernels.loss_kernel`.
+            model: the whole model, on the meta device.
+            plan: the layout.
+            stage: number of the stage, from 0.
+            loss: `logits`, `chunked` or `liger`, as `stack.config.kernels.loss_kernel` returns.
         """
         super().__init__()
         self.first, self.last = stage == 0, stage == plan.stages - 1
@@ -57,7 +61,7 @@ class Stage(nn.Module):
         head = model.get_submodule(self.parts.head)
         self._loss_head = LossHead(head, loss) if self.last and loss != "logits" else None
         self.documents: Documents | None = None
-        """Those of the batch that comes through; None lets the model look for itself."""
+        """The documents of the current batch. With None transformers finds packed sequences itself."""
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -69,17 +73,19 @@ class Stage(nn.Module):
         return [(int(path.rpartition(".")[2]), self.model.get_submodule(path)) for path in self._own]
 
     def tied_weight(self) -> torch.Tensor:
-        """On the first stage the token embedding, on the last the head, of a model that ties them."""
+        """The tied weight of this stage: the token embedding on the first stage, the head on the last. Shape
+        [vocabulary, hidden]. Only for models that tie the two."""
         path = self.parts.embedding if self.first else self.parts.head
         return self.model.get_parameter(f"{path}.weight")
 
     def table_dtypes(self) -> dict[str, torch.dtype]:
-        """Dtype of the rotary tables, where the model has some."""
+        """{"rotary tables": dtype}, or empty for a model without rotary tables."""
         tables = [buffer.dtype for name, buffer in self.model.named_buffers() if name.endswith("inv_freq")]
         return {"rotary tables": tables[0]} if tables else {}
 
     def units(self) -> Iterator[tuple[str, nn.Module]]:
-        """Paths and modules that are materialised, and gathered, one at a time, in the order of the forward."""
+        """Paths and modules of the units, in the order of the forward. Units are materialised one at a time, and ZeRO-3
+        gathers one unit with one collective."""
         ahead = self.parts.before if self.first else ()
         behind = (*self.parts.after, self.parts.head) if self.last else ()
         for path in (*ahead, *self._own, *behind):
@@ -100,7 +106,7 @@ class Stage(nn.Module):
             inputs["output_router_logits"] = True
         if self._loss_head is not None:
             self._loss_head.labels = labels
-        # The head belongs to the outer class, with what some families do to its logits.
+        # The outer class has the head, and in some families caps or scales the logits.
         with known(self.documents.packed if self.documents else None):
             outputs = (self.model if self.last else self.model.base_model)(**inputs)
         if self._loss_head is not None:
@@ -115,7 +121,7 @@ class Stage(nn.Module):
         return output
 
     def _leave_out(self, plan: Plan) -> None:
-        """Puts stand-ins in the place of the modules that belong to other stages."""
+        """Replaces the modules of other stages by stand-ins."""
         others = [f"{self.parts.layers}.{index}" for index in range(plan.shape.layers)]
         absent = [path for path in others if path not in self._own]
         if not self.first:
@@ -129,14 +135,14 @@ class Stage(nn.Module):
 
 
 class _Through(nn.Module):
-    """A module of another stage: hidden states go through unchanged."""
+    """Stand-in for a module of another stage: returns the hidden states unchanged."""
 
     def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden
 
 
 class _Nothing(nn.Module):
-    """A module of the first stage whose output is added to the hidden states: on other stages there is none."""
+    """Stand-in on later stages for a module whose output is added to the hidden states: returns zero."""
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         return torch.zeros((), device=positions.device)
@@ -153,18 +159,23 @@ def build_stages(
 ) -> list[Stage]:
     """Builds and initialises the stages of one rank of the pipe.
 
-    Parameters are drawn on the CPU in fp32 from a generator seeded by `run.seed` and the module's Hugging Face path, so
-    any layout and any device start from equal weights, or with model.init=pretrained read from the model folder; then
-    cast to the compute dtype.
+    Parameters are drawn on the CPU in fp32, from a generator that is seeded by `run.seed` and the module's Hugging Face
+    path, so every layout and device starts from equal weights. With model.init=pretrained they are read from the model
+    folder. Then they are cast to the compute dtype.
 
     Args:
-        place: ZeRO-3 shards each unit (embedding, a decoder layer, norm, head) there, so no rank ever holds more than
-            one unit in full.
-        empty: leave the parameters zero, for a checkpoint that brings them.
+        cfg: the config.
+        plan: the layout.
+        pipe_rank: this rank's place in its pipe group.
+        device: device of the finished stages.
+        place: called with each unit (embedding, a decoder layer, norm, head) as soon as it is on the device. ZeRO-3
+            shards the unit there, so that no rank holds more than one whole unit.
+        empty: leave the parameters zero, because a checkpoint will fill them.
 
     Raises:
-        ConfigError, LayoutError: this host cannot run the chosen kernels.
-        ConfigError, CheckpointError: the model folder has not the weights of this model.
+        ConfigError: a kernel's library is not installed, or there are no weights under `model.name`.
+        LayoutError: this host cannot run the chosen kernels.
+        CheckpointError: the weights in the model folder are damaged or not of this model.
     """
     require(cfg, device)
     values = _Values.of(cfg, empty=empty)
@@ -182,7 +193,7 @@ def build_stages(
             unit.to(device=device, dtype=compute_dtype(cfg))
             if place is not None:
                 place(unit)
-        # What is left has no parameters: rotary tables, in fp32.
+        # The modules still on meta have no parameters, only buffers: rotary tables, in fp32.
         for path, module in stage.model.named_modules():
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
                 _initialise(stage.model, path, module, values)
@@ -191,14 +202,14 @@ def build_stages(
 
 
 def compute_dtype(cfg: Config) -> torch.dtype:
-    """Dtype of the parameters in use and of the hidden states."""
+    """Dtype of the parameters that the forward uses and of the hidden states (`precision.dtype`)."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision.dtype]
 
 
 def hugging_face_config(cfg: Config) -> transformers.PretrainedConfig:
-    """The model's Hugging Face config, without a cache and with the chosen attention."""
+    """The model's Hugging Face config, with `use_cache` off, no special token ids, and the chosen attention."""
     fields: dict[str, Any] = {k: v for k, v in model_fields(cfg.model).items() if k not in ("torch_dtype", "dtype")}
-    # The class's ids may lie beyond our vocabulary, and the embedding of a padding id would not be trained.
+    # The default ids of the class may exceed this vocabulary, and torch does not train the embedding of a padding id.
     fields |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None, "use_cache": False}
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     config._attn_implementation = cfg.model.attention
@@ -206,21 +217,22 @@ def hugging_face_config(cfg: Config) -> transformers.PretrainedConfig:
 
 
 def whole_model(cfg: Config) -> Any:
-    """The whole model as transformers makes it, on meta."""
+    """The whole model as transformers builds it, on the meta device."""
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(hugging_face_config(cfg))
 
 
 def parameter_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of all parameters of the whole model by Hugging Face name; those that are tied count once."""
+    """Hugging Face name -> shape, for all parameters of the whole model; tied parameters occur once."""
     return {name: tuple(parameter.shape) for name, parameter in whole_model(cfg).named_parameters()}
 
 
 def open_weights(cfg: Config) -> Weights | None:
-    """What model.init=pretrained reads, on this host and found to be of this model by its names; None with scratch.
+    """The weights for model.init=pretrained, whose tensor names are checked against the model; None with scratch.
 
     Raises:
-        ConfigError, CheckpointError: as `Weights`.
+        ConfigError: there are no weights under `model.name`.
+        CheckpointError: the files are damaged, or not the weights of this model.
     """
     if cfg.model.init != "pretrained":
         return None
@@ -229,7 +241,7 @@ def open_weights(cfg: Config) -> Weights | None:
 
 @dataclass(frozen=True)
 class _Values:
-    """Where first values come from: drawn from `seed`, read from `weights`, or zero with neither."""
+    """The source of initial values: drawn from `seed` if `draw`, else read from `weights`, else zero."""
 
     seed: int
     draw: bool
@@ -248,7 +260,7 @@ def _skeleton(cfg: Config) -> Any:
 
 
 def _tied_weight(cfg: Config, parts: Parts, values: _Values) -> torch.Tensor:
-    """The token embedding's first values, for a head that is tied to it from another rank."""
+    """Initial values of the token embedding, fp32 [vocabulary, hidden] on the CPU, for a tied head on another rank."""
     model = _skeleton(cfg)
     embedding = model.get_submodule(parts.embedding)
     _materialise(model, parts.embedding, embedding, values)
@@ -256,7 +268,7 @@ def _tied_weight(cfg: Config, parts: Parts, values: _Values) -> torch.Tensor:
 
 
 def _materialise(model: Any, path: str, unit: nn.Module, values: _Values) -> None:
-    # Children before their parents, as transformers does: some parents draw a child's weight anew.
+    # Children before parents, as in transformers, because some parents draw the weights of a child again.
     for name, module in reversed(list(unit.named_modules())):
         _initialise(model, f"{path}.{name}", module, values)
     if values.weights is not None:
@@ -267,8 +279,11 @@ def _materialise(model: Any, path: str, unit: nn.Module, values: _Values) -> Non
 
 
 def _initialise(model: Any, path: str, module: nn.Module, values: _Values) -> None:
-    """Gives a module its own parameters (fp32) and buffers on the CPU: the values that its class draws for them, or
-    zeros for the parameters, which are then only on meta while the class sets its buffers."""
+    """Materialises the module's own parameters (fp32) and buffers on the CPU, without those of its children.
+
+    With `values.draw` the class draws the parameters. Otherwise they become zeros, and stay on meta until the class has
+    set the buffers, so that nothing is drawn.
+    """
     if values.draw:
         for name, parameter in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(_unset(parameter, torch.float32)))
@@ -284,4 +299,5 @@ def _initialise(model: Any, path: str, module: nn.Module, values: _Values) -> No
 
 
 def _unset(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A CPU tensor of NaN (0 for integers) in the shape of `like`. A remaining NaN shows that a value was not set."""
     return torch.full(like.shape, torch.nan if dtype.is_floating_point else 0, dtype=dtype, device="cpu")

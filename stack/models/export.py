@@ -1,4 +1,8 @@
-"""Parameters -> a Hugging Face folder, one unit at a time, under the names that published models of the class have."""
+"""Writes parameters into a Hugging Face folder, one unit at a time.
+
+Tensors get the names that they have in published models of the class. A unit is the embedding, a decoder layer, the
+norm or the head.
+"""
 
 import glob
 import hashlib
@@ -29,7 +33,7 @@ from stack.models.build import whole_model
 from stack.models.families import parts_of
 from stack.models.tensorfile import Entry
 
-#: Most bytes of tensors in one file.
+#: Largest number of bytes of tensors in one file.
 MAX_FILE = 5 * 10**9
 
 
@@ -46,23 +50,27 @@ def export(
 ) -> int:
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
-    It is written beside `out`, brought to the disk, and renamed: `out` is whole or not there.
+    The files are written into a folder beside `out` and synced, then the folder is renamed to `out`. Therefore `out`
+    is either whole or does not exist.
 
     Args:
-        read: gives a parameter of the whole model by its Hugging Face name, fp32 on the CPU. Called once for each, a
-            unit (embedding, a decoder layer, norm, head) at a time; those of the unit before are dropped by then.
+        cfg: config of the run.
+        read: returns a parameter of the whole model by its Hugging Face name, fp32 on the CPU. Called once for each
+            parameter, unit by unit; the parameters of one unit are released before the next unit is read.
+        out: the folder to make.
         dtype: of the written tensors.
-        tokenizer: folder whose files are copied. The token ids in the config are those of the model's folder if that
-            was pretrained, or there is no tokenizer; else the tokenizer's.
-        progress: called with the bytes of tensors written so far, and of all.
+        tokenizer: folder whose tokenizer files are copied, or None. The special token ids in config.json are those of
+            the model's folder, if `cfg.model.name` is a folder and the run started from its weights or `tokenizer` is
+            None. Otherwise they are the tokenizer's.
+        progress: called with the bytes of tensors written so far and the bytes of all tensors.
         extra: name -> text of further files.
-        max_file: most bytes of tensors in one file; a larger tensor has one alone.
+        max_file: largest number of bytes of tensors in one file; a larger tensor gets a file of its own.
 
     Returns:
         Bytes of tensors written.
 
     Raises:
-        UsageError: `out` is there and not empty, or cannot be written, or the disk is too small.
+        UsageError: `out` exists and is not empty, or cannot be written, or the disk has too little free space.
         DataError: a file of the tokenizer, or the model folder's `GENERATION`, is a link that leads out of its folder;
             or the tokenizer cannot be loaded without code of its own.
     """
@@ -88,7 +96,7 @@ class _File:
 
 
 class _Contents:
-    """Which tensor is in which file, and their values when it is their turn."""
+    """Assigns tensors to files, and reads their values one unit at a time while the files are written."""
 
     def __init__(self, model: Any, read: Callable[[str], torch.Tensor], dtype: torch.dtype, max_file: int):
         self._model, self._read = model, read
@@ -128,7 +136,7 @@ class _Contents:
         last.entries.append(entry)
 
     def _value(self, entry: Entry) -> torch.Tensor:
-        """They are asked for in the order of the units."""
+        """The tensor's values. Must be called in the order of the units, since only one unit is held."""
         unit = self._unit_of[entry.name]
         if unit != self._unit:
             self._values = revert_weight_conversion(self._model, {name: self._read(name) for name in unit})
@@ -137,7 +145,7 @@ class _Contents:
 
 
 def _units(model: Any) -> Iterator[tuple[str, ...]]:
-    """Names of the parameters, those of a decoder layer together, in the model's order; tied ones once."""
+    """Names of the parameters of each unit, in the model's order; tied parameters occur once."""
     layers = f"{parts_of(model).layers}."
 
     def unit(name: str) -> str:
@@ -148,9 +156,9 @@ def _units(model: Any) -> Iterator[tuple[str, ...]]:
 
 
 def _write_configs(cfg: Config, architecture: str, folder: Path, *, dtype: torch.dtype, tokenizer: Path | None) -> None:
-    """config.json and generation_config.json: those of the model's folder, with what the run changed."""
+    """Writes config.json and generation_config.json: those of the model's folder, with the fields that the run set."""
     fields = {k: v for k, v in model_fields(cfg.model).items() if k not in ("torch_dtype", "dtype", "auto_map")}
-    # A class's own ids may lie beyond our vocabulary, and those of a folder be another tokenizer's.
+    # Default token ids of a class may exceed this vocabulary, and those of a folder may belong to another tokenizer.
     keeps_ids = cfg.model.name not in FAMILIES and (tokenizer is None or cfg.model.init == "pretrained")
     if not keeps_ids:
         end = tokenizers.load(str(tokenizer)).eos_token_id if tokenizer is not None else None
@@ -170,18 +178,19 @@ def _write_configs(cfg: Config, architecture: str, folder: Path, *, dtype: torch
 
 @contextmanager
 def _whole_folder(out: Path, need: int) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, unless anything went wrong.
+    """A folder beside `out` that is renamed to `out` at the end of the `with` block, or removed after an error.
 
     Raises:
         UsageError: as `export`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there already and not an empty folder; name a new one")
-    # Process ids mean something on one host alone, and the folder may be shared.
+    # The name contains a hash of this host, because the folder may be shared and process ids are unique on one host
+    # only.
     made_by = f"{out.name}.partial-{hashlib.blake2b(place().encode(), digest_size=4).hexdigest()}"
     partial = out.with_name(f"{made_by}-{os.getpid()}")
     for left in out.parent.glob(f"{glob.escape(made_by)}-*"):
-        # Of an export that was killed here.
+        # Removes the folder of an export that was killed on this host.
         pid = left.name.removeprefix(f"{made_by}-")
         if pid.isdecimal() and len(pid) < 10 and (left == partial or not psutil.pid_exists(int(pid))):
             shutil.rmtree(left, ignore_errors=True)

@@ -1,4 +1,7 @@
-"""Where a Hugging Face causal language model class is cut: docs/add-a-family.md adds one."""
+"""Describes the modules of each Hugging Face model class that `stack` can split into pipeline stages.
+
+docs/add-a-family.md says how to add a class.
+"""
 
 from dataclasses import dataclass
 
@@ -7,18 +10,21 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Family:
-    """What a class does not say by itself. Every stage runs the class's own forward, with stand-ins for the modules of
-    other stages; the order of the parts comes from the class's `base_model_pp_plan`, or from here where it has none."""
+    """Names inside a model class. Every stage runs the class's own forward, with stand-ins for the modules of other
+    stages. `before`, `layers` and `after` count only where the class has no `base_model_pp_plan`."""
 
     before: tuple[str, ...] = ("embed_tokens",)
     """Modules of the base model ahead of the decoder layers; the first one embeds the tokens."""
     layers: str = "layers"
+    """The module list of the decoder layers."""
     after: tuple[str, ...] = ("norm",)
     """Modules between the decoder layers and the head."""
     added: tuple[str, ...] = ()
-    """Those of `before` whose output the forward adds to the hidden states: nothing is added on later stages."""
+    """Modules of `before` whose output the forward adds to the hidden states. Their stand-ins on later stages return
+    zero."""
     multipliers: tuple[str, ...] = ()
-    """Attributes of the base model that its forward multiplies the embeddings by: 1 on later stages."""
+    """Attributes of the base model by which its forward multiplies the embeddings. They are set to 1 on later
+    stages."""
 
 
 #: By `model_type` of the Hugging Face config.
@@ -59,7 +65,7 @@ class Parts:
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
-    """Where `model` keeps its parts."""
+    """The module paths of `model`, from the class's `base_model_pp_plan` or else from `FAMILIES`."""
     family = FAMILIES[model.config.model_type]
     before, layers, after = family.before, family.layers, family.after
     if plan := model.config.base_model_pp_plan:

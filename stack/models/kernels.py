@@ -1,4 +1,4 @@
-"""Which code computes what: the loss inside the head, and Liger's kernels in a model's layers."""
+"""Optional kernels: a loss that is computed inside the head, and Liger's kernels in a model's layers."""
 
 import importlib.util
 import inspect
@@ -19,12 +19,12 @@ _INTERPRETER = "TRITON_INTERPRET"
 
 
 def require(cfg: Config, device: torch.device) -> None:
-    """Refuses what this rank's device cannot run; what a model cannot have is refused in `stack.config.kernels`.
+    """Refuses kernels that this rank's device cannot run (`stack.config.kernels` refuses those a model cannot have).
 
     Raises:
         ConfigError: liger-kernel is not installed.
-        LayoutError: there is no NVIDIA GPU, which 8-bit gathers need, and Liger's kernels without Triton's interpreter
-            (TRITON_INTERPRET=1).
+        LayoutError: there is no NVIDIA GPU for 8-bit gathers, or none for Liger's kernels while Triton's interpreter is
+            off (it is on with TRITON_INTERPRET=1).
     """
     if cfg.parallel.quantized_weights and device.type != "cuda":
         raise LayoutError(
@@ -40,16 +40,18 @@ def require(cfg: Config, device: torch.device) -> None:
             )
         if device.type != "cuda" and os.environ.get(_INTERPRETER) != "1":
             raise LayoutError(
-                f"kernels.{part}=liger on a host without NVIDIA GPUs: its kernels are Triton's; use "
+                f"kernels.{part}=liger on a host without NVIDIA GPUs: its kernels are written in Triton; use "
                 f"kernels.{part}={other}"
             )
 
 
 def put_in_liger(model: Any, cfg: Config) -> None:
-    """Puts Liger's kernels into the layers of a whole model, on meta or not, by Liger's own function for the class.
+    """Puts Liger's kernels into the layers of a whole model with Liger's own function for the class. The model may be
+    on the meta device.
 
-    That also replaces names in the class's module. They are put back but for `apply_rotary_pos_emb`, which no module
-    holds: with kernels.rope=liger it stays replaced for every model of the class in this process.
+    Liger's function also replaces names in the Python module of the class. This function restores them, except
+    `apply_rotary_pos_emb`, which layers look up there: with kernels.rope=liger it stays replaced for every model of the
+    class in this process.
     """
     parts = [part for part in liger_parts(cfg) if part != "loss"]
     if not parts:
@@ -65,10 +67,11 @@ def put_in_liger(model: Any, cfg: Config) -> None:
 
 
 class LossHead:
-    """Takes the place of a head's forward: hidden states to the sum of the token losses, with no logits between.
+    """Replaces the forward of a head: computes the sum of the token losses from hidden states, without whole logits.
 
-    The module stays, and so do the hooks around its call that gather its parameters. `labels` of the microbatch are
-    handed over ahead of it. What it returns goes the way of the logits, so the outer class must not change those.
+    The head module itself stays, so the hooks around its call still gather its parameters. Set `labels` (int64
+    [micro_size, seq_len]) before each call. The model class returns the sum in the place of its logits, so the class
+    must not change its logits after the head.
     """
 
     def __init__(self, head: Any, kernel: str):
@@ -87,11 +90,11 @@ class LossHead:
 
 
 def _liger(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
-    """`linear_cross_entropy` by Liger."""
+    """`linear_cross_entropy` with Liger's kernel; same shapes and dtypes."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     options: dict[str, Any] = {"ignore_index": IGNORE, "reduction": "sum", "accum_dtype": torch.float32}
-    # A Function takes no keywords: all arguments in their order up to the last one that is given.
+    # `Function.apply` takes no keyword arguments, so all arguments after the first five are passed in order.
     order = list(inspect.signature(LigerFusedLinearCrossEntropyFunction.forward).parameters.values())[5:]
     given = [options.pop(argument.name, argument.default) for argument in order]
     assert not options

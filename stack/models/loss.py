@@ -1,6 +1,7 @@
-"""The token loss of a head, in chunks of tokens: the logits of a whole microbatch are never there.
+"""The token loss of a head, computed in chunks of tokens, so that the logits of a whole microbatch are never in memory.
 
-Plain cross entropy holds them twice and more, in fp32: with a vocabulary of 128000 and 8192 tokens 4 GB each time.
+Plain cross entropy holds two or more fp32 copies of the logits. With a vocabulary of 128000 and 8192 tokens, each copy
+takes 4 GB.
 """
 
 from typing import Any
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 
 from stack.data.batches import IGNORE
 
-#: Tokens of a chunk, by the type of device. For each weight a chunk reads and writes 8 bytes of the gradient's sum and
-#: computes 6 operations a token, so their number decides whether memory or products set the pace, whatever the shape.
-#: By an H100's data sheet 1024 give memory a quarter of the products' time. On a CPU 256 were as fast as all at once.
+#: Tokens of a chunk, by type of device. For each weight, a chunk reads and writes the gradient's sum (8 bytes) and does
+#: 6 operations a token. Therefore the chunk size alone decides whether memory traffic or computation takes longer,
+#: whatever the shape of the head. By the data sheet of an H100, with 1024 tokens memory traffic takes a quarter of the
+#: time of the products. On a CPU chunks of 256 tokens were as fast as all tokens at once.
 CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
 
 
@@ -21,11 +23,11 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Sum of the cross entropies of softmax(hidden @ weight.T + bias), 0-dimensional fp32.
 
-    Products are in the dtype of `hidden`, as in a linear module. Softmax, loss and sums over tokens are in fp32, save
-    the gradient of the bias, which is summed over chunks in fp64: its terms cancel, and torch's matrix-vector product
-    on a CPU adds one token after another, which is off by 1e-4 for 131,072 tokens.
-    Gradients are computed in the forward, while a chunk's logits are there, and scaled in the backward: section 3.2 of
-    Liger Kernel (Hsu et al. 2024, arXiv 2410.10989).
+    Products are in the dtype of `hidden`, as in a linear module. Softmax, loss and sums over tokens are in fp32. The
+    gradient of the bias is summed over chunks in fp64, because its terms cancel, and torch's matrix-vector product on a
+    CPU adds one token after another, with an error of 1e-4 for 131,072 tokens.
+    The forward computes the gradients while it holds a chunk's logits, and the backward scales them, as in section 3.2
+    of Liger Kernel (Hsu et al. 2024, arXiv 2410.10989).
 
     Args:
         hidden: [tokens, width] in the compute dtype.
@@ -43,9 +45,12 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Keeps the gradients of its inputs for an upstream gradient of 1. That of `hidden` is in its dtype, that of the
-    weight in fp32 and that of the bias in fp64 until they are scaled, so each is rounded once, as plain products round
-    it."""
+    """Saves the gradients of its inputs for an upstream gradient of 1; the backward multiplies them by the upstream.
+
+    The saved gradient of `hidden` has the dtype of `hidden`, that of the weight is fp32 and that of the bias fp64.
+    Weight and bias are rounded to their own dtype after the multiplication, so each gradient is rounded only once, as
+    with plain products.
+    """
 
     @staticmethod
     def forward(
@@ -58,8 +63,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for part, logits in _chunks(hidden, weight, bias):
             loss, trained, probabilities = _chunk_loss(logits, labels[part])
             losses.append(loss.sum())
-            # The gradient at the logits, but for the tokens without a target: they are left out of what it is
-            # multiplied by, which is narrower.
+            # Makes `probabilities` the gradient with respect to the logits. Tokens without a target are masked in the
+            # factors of the products below, which are smaller than [chunk, vocabulary].
             probabilities.scatter_add_(1, labels[part, None].clamp(min=0), -torch.ones_like(loss)[:, None])
             if for_bias is not None:
                 for_bias.add_(probabilities.t() @ trained)
@@ -72,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Not in place: a backward in two parts, inputs first and weights later, comes here twice.
+        # Not in place: a backward in two parts, first for the inputs and later for the weights, calls this twice.
         for_hidden, for_weight, for_bias = ctx.saved_tensors
         [scale] = upstream
         return (
@@ -92,23 +97,24 @@ def _chunks(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _chunk_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token losses fp32 [chunk]; 1 where there is a target and 0 where not, fp32 [chunk]; and the softmax of the
-    logits, fp32 [chunk, vocabulary]."""
+    """Three fp32 tensors: token losses [chunk]; 1 for tokens with a target and 0 for others [chunk]; softmax of the
+    logits [chunk, vocabulary]."""
     logits = logits.float()
     trained = (labels != IGNORE).float()
     target = logits.gather(1, labels[:, None].clamp(min=0))[:, 0]
     probabilities = logits.softmax(dim=-1)
-    # log(sum(exp)) by the largest logit and its probability, which cannot underflow as the target's can.
+    # log(sum(exp(logits))) from the largest logit and its probability. The target's probability could underflow.
     normalizer = logits.amax(dim=-1) - probabilities.amax(dim=-1).log()
     return (normalizer - target) * trained, trained, probabilities
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total (fp32) += left @ right, whose products are summed in fp32."""
+    """total (fp32) += left @ right, accumulated in fp32."""
     if total.device.type == "cuda" and left.dtype != torch.float32:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     elif left.dtype == torch.bfloat16:
-        # On a CPU there is no such product, but a fast one that rounds each chunk's sum; fp16 could overflow there.
+        # A CPU has no product of bf16 matrices with an fp32 result. This one is fast, and rounds the sum of each chunk
+        # to bf16. It is not used for fp16, where the sum could overflow.
         total.add_(left @ right)
     else:
         total.addmm_(left.float(), right.float())

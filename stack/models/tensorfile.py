@@ -1,4 +1,4 @@
-"""Writing safetensors files as a stream: one tensor in memory at a time, hashed on its way to the disk."""
+"""Writes safetensors files as a stream, with one tensor in memory at a time, and hashes the bytes while writing."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-#: Bytes that are hashed and written at a time.
+#: Bytes that are hashed and written in one go.
 _CHUNK = 16 << 20
 _NAMES = {
     torch.float32: "F32",
@@ -22,7 +22,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that a file will hold."""
+    """Name, dtype and shape of a tensor to be written."""
 
     name: str
     dtype: torch.dtype
@@ -30,13 +30,13 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """Size of its data."""
+        """Size of the tensor's data in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Digest:
-    """What a file's content is known by."""
+    """Size and hash of a file."""
 
     bytes: int
     xxh3: str
@@ -51,17 +51,18 @@ def write(
     metadata: Mapping[str, str],
     progress: Callable[[int], None] = lambda _: None,
 ) -> Digest:
-    """Writes a safetensors file and brings it to the disk.
+    """Writes a safetensors file and syncs it to the disk.
 
     Args:
-        entries: in the order of the file.
-        tensor: gives an entry's values, on any device, when it is their turn.
-        metadata: of the header.
+        path: the file; an existing one is overwritten.
+        entries: the tensors, in the order of the file.
+        tensor: returns the values of an entry, on any device. Called once for each entry, in order.
+        metadata: text entries of the header.
         progress: called with the bytes of tensors written so far.
 
     Raises:
-        OSError: the disk did not take it.
-        ValueError: a tensor is not what its entry says.
+        OSError: the file cannot be written or synced.
+        ValueError: a tensor has another dtype or shape than its entry.
     """
     hasher, done = xxhash.xxh3_128(), 0
     header = _header(entries, metadata)
@@ -72,7 +73,7 @@ def write(
             _write_all(file, data)
 
         def put_tensor(data: memoryview) -> None:
-            """A function of its own, so that nothing holds the tensor while the next one is asked for."""
+            # A function of its own, so that no local variable keeps the tensor alive while the next one is read.
             nonlocal done
             for start in range(0, len(data), _CHUNK):
                 put(data[start : start + _CHUNK])
@@ -87,7 +88,7 @@ def write(
 
 
 def digest(path: Path) -> Digest:
-    """The digest of a file that is there, by reading all of it."""
+    """The digest of an existing file; reads all of it. Raises `OSError` where it cannot be read."""
     hasher, size = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
@@ -97,7 +98,8 @@ def digest(path: Path) -> Digest:
 
 
 def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON of the header, padded so that the tensors begin at a multiple of 8 bytes."""
+    """The header of a safetensors file: 8 bytes of length (little-endian), then JSON, padded with spaces so that the
+    tensors begin at a multiple of 8 bytes."""
     fields: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for entry in entries:
@@ -121,6 +123,6 @@ def _bytes_of(entry: Entry, tensor: torch.Tensor) -> memoryview:
 
 
 def _write_all(file: object, data: memoryview) -> None:
-    """An unbuffered write may take a part only."""
+    """Writes all of `data`; one unbuffered write may write only a part of it."""
     while data:
         data = data[file.write(data) :]  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
-"""A model folder's safetensors -> parameters, one unit at a time, by the names and conversions that transformers knows.
+"""Reads the parameters of a model from the safetensors of a model folder, one unit at a time.
 
-The tensors of a folder may have other names than the module's parameters, or be parts of them, such as one tensor for
-each expert. `transformers.core_model_loading` says which belong where; here only those of a unit are read.
+The tensors of a folder may have other names than the parameters, or be parts of parameters, such as one tensor for each
+expert. `transformers.core_model_loading` has the names and conversions. transformers itself would load all tensors;
+here only those of one unit are read.
 """
 
 from collections.abc import Callable
@@ -34,44 +35,44 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass
 class _Recipe:
-    """How tensors of the files become one parameter, or several."""
+    """Says how tensors of the files become one parameter, or several."""
 
     transform: WeightRenaming | WeightConverter
-    """Its class's own; it is copied before each use."""
+    """The conversion of transformers for the class. It is copied before each use, because it keeps the tensors."""
     target: str
-    """The first parameter."""
+    """Name of the first parameter that it makes."""
     sources: list[tuple[str, str]] = field(default_factory=list)
-    """Pattern of the transform, and tensor."""
+    """(source pattern of the transform, name of a tensor that matches it)."""
 
 
 class Weights:
-    """The weights of one model folder. Opening it reads names alone; a file is opened when a tensor of it is read."""
+    """The weights of one model folder. The constructor reads only names; a file is opened when its tensors are read."""
 
     def __init__(self, name: str, model: Any, *, changed: bool):
         """
         Args:
-            name: `model.name`: a folder, or a hub name, which is downloaded if it must be.
-            model: the whole model of the folder's class, on meta.
-            changed: fields of the folder's config.json were overridden (`model.config`).
+            name: `model.name`: a folder, or a hub name, whose files are downloaded unless they are in the cache.
+            model: the whole model of the folder's class, on the meta device.
+            changed: whether `model.config` overrides fields of the folder's config.json; for the advice in messages.
 
         Raises:
-            ConfigError: the name leads to no weights.
-            CheckpointError: files are missing or damaged, a parameter is not in them, or they hold others as well.
+            ConfigError: there are no weights under this name.
+            CheckpointError: files are missing or damaged, a parameter is missing, or a tensor belongs to no parameter.
         """
         self._folder, self._model, self._changed = local_folder(name, weights=True), model, changed
         check_weights(name, self._folder)
         self._open: dict[str, Any] = {}
         self._file_of = self._tensors()
-        # A tied parameter has one tensor there under either of its names, or two that must be equal.
+        # The files hold a tied parameter under one of its two names, or under both; then the tensors must be equal.
         self._tied: dict[str, str] = model.all_tied_weights_keys
         self._recipes = self._match()
         self._check_whole()
 
     def check_shapes(self) -> None:
-        """Compares the shapes in the headers of the files with those of the model: opens every file, reads no tensor.
+        """Compares the shapes in the headers of the files with those of the model. Opens every file, reads no tensor.
 
         Raises:
-            CheckpointError: one differs, or a file is damaged.
+            CheckpointError: a shape differs, or a file is damaged.
         """
         for name, parameter in self._model.named_parameters():
             for holder in self._holders(name):
@@ -85,11 +86,12 @@ class Weights:
         """Reads the parameters of one unit into it.
 
         Args:
-            path: of the unit in the model.
-            unit: its parameters are fp32 on the CPU.
+            path: module path of the unit in the model.
+            unit: the module; its parameters are fp32 on the CPU.
 
         Raises:
-            CheckpointError: a file is damaged, or a tensor is of another shape or kind, or not finite.
+            CheckpointError: a file is damaged, or a tensor has another shape, a quantized dtype, or values that are not
+                finite.
         """
         with torch.no_grad():
             read: dict[str, torch.Tensor] = {}
@@ -103,7 +105,7 @@ class Weights:
                     self._check_equal(other, source, parameter)
 
     def _tensors(self) -> dict[str, str]:
-        """Tensor -> its file."""
+        """Name of a tensor -> name of its file."""
         if (self._folder / SINGLE).is_file():
             return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         index = self._folder / INDEX
@@ -127,12 +129,12 @@ class Weights:
         return self._open[name]
 
     def _match(self) -> dict[str, _Recipe]:
-        """Recipes by each of their parameters.
+        """Name of a parameter -> the recipe that makes it.
 
-        As `convert_and_load_state_dict_in_model` of transformers matches, which would load all that it matches.
+        Matches names as `convert_and_load_state_dict_in_model` of transformers does, but loads nothing.
 
         Raises:
-            CheckpointError: a tensor belongs to no parameter, and transformers would not pass over it.
+            CheckpointError: a tensor belongs to no parameter, and is not one of those that transformers ignores.
         """
         mapping = get_model_conversion_mapping(self._model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -162,13 +164,13 @@ class Weights:
     def _check_others(self, others: dict[str, str]) -> None:
         """
         Args:
-            others: tensors of no parameter by the names that transformers gives them.
+            others: name that transformers gives a tensor -> its name in the files, for tensors of no parameter.
 
         Raises:
-            CheckpointError: transformers would not pass over one of them.
+            CheckpointError: transformers does not ignore one of them.
         """
         found = SimpleNamespace(missing_keys=set(), unexpected_keys=set(others))
-        # Leaves out what old versions saved: rotary tables, causal masks.
+        # Removes buffers that old versions saved, such as rotary tables and causal masks.
         self._model._adjust_missing_and_unexpected_keys(found)
         unknown = sorted((others[name] for name in found.unexpected_keys), key=dot_natural_key)
         if unknown:
@@ -181,7 +183,7 @@ class Weights:
     def _check_whole(self) -> None:
         """
         Raises:
-            CheckpointError: a parameter, or a part of one, is nowhere in the files.
+            CheckpointError: the files lack a parameter, or a part of one.
         """
         lost: list[str] = []
         for name, parameter in self._model.named_parameters():
@@ -197,7 +199,7 @@ class Weights:
             )
 
     def _lost_parts(self, recipe: _Recipe, parameter: torch.Tensor) -> list[str]:
-        """The tensors that a parameter lacks."""
+        """Names of the tensors that the files lack for a parameter made of several tensors."""
         if len(recipe.transform.target_patterns) > 1:
             return []
         wanted = revert_weight_conversion(self._model, {recipe.target: parameter})
@@ -207,7 +209,7 @@ class Weights:
         return [tensor for tensor in wanted if tensor not in there]
 
     def _holders(self, name: str) -> list[str]:
-        """Under which of its names the files hold a parameter: one, or two where it is tied."""
+        """The names under which the files hold a parameter: one name, or two for a tied parameter."""
         heads = [head for head, embedding in self._tied.items() if embedding == name]
         return [holder for holder in (name, *heads) if holder in self._recipes]
 
@@ -219,7 +221,7 @@ class Weights:
             raise CheckpointError(f"{self._folder / file}: {name} cannot be read ({error}); copy it again") from error
 
     def _read(self, recipe: _Recipe) -> dict[str, torch.Tensor]:
-        """All parameters of a recipe, in the dtype of the files."""
+        """Reads all parameters of a recipe: name -> tensor in the dtype of the files."""
         transform = deepcopy(recipe.transform)
         for pattern, tensor in recipe.sources:
             read: Callable[[], torch.Tensor] = partial(self._tensor, tensor)
@@ -234,7 +236,7 @@ class Weights:
         return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
 
     def _wanted(self, recipe: _Recipe, name: str, parameter: torch.Tensor) -> dict[str, list[int]]:
-        """Shapes of the tensors that a recipe must find, as far as they follow from the parameter alone."""
+        """Name of a tensor in the files -> the shape that it must have, where the parameter's shape determines it."""
         if not isinstance(recipe.transform, WeightConverter):
             return {tensor: list(parameter.shape) for _, tensor in recipe.sources}
         if len(recipe.transform.target_patterns) > 1:
@@ -260,10 +262,11 @@ class Weights:
         raise CheckpointError(f"{file}: {name} is {found}, and in this model {expected}; {remedy}")
 
     def _place(self, name: str) -> Path:
-        """The file of a parameter's first tensor."""
+        """Path of the file that holds the first tensor of a parameter."""
         return self._folder / self._file_of[self._recipes[name].sources[0][1]]
 
     def _take(self, name: str, value: torch.Tensor, parameter: torch.Tensor) -> None:
+        """Copies a tensor into a parameter after checking it. Raises `CheckpointError` as `fill`."""
         place = f"{self._place(name)}: {name}"
         if value.shape != parameter.shape:
             self._refuse_shape(name, self._place(name), list(value.shape), list(parameter.shape))
@@ -274,10 +277,10 @@ class Weights:
             raise CheckpointError(f"{place} has values that are not finite; give weights that are")
 
     def _check_equal(self, head: str, name: str, parameter: torch.Tensor) -> None:
-        """transformers would not tie them then."""
+        """Refuses tied parameters whose two tensors differ, since transformers would leave them untied."""
         other = self._read(self._recipes[head])[head]
         if other.shape != parameter.shape or not torch.equal(other.to(parameter.dtype), parameter):
             raise CheckpointError(
-                f"{self._place(head)}: {head} differs from {name}, and tie_word_embeddings makes them one; add "
+                f"{self._place(head)}: {head} differs from {name}, but tie_word_embeddings makes them one; add "
                 f"model.config.tie_word_embeddings=false"
             )

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what the forward of a decoder layer keeps for its backward."""
+"""Activation checkpointing: sets which results of a decoder layer's forward are kept for its backward."""
 
 import functools
 from typing import Any
@@ -11,13 +11,13 @@ from stack.config.families import FAMILIES
 from stack.config.schema import Activation
 from stack.models.build import Stage
 
-#: Products whose results `selective` keeps: they cost most to compute again for the memory they take. The last two are
-#: those of all experts of a mixture at once; transformers has its own operation where torch has none for the device.
+#: Matrix products whose results `selective` keeps: recomputing them costs most for the memory that it saves. The last
+#: two compute all experts of a mixture at once; transformers uses its own operation on devices where torch has none.
 _PRODUCTS = {
     *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     *("aten::_grouped_mm", "transformers::grouped_mm_fallback"),
 }
-#: Attention, whose results it keeps too.
+#: Attention operations whose results `selective` keeps too.
 _ATTENTION = {
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
@@ -31,14 +31,14 @@ _FLASH = {"flash_attn", "flash_attn_3"}
 def apply_checkpointing(stage: Stage, activation: Activation) -> None:
     """Sets up the decoder layers of a stage.
 
-    `full` keeps only the input of each layer and recomputes the layer in the backward; `every_k` does so in every
-    `activation.every`-th layer of the model; `selective` keeps the results of matrix products and attention too, and
-    recomputes the rest. With dropout it recomputes attention: an operation that is not run again draws no random
-    numbers again, so that every later dropout of the layer would draw others than in the forward.
+    `full` keeps only the input of each layer and recomputes the layer in the backward. `every_k` does so in every
+    `activation.every`-th layer of the model. `selective` also keeps the results of matrix products and attention, and
+    recomputes the rest. In a model with dropout `selective` recomputes attention too: if attention did not draw its
+    random numbers again, every later dropout of the layer would draw other numbers than in the forward.
 
-    transformers checkpoints a layer's `forward` inside its `__call__`, so ZeRO-3's gather and release hooks run once
-    around the recomputation, not inside it. Non-reentrant: reentrant checkpointing runs a backward within a backward,
-    which ZeRO's per-backward state does not expect.
+    transformers checkpoints a layer's `forward` inside its `__call__`, so the hooks that gather and release ZeRO-3
+    parameters run once around the recomputation, not inside it. Checkpointing is non-reentrant, because the reentrant
+    kind runs a backward within a backward, for which ZeRO's state of the current backward is not made.
     """
     if activation.checkpoint == "none":
         return
@@ -59,10 +59,10 @@ def apply_checkpointing(stage: Stage, activation: Activation) -> None:
 
 
 def _keep(_context: Any, operation: Any, *_args: Any, attention: bool, **_options: Any) -> CheckpointPolicy:
-    """Whether the result of an operation is kept.
+    """Whether `selective` keeps the result of an operation.
 
     Args:
-        attention: whether the result of attention is.
+        attention: whether it keeps the results of attention.
     """
     name = operation.name()
     kept = name in _PRODUCTS or (attention and (name in _ATTENTION or operation.namespace in _FLASH))
@@ -70,7 +70,7 @@ def _keep(_context: Any, operation: Any, *_args: Any, attention: bool, **_option
 
 
 def _has_dropout(stage: Stage) -> bool:
-    """Whether the recomputation must draw the random numbers of the forward again. transformers' configs also have
-    dropouts of heads that are not used here; a family lists its own."""
+    """Whether the model uses dropout, so that recomputation must draw the same random numbers as the forward. Only the
+    config fields that the family lists count: configs of transformers also have dropouts for heads not used here."""
     config = stage.model.config
     return any("drop" in name and getattr(config, name) > 0 for name in FAMILIES[config.model_type].fields)

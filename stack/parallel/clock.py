@@ -1,4 +1,5 @@
-"""When a rank computed in a step: host time on the CPU, CUDA events on the GPU, so that measuring waits for nothing."""
+"""Measures when a rank computes in a step. Uses host time on a CPU, and CUDA events on a GPU, so that the host does not
+wait for the device."""
 
 import contextlib
 import time
@@ -9,7 +10,7 @@ import torch
 
 
 class StepClock:
-    """The marks of one step. Reading them waits, on a GPU, until the last one has passed."""
+    """The time marks of one step, made at its beginning. On a GPU, call `wait` before reading seconds."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -20,39 +21,40 @@ class StepClock:
 
     @contextlib.contextmanager
     def pipeline(self) -> Iterator[None]:
-        """Around all forwards and backwards of the step."""
+        """A context around all forwards and backwards of the step, waiting included."""
         start = self._now()
         yield
         self._pipeline = (start, self._now())
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
-        """Around one forward or backward, without what it waits for."""
+        """A context around the computation of one forward or backward, without receives and sends."""
         start = self._now()
         yield
         self._spans.append((start, self._now()))
 
     def end(self) -> None:
-        """The step has nothing more to do."""
+        """Marks the end of the step."""
         self._ended = self._now()
 
     def wait(self) -> None:
-        """Returns when the device has come to the end of the step."""
+        """Waits until the device has reached the end of the step."""
         if self._cuda:
             self._ended.synchronize()
 
     def step_s(self) -> float:
-        """Seconds from the making of the clock to `end`. Needs `wait`."""
+        """Seconds from the construction of the clock to `end`. Call `wait` before."""
         return self._seconds(self._began, self._ended)
 
     def idle_s(self) -> float:
-        """Seconds in which the stages waited for their neighbours. Needs `wait`."""
+        """Seconds inside `pipeline` without computation, in which stages waited for their neighbours. Call `wait`
+        before."""
         if self._pipeline is None:
             return 0.0
         return max(0.0, self._seconds(*self._pipeline) - self.busy_s())
 
     def busy_s(self) -> float:
-        """Seconds in forwards and backwards. Needs `wait`."""
+        """Seconds in forwards and backwards. Call `wait` before."""
         return sum(self._seconds(*span) for span in self._spans)
 
     def _seconds(self, start: Any, end: Any) -> float:

@@ -1,4 +1,4 @@
-"""Decoder layers through torch.compile; what drives them stays as it is."""
+"""Compiles decoder layers with torch.compile. The schedule, hooks and checkpointing around them are not compiled."""
 
 import torch
 
@@ -6,10 +6,11 @@ from stack.models.build import Stage
 
 
 def compile_layers(stage: Stage) -> None:
-    """Compiles the forward of each decoder layer, inside its checkpointing and inside ZeRO-3's hooks: those gather,
-    release and recompute around it."""
+    """Compiles the forward of each decoder layer. Checkpointing and the hooks that gather and release ZeRO-3 parameters
+    stay outside of the compiled code."""
     layers = stage.layers
-    # One code object serves all layers, with and without gradients, and torch gives up on one after a few variants.
+    # All layers share one code object, which is compiled for several variants, with and without gradients. torch stops
+    # compiling a code object after a few variants unless the limit is raised.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(layers))
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""The engine of a run on one rank: a whole optimizer step, or a whole held-out batch, in one call."""
+"""The engine of one rank: runs a whole optimizer step, or a whole held-out batch, in one call."""
 
 import hashlib
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from stack.parallel.schedule import make_schedule
 from stack.parallel.step import RunningStep, StepResult
 from stack.plan.layout import Plan
 
-#: Steps between two comparisons of the copies of a tied embedding; each sends a shard of it.
+#: Steps between two comparisons of the copies of a tied embedding; each comparison sends a shard of the embedding.
 TIED_CHECK_EVERY = 100
 
 
@@ -32,11 +32,18 @@ class Engine:
     def __init__(self, cfg: Config, plan: Plan, mesh: Mesh, *, empty: bool = False):
         """
         Args:
-            empty: leave the parameters zero, for a checkpoint that brings them.
+            cfg: the config.
+            plan: the layout.
+            mesh: this rank's process groups.
+            empty: leave the parameters zero, because a checkpoint will fill them.
+
+        Raises:
+            ConfigError, LayoutError, CheckpointError: as `build_stages`.
         """
         self._plan, self._mesh = plan, mesh
         self.ds_config = zero.config_of(cfg, plan) if plan.zero > 0 else {}
-        # Order matters: ZeRO-3 shards each unit as it is made; checkpointing changes forwards before hooks are set.
+        # The order matters: ZeRO-3 shards each unit as soon as it exists, and checkpointing changes the forwards of
+        # layers before the engine sets its hooks.
         place = (lambda unit: zero.shard(unit, mesh=mesh, config=self.ds_config)) if plan.zero == 3 else None
         self.stages = build_stages(cfg, plan, mesh.pipe_rank, device=mesh.device, place=place, empty=empty)
         for stage in self.stages:
@@ -51,7 +58,7 @@ class Engine:
             else ReplicatedEngine(self.stages, cfg=cfg, mesh=mesh)
         )
         self.dtypes: dict[str, str] = {}
-        """Where each dtype is, read back from live tensors in the first step."""
+        """Kind of tensor, such as "masters" -> dtype, read from live tensors in the first step; empty before."""
         self._clock = StepClock(mesh.device)
         self._loss_scale = 1.0
         self._dtype = compute_dtype(cfg)
@@ -72,27 +79,31 @@ class Engine:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether the device works on a step while the host goes on."""
+        """Whether the device works on a step while the host prepares the next one: true on a GPU."""
         return self._mesh.device.type == "cuda"
 
     def seed(self, step: int) -> None:
-        """Makes what dropout draws in a step a function of (run.seed, rank, step), so that a run which is resumed draws
-        what it would have drawn, and there is no generator to save."""
+        """Seeds torch's generator with a function of (run.seed, rank, step). So a resumed run has the same dropout as a
+        run that was never stopped, and no state of a generator has to be saved."""
         digest = hashlib.blake2b(f"{self._seed}:{step}".encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest))
 
     def load(self, batch: Batch) -> DeviceBatch:
-        """Sends a batch to the device; from any thread, beside the step that runs."""
+        """Starts to copy a batch to the device. May be called from any thread while a step runs."""
         return self._loader.load(batch)
 
     def start_batch(self, batch: DeviceBatch, *, lr: float) -> RunningStep:
-        """One optimizer step on this replica's part of the global batch, handed to the device.
+        """Starts one optimizer step on this replica's part of the global batch, at learning rate `lr`.
 
-        The summed token losses are divided once, on the last stage, by the targets of the global batch, so that
-        uneven padding over microbatches and replicas changes nothing.
+        The summed token losses are divided once, on the last stage, by the number of targets in the global batch, so
+        that uneven padding of microbatches and replicas does not change the result.
+
+        Raises:
+            RuntimeError: the copies of a tied embedding differ, or a live tensor has an unexpected dtype.
         """
         self._clock = StepClock(self._mesh.device)
-        # ZeRO averages over the data group; a mean over the global batch is the sum of the replicas' shares.
+        # ZeRO averages gradients over the data group. The gradient of the mean over the global batch is a sum over
+        # replicas, so the loss is multiplied by their number.
         self._loss_scale = self._plan.replicas / max(batch.global_target_tokens, 1)
         losses: list[torch.Tensor] = []
         scale = self.rank_engine.loss_scale if self._dtype == torch.float16 else None
@@ -118,11 +129,11 @@ class Engine:
         )
 
     def train_batch(self, batch: Batch, *, lr: float) -> StepResult:
-        """`start_batch` and its result."""
+        """Runs `start_batch` and waits for its result."""
         return self.start_batch(self.load(batch), lr=lr).result()
 
     def eval_batch(self, batch: Batch) -> float:
-        """Summed token loss of a held-out batch over all replicas, in nats."""
+        """Sum of the token losses of a held-out batch over all replicas, in nats; the same on every rank."""
         losses: list[torch.Tensor] = []
         self._loss_scale = 1.0
         with self.rank_engine.evaluate():
@@ -134,7 +145,8 @@ class Engine:
         return total.item()
 
     def _run(self, pipeline: Callable[..., None], batch: DeviceBatch, losses: list[torch.Tensor]) -> None:
-        """Ids go to the first stage alone; every stage needs to know where documents begin and what is trained on."""
+        """Runs a schedule on a batch. Only the first stage gets token ids; every stage gets labels, positions and the
+        bounds of documents. Appends this rank's token losses to `losses`."""
         batch.arrive()
         args = [batch.input_ids] if self.stages[0].first else []
         target = {"target": batch.labels, "losses": losses} if self.stages[-1].last else {}
@@ -145,7 +157,8 @@ class Engine:
 
 
 def _check_dtypes(found: dict[str, torch.dtype], compute: torch.dtype) -> None:
-    """Raises RuntimeError where a live tensor has another dtype than the config promises."""
+    """Raises `RuntimeError` where a live tensor has an unexpected dtype: parameters must have the compute dtype, all
+    other tensors fp32."""
     wrong = {
         name: dtype for name, dtype in found.items() if dtype != (compute if name == "parameters" else torch.float32)
     }

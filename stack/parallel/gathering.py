@@ -1,8 +1,9 @@
-"""When the shards of ZeRO-3 parameters become whole parameters, and when they are let go again.
+"""Decides when ZeRO-3 parameters are gathered from their shards, and when the whole parameters are released.
 
-DeepSpeed decides that from a trace of the modules that one forward and one backward visit, and throws the trace away in
-every step whose forwards and backwards interleave, which is every step of a pipeline. Here the order is known: the
-units of a stage, forwards down and backwards up, so the next one is always gathered while this one computes.
+DeepSpeed decides this from a trace of the modules that one forward and one backward visit. It discards the trace when
+forwards and backwards interleave, as they do in every step of a pipeline. Here the order is known without a trace: a
+forward visits the units of a stage in order and a backward in reverse, so the next unit can be gathered while one
+computes.
 """
 
 from collections import Counter
@@ -12,29 +13,31 @@ from typing import Any
 import torch
 from torch import nn
 
-#: Starts to gather parameters; what it returns is waited for before they are used.
+#: Starts to gather parameters, and returns a handle whose `wait` must be called before they are used.
 Ask = Callable[[list[Any]], Any]
-#: Lets go of whole parameters.
+#: Releases whole parameters.
 Release = Callable[[list[Any]], None]
 
 
 class Gathers:
-    """The units (embedding, a decoder layer, norm, head) of a rank's stages, each gathered and let go as a whole."""
+    """Gathers and releases the units (embedding, a decoder layer, norm, head) of a rank's stages."""
 
     def __init__(self, stages: list[list[nn.Module]], *, ask: Ask, release: Release):
         """
         Args:
             stages: the units of each stage in the order of its forward.
+            ask: starts to gather parameters.
+            release: releases parameters.
         """
         self._ask, self._release = ask, release
         self._parameters: dict[nn.Module, list[Any]] = {unit: list(unit.parameters()) for s in stages for unit in s}
         self._in_flight: dict[nn.Module, Any] = {}
         self._held: set[nn.Module] = set()
-        #: Units that hold a parameter: a tied weight has two.
+        #: `id` of a parameter -> number of units that hold it. A tied weight may be held by two units.
         self._holders: Counter[int] = Counter()
 
     def ask(self, unit: nn.Module) -> None:
-        """Starts to gather a unit that is not held. On a GPU that runs beside what is queued after it."""
+        """Starts to gather a unit that is not held. On a GPU the gather runs beside the work that is queued later."""
         if unit in self._held:
             return
         self._held.add(unit)
@@ -45,15 +48,15 @@ class Gathers:
             self._in_flight[unit] = self._ask(missing)
 
     def need(self, unit: nn.Module) -> None:
-        """Returns when the unit can be used."""
+        """Waits until the parameters of the unit can be used."""
         self.ask(unit)
         self._arrive(unit)
-        # A tied weight may be on its way for the other unit.
+        # The gather of a tied weight may have been started for the other unit.
         for other in [u for u in self._in_flight if not self._apart(u, unit)]:
             self._arrive(other)
 
     def let_go(self, units: Iterable[nn.Module]) -> None:
-        """Releases what none of the other units holds."""
+        """Releases the parameters of units, except those that another held unit shares."""
         for unit in units:
             if unit in self._held:
                 self._arrive(unit)
@@ -64,7 +67,7 @@ class Gathers:
                     self._release(unheld)
 
     def let_all_go(self) -> None:
-        """Releases all."""
+        """Releases all units."""
         self.let_go(list(self._held))
 
     def ask_all(self) -> None:
@@ -73,7 +76,7 @@ class Gathers:
             self.ask(unit)
 
     def arrive_all(self) -> None:
-        """Returns when nothing is on its way."""
+        """Waits for all gathers that were started."""
         for unit in list(self._in_flight):
             self._arrive(unit)
 
@@ -86,17 +89,19 @@ class Gathers:
 
 
 def arrive_with_forward(gathers: Gathers, stages: list[list[nn.Module]]) -> None:
-    """`parallel.gather=step`: all units have been asked for, and the first forward that reaches one waits for it."""
+    """Sets the hooks for `parallel.gather=step`: all gathers are started at the beginning of a step, and the first
+    forward that reaches a unit waits for the unit."""
     for unit in (unit for units in stages for unit in units):
         unit.register_forward_pre_hook(lambda module, _args: gathers.need(module))
 
 
 def follow_microbatches(gathers: Gathers, stages: list[list[nn.Module]], *, ahead: bool) -> None:
-    """`parallel.gather=microbatch`: each unit is gathered for its forward, and again for its backward.
+    """Sets the hooks for `parallel.gather=microbatch`: each unit is gathered for its forward, and again for its
+    backward.
 
-    At most three units of the rank are whole at a time: the one that computes, the next one if `ahead`, and the last
-    one of a stage from its forward on, since the backward that mostly follows begins there. So does the first one stay
-    from a backward to the next forward.
+    At most three units of a rank are whole at a time: the unit that computes, the next unit if `ahead`, and one that a
+    stage keeps. A stage keeps its last unit after a forward, because the backward that usually follows begins there. In
+    the same way it keeps its first unit after a backward, for the next forward.
     """
     for units in stages:
         for index, unit in enumerate(units):
@@ -114,7 +119,7 @@ def _follow(gathers: Gathers, units: list[nn.Module], index: int, unit: nn.Modul
             gathers.ask(units[index + 1])
 
     def before_backward(_gradient: torch.Tensor) -> None:
-        # Autograd has run all of a unit by the time that it comes to the unit before.
+        # When the gradient of this unit's output is computed, autograd has finished the units after this one.
         gathers.let_go(units[index + 1 :])
         gathers.need(unit)
         if ahead and not first:
@@ -132,9 +137,11 @@ def _follow(gathers: Gathers, units: list[nn.Module], index: int, unit: nn.Modul
 
 
 def _save_places(unit: nn.Module) -> None:
-    """Has autograd keep where in a weight it will look, and not the weight: a product saves a view of it, which would
-    keep all that was gathered in memory until the backward, for each microbatch in flight. A unit that is recomputed
-    saves nothing but its input."""
+    """Makes autograd save the place of a weight (parameter, size, stride, offset) instead of a view of the weight.
+
+    A matrix product saves a view of its weight, which would keep the gathered memory alive until the backward, for each
+    microbatch in flight. Units that are recomputed do not need this, since they save only their input.
+    """
     forward = unit.forward
 
     def forward_that_saves_places(*args: Any, **kwargs: Any) -> Any:
@@ -143,7 +150,7 @@ def _save_places(unit: nn.Module) -> None:
         def pack(tensor: torch.Tensor) -> Any:
             parameter = whole.get(tensor.untyped_storage().data_ptr())
             if parameter is None:
-                # Detached, or an output that is saved would hold itself.
+                # Detached, because a saved output that is not detached would hold a reference to itself.
                 return tensor.detach()
             return parameter, tensor.size(), tensor.stride(), tensor.storage_offset()
 
@@ -154,7 +161,7 @@ def _save_places(unit: nn.Module) -> None:
 
 
 def _unpack(saved: Any) -> torch.Tensor:
-    """What was saved; a weight has been gathered again by now."""
+    """The saved tensor, or a view of a weight, which is gathered again when its backward runs."""
     if isinstance(saved, torch.Tensor):
         return saved
     parameter, size, stride, offset = saved

@@ -1,4 +1,4 @@
-"""Batches on their way to the device."""
+"""Copies batches to the device."""
 
 from dataclasses import dataclass
 
@@ -11,20 +11,20 @@ from stack.models.documents import Documents
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """A replica's part of a global batch on its device; sequences are [microbatches x micro_size, seq_len]."""
+    """A replica's part of a global batch on its device. Fields have the meaning that they have in `Batch`."""
 
     input_ids: torch.Tensor | None
-    """int64; None on ranks without the first stage."""
+    """int64 [microbatches x micro_size, seq_len]; None on ranks without the first stage."""
     labels: torch.Tensor
-    """int64."""
+    """int64 [microbatches x micro_size, seq_len]."""
     positions: torch.Tensor
-    """int64."""
+    """int64 [microbatches x micro_size, seq_len]."""
     bounds: torch.Tensor | None
-    """int32 [microbatches, bounds] of the documents, where attention uses them."""
+    """`Documents.bounds`, int32 [microbatches, bounds]; None where the attention kernel does not take bounds."""
     documents: Documents
     global_target_tokens: int
     copied: torch.cuda.Event | None
-    """Passed when the copies are done; None where there is nothing to wait for."""
+    """Recorded after the copies; None on a CPU, where there is nothing to wait for."""
 
     def arrive(self) -> None:
         """Makes the current stream wait for the copies."""
@@ -34,19 +34,20 @@ class DeviceBatch:
         stream.wait_event(self.copied)
         for tensor in (self.input_ids, self.labels, self.positions, self.bounds):
             if tensor is not None:
-                # Their memory belongs to the stream of the copies, which would give it away while this one reads.
+                # The memory was allocated on the stream of the copies. Without this mark the allocator could reuse it
+                # while the current stream still reads it.
                 tensor.record_stream(stream)
 
 
 class Loader:
-    """Copies batches to the device on a stream of its own, so that a step does not wait for the next one's data."""
+    """Copies batches to the device on a stream of its own, so that the copy runs while the step before computes."""
 
     def __init__(self, device: torch.device, *, reads_ids: bool, reads_bounds: bool):
         self._device, self._reads_ids, self._reads_bounds = device, reads_ids, reads_bounds
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def load(self, batch: Batch) -> DeviceBatch:
-        """Starts the copies. Any thread may call it."""
+        """Starts the copies of a batch. May be called from any thread."""
         if self._stream is None:
             return self._copied(batch, None)
         with torch.cuda.stream(self._stream):
@@ -69,7 +70,7 @@ class Loader:
 
     def _copy(self, numbers: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(numbers)
-        # From pageable memory a copy would hold up the host until it is done.
+        # A copy from pageable memory would block the host until it is done.
         return tensor if self._stream is None else tensor.pin_memory().to(self._device, non_blocking=True)
 
 

@@ -1,5 +1,8 @@
-"""Where the ranks of one host meet. torch's store listens on all interfaces, and whoever reaches it can hand a rank a
-pickle; ranks that meet on the loopback get a store that only this host reaches."""
+"""Makes the store through which the ranks of a run on one host find each other listen on the loopback only.
+
+torch's own store listens on all interfaces. Any process that reaches the store could send a rank a pickle, which can
+run code.
+"""
 
 import os
 import socket
@@ -17,14 +20,14 @@ _BACKLOG = 2048
 
 
 def init_method() -> str | None:
-    """For torch's `init_process_group`. None, torch's own way, where ranks of other hosts must reach the store,
-    or where torchrun has one."""
+    """The argument `init_method` for torch's `init_process_group`. None, torch's default, where ranks of other hosts
+    must reach the store, or where torchrun already has a store."""
     has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return f"{_SCHEME}://" if os.environ.get("MASTER_ADDR") in _THIS_HOST and not has_store else None
 
 
 def _meet(_url: str, timeout: timedelta = timedelta(minutes=5), **_: Any) -> Iterator[tuple[Store, int, int]]:
-    """torch's `env://`, but for the address that rank 0 listens on."""
+    """The same as torch's `env://`, except that rank 0 listens on the loopback only."""
     rank, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     listening = _listen(port) if rank == 0 else None
     store = TCPStore(
@@ -40,10 +43,10 @@ def _meet(_url: str, timeout: timedelta = timedelta(minutes=5), **_: Any) -> Ite
 
 
 def _listen(port: int) -> int | None:
-    """A listening socket, which the store takes over; None where it cannot be had. torch then says why, or finds that
-    this process has a store there already."""
+    """File descriptor of a listening socket, which the store takes over. None where the port is in use; torch then
+    raises an error, or reuses the store that this process already has on the port."""
     with socket.socket() as made:
-        # As torch does: a port that was in use a moment ago may still be waiting for late packets.
+        # As in torch: without this option a port that was in use a moment ago could not be bound (TIME_WAIT).
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             made.bind((_LOOPBACK, port))

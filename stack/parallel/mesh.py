@@ -1,4 +1,4 @@
-"""The rank grid as process groups: one data group for each rank of the pipe, one pipe group for each replica."""
+"""The process groups of the rank grid: one data group for each rank of the pipe, one pipe group for each replica."""
 
 import os
 from collections.abc import Iterable
@@ -13,32 +13,38 @@ from stack.plan.layout import Plan
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place. `data_group` shards ZeRO states; `pipe_group` passes hidden states."""
+    """This rank's place in the grid, and its process groups."""
 
     rank: int
     pipe_rank: int
+    """Place in the pipe group, from 0."""
     replica: int
+    """Place in the data group, from 0."""
     pipeline: int
+    """Ranks in a pipe group."""
     replicas: int
+    """Ranks in a data group."""
     data_group: dist.ProcessGroup
+    """The ranks with the same stages; ZeRO shards states over them."""
     pipe_group: dist.ProcessGroup
+    """The ranks of the same replica; hidden states and their gradients are sent between them."""
     tied_group: dist.ProcessGroup | None
-    """Holders of the two copies of a tied embedding in this replica's pipe, if this rank is one of them."""
+    """The two ranks of this replica that hold the copies of a tied embedding; None on other ranks."""
     host_group: dist.ProcessGroup
-    """All ranks, for numbers that are on the host."""
+    """All ranks, for tensors in host memory (gloo)."""
     disk_group: dist.ProcessGroup
-    """All ranks, to wait for each other's disks: gloo, with a timeout of its own. Not for training: a save in the
-    background uses it."""
+    """All ranks, to wait for each other's writes and reads of files (gloo, with a timeout of its own). A save in the
+    background uses this group, so training must not."""
     device: torch.device
 
     @property
     def world_size(self) -> int:
-        """Ranks of the run."""
+        """Number of ranks of the run."""
         return self.pipeline * self.replicas
 
     @property
     def data_ranks(self) -> list[int]:
-        """Global ranks of this rank's data group."""
+        """Global ranks of the members of this rank's data group."""
         return dist.get_process_group_ranks(self.data_group)
 
     def __str__(self) -> str:
@@ -47,11 +53,12 @@ class Mesh:
 
 
 def make_mesh(plan: Plan, *, timeout: timedelta, disk_timeout: timedelta | None = None) -> Mesh:
-    """Makes the groups. Collective: every rank makes every group, in the same order.
+    """Makes the process groups. Collective: every rank makes every group, in the same order, as torch requires.
 
     Args:
+        plan: the layout.
         timeout: longest wait in one collective before it raises.
-        disk_timeout: that of `disk_group`; None is `timeout`.
+        disk_timeout: longest wait in a collective of `disk_group`; None for `timeout`.
     """
     rank = dist.get_rank()
     pipe_rank, replica = plan.pipe_rank_of(rank), plan.replica_of(rank)
@@ -92,8 +99,8 @@ def local_device() -> torch.device:
 
 
 class Mpu:
-    """What DeepSpeed asks of a model-parallel unit: ZeRO shards over the data group; the gradient norm is summed
-    over the pipe group too."""
+    """The interface of a model-parallel unit, as DeepSpeed calls it. ZeRO shards over the data group, and the gradient
+    norm is also summed over the pipe group, which is passed as the model-parallel group."""
 
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
@@ -120,5 +127,5 @@ class Mpu:
         return self._mesh.data_ranks
 
     def get_pipeline_model_parallel_world_size(self) -> int:
-        # DeepSpeed must not take the pipe for one of its own.
+        # 1, so that DeepSpeed does not treat the run as one of its own pipelines.
         return 1

@@ -1,7 +1,7 @@
-"""Small values between ranks, as JSON in tensors of bytes.
+"""Sends small values between ranks, as JSON in tensors of bytes.
 
-The object collectives of torch.distributed unpickle what arrives, and a pickle can run code: whoever reaches the ports
-of a run could hand a rank such a pickle. JSON can only be wrong.
+The object collectives of torch.distributed unpickle the bytes that arrive, and a pickle can run code. A process that
+reaches the ports of a run could then run code in a rank. Parsing JSON runs no code.
 """
 
 import json
@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 
 def gather(own: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """What every rank of a group has to say, by rank. Collective.
+    """The values of all ranks of a group, in the order of ranks. Collective.
 
     Args:
-        own: a value of JSON; tuples arrive as lists, and the keys of objects as text.
+        own: this rank's value, which JSON must be able to represent; tuples arrive as lists, and keys of dicts as text.
         group: the default group if None.
     """
     data = _packed(own, group)
@@ -30,10 +30,11 @@ def gather(own: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 
 
 def broadcast(own: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """What global rank 0, which must be in the group, has to say. Collective.
+    """The value of global rank 0, which must be in the group. Collective.
 
     Args:
-        own: as in `gather`; that of the other ranks does not count.
+        own: as in `gather`; ignored on other ranks than 0.
+        group: the default group if None.
     """
     data = _packed(own, group)
     size = torch.tensor([len(data)], device=data.device)

@@ -3,23 +3,25 @@
 import torch
 import torch.distributed as dist
 
-#: Elements whose squares are summed in fp32, on a CPU. Each lane of a vector unit adds 4 or 8 of them.
+#: On a CPU, the squares of this many elements are summed in fp32. Each lane of a vector unit adds 4 or 8 of them.
 _ROW = 64
-#: Elements whose row norms are in memory at once.
+#: On a CPU, row norms of this many elements are in memory at once.
 _CHUNK = 1 << 22
 
 
 def global_norm(
     gradients: list[torch.Tensor], *groups: dist.ProcessGroup, device: torch.device | None = None
 ) -> torch.Tensor:
-    """L2 norm (0-dimensional fp32) of fp32 gradients here and on all ranks of the groups' product. Collective.
+    """L2 norm (0-dimensional fp32) of the fp32 gradients of all ranks. Collective over `groups`, one after another.
 
-    Sums over more than a few elements, and over ranks, are in fp64: torch's fp32 norm on a CPU adds one square after
-    another, and is off by 1e-5 for 10^6 elements, 4e-4 for 10^7 and 1e-2 for 10^8. No copy of a gradient in fp64 is
-    made, and the host does not wait for the device.
+    The squares are summed over this rank, then over each of `groups`. Sums over more than a few elements, and over
+    ranks, are in fp64: torch's fp32 norm on a CPU adds one square after another, with an error of 1e-5 for 10^6
+    elements, 4e-4 for 10^7 and 1e-2 for 10^8. No gradient is copied to fp64, and the host does not wait for the device.
 
     Args:
-        device: where the groups reduce, if not where the gradients are.
+        gradients: this rank's gradients, of any shape.
+        groups: the groups over which the squares are summed.
+        device: the device on which the groups reduce; None for the device of the gradients.
     """
     squared = _sum_of_squares(gradients).to(device)
     for group in groups:
@@ -28,22 +30,22 @@ def global_norm(
 
 
 def clip(gradients: list[torch.Tensor], norm: torch.Tensor, limit: float) -> None:
-    """Scales gradients in place so that their global norm is at most `limit`; 0 does not clip.
+    """Scales gradients in place so that their global norm is at most `limit`; with `limit` 0 nothing is scaled.
 
-    The coefficient is limit / (norm + 1e-6), at most 1, as in torch.nn.utils.clip_grad_norm_ and DeepSpeed.
+    The factor is limit / (norm + 1e-6), at most 1, as in torch.nn.utils.clip_grad_norm_ and DeepSpeed.
     """
     if limit > 0:
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
 def _sum_of_squares(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """0-dimensional fp64, on the device of the gradients; on the CPU where there are none."""
+    """Sum of all squares, 0-dimensional fp64, on the device of the gradients; 0 on the CPU where there are none."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64)
     if gradients[0].device.type == "cpu":
         norms = [norm for gradient in gradients for norm in _norms(gradient.flatten())]
     else:
-        # One kernel for all gradients, which converts each element as it reads it.
+        # One kernel for all gradients, which converts each element to fp64 when it reads the element.
         norms = list(torch._foreach_norm(gradients, 2, torch.float64))
     return torch.stack(norms).square().sum()
 

@@ -1,4 +1,4 @@
-"""The optimizer of a rank's parameters, as ZeRO will shard it."""
+"""Makes the optimizer of a rank's parameters, which ZeRO then shards."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +18,15 @@ def make_optimizer(
     shape_of: Callable[[torch.Tensor], torch.Size] = lambda parameter: parameter.shape,
     wrap: Callable[[Kind], Kind] = lambda kind: kind,
 ) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum, of torch; matrices are decayed, norms and biases are not.
+    """torch's AdamW, or SGD with momentum. Weight decay applies to matrices, not to norms and biases.
 
     Args:
-        tied: one of the copies of a tied embedding; alone in its group, so that both are sharded alike.
-        shape_of: the whole shape of a parameter that may be sharded.
-        wrap: makes another class of the optimizer's.
+        parameters: all parameters of this rank.
+        cfg: `cfg.optim` has the settings.
+        tied: this rank's copy of a tied embedding. It gets a parameter group of its own, so that ZeRO shards the copies
+            on both ranks alike.
+        shape_of: returns the whole shape of a parameter that may be sharded.
+        wrap: returns the optimizer class to use instead of torch's class.
     """
     decayed: list[torch.Tensor] = []
     others: list[torch.Tensor] = []
@@ -41,11 +44,11 @@ def make_optimizer(
         kind, options["momentum"] = torch.optim.SGD, cfg.optim.momentum
     else:
         kind, options["betas"], options["eps"] = torch.optim.AdamW, tuple(cfg.optim.betas), cfg.optim.eps
-    # An empty group has no place in DeepSpeed's bookkeeping.
+    # DeepSpeed cannot handle empty parameter groups.
     return wrap(kind)([group for group in groups if group["params"]], **options)
 
 
 def skip_unless_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
-    """Has the next update of a fused optimizer left out if `norm` is not finite; its kernel reads that on the device,
-    so the host need not wait to know."""
+    """Makes a fused optimizer skip its next update if `norm` (0-dimensional) is not finite. The optimizer's kernel
+    reads the flag on the device, so the host does not wait."""
     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]

@@ -1,5 +1,8 @@
-"""One dense process that a layout must equal: the plain transformers model, torch's optimizer, the whole batch. Of the
-engine it has nothing but the first weights."""
+"""Trains a model in one ordinary process, for comparison with layouts.
+
+Uses the plain transformers model, torch's optimizer and the whole batch. Only the initial weights come from the code
+under test.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,14 +22,16 @@ from stack.plan.layout import make_plan
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean token loss (nats) and gradient norm before clipping of each step, and at the end the fp32 parameters by
-    every Hugging Face name."""
+    """The results of a training run."""
 
     losses: list[float]
+    """Mean token loss of each step, in nats."""
     norms: list[float]
+    """Gradient norm of each step, before clipping."""
     parameters: dict[str, torch.Tensor]
+    """Hugging Face name -> fp32 parameter after the last step. A tied parameter occurs under both of its names."""
     also: frozenset[str] = frozenset()
-    """Second names of parameters that are tied; a stage that holds both ends has one."""
+    """The second names of tied parameters. A stage that holds both ends of a tie has only one of the two names."""
 
 
 #: Token ids, labels and positions of a global batch, each int64 [global_size, seq_len].
@@ -34,7 +39,7 @@ Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def synthetic_rows(cfg: Config, step: int) -> Rows:
-    """A global batch of random tokens whose sequences end anywhere, so that no two microbatches weigh the same."""
+    """A global batch of random tokens. Sequences have random lengths, so that microbatches have different weights."""
     draw = np.random.default_rng([cfg.run.seed, step])
     size, length = cfg.batch.global_size, cfg.data.seq_len
     tokens = draw.integers(0, cfg.model.config["vocab_size"], (size, length + 1))
@@ -46,7 +51,7 @@ def synthetic_rows(cfg: Config, step: int) -> Rows:
 
 
 def train_dense(cfg: Config, *, steps: int, device: torch.device) -> Curve:
-    """Trains on `synthetic_rows` as any tutorial would; in half precision with fp32 masters and gradient sums."""
+    """Trains on `synthetic_rows` with a plain loop; half precision uses fp32 masters and gradient sums."""
     model = _model(cfg).to(device)
     masters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     _set(model, masters, compute_dtype(cfg))
@@ -65,7 +70,7 @@ def train_dense(cfg: Config, *, steps: int, device: torch.device) -> Curve:
 
 
 def _model(cfg: Config) -> Any:
-    """The model as transformers builds it, in fp32 on the CPU, with the first weights of every layout."""
+    """The model as transformers builds it, in fp32 on the CPU, with the initial weights that every layout has."""
     alone = replace(
         cfg, parallel=Parallel(pipeline=1, zero=0), precision=replace(cfg.precision, dtype="fp32", compile=False)
     )
@@ -80,14 +85,14 @@ def _model(cfg: Config) -> Any:
 
 
 def _set(model: torch.nn.Module, masters: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Gives the model its masters in the compute dtype; its rotary tables stay in fp32."""
+    """Sets the model's parameters to the masters in the compute dtype; rotary tables stay in fp32."""
     for name, parameter in model.named_parameters():
         parameter.data = masters[name].detach().to(dtype, copy=True)
 
 
 def _parts(cfg: Config, model: Any, rows: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The batch in one piece; by microbatches where that changes more than the order of sums: the auxiliary loss of a
-    mixture is one of a microbatch, and half precision rounds the gradients of each."""
+    """The whole batch as one part, or the microbatches where a split changes more than the order of sums: the auxiliary
+    loss of a mixture is defined for a microbatch, and half precision rounds the gradients of each microbatch."""
     by_parts = hasattr(model.config, "router_aux_loss_coef") or cfg.precision.dtype != "fp32"
     size = cfg.batch.micro_size if by_parts else len(rows[0])
     return zip(*(values.split(size) for values in rows), strict=True)
@@ -96,7 +101,8 @@ def _parts(cfg: Config, model: Any, rows: list[torch.Tensor]) -> Iterator[tuple[
 def _backward(
     model: Any, masters: dict[str, torch.Tensor], part: tuple[torch.Tensor, ...], labels: torch.Tensor
 ) -> float:
-    """Adds the gradients of a part of the batch to the masters', in fp32; returns its share of the loss."""
+    """Adds the gradients of a part of the batch to those of the masters, in fp32. Returns the part's share of the mean
+    token loss. `labels` are those of the whole batch."""
     targets = (labels != IGNORE).sum()
     cross_entropy, auxiliary = _losses(model, *part)
     ((cross_entropy + auxiliary) / targets).backward()
@@ -109,8 +115,8 @@ def _backward(
 
 
 def _clip(masters: list[torch.Tensor], limit: float) -> float:
-    """Scales gradients in place so that their norm is at most `limit`, and returns the norm before. It is computed in
-    fp64: torch.nn.utils.clip_grad_norm_ on a CPU is off by 1e-5 for a million elements."""
+    """Scales gradients in place so that their norm is at most `limit`, and returns the norm before. The norm is
+    computed in fp64, because torch.nn.utils.clip_grad_norm_ on a CPU has an error of 1e-5 for a million elements."""
     norms = [master.grad.double().norm() for master in masters if master.grad is not None]
     norm = torch.stack(norms).norm().float()
     torch.nn.utils.clip_grads_with_norm_(masters, limit, norm)

@@ -1,4 +1,4 @@
-"""ZeRO stage 0: every replica holds all of its stages' states. DeepSpeed has nothing to shard here and is not used."""
+"""ZeRO stage 0: every replica holds all states of its stages. Nothing is sharded, so DeepSpeed is not used."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,8 @@ from stack.plan.policies import MASTER
 
 
 class ReplicatedEngine(RankEngine):
-    """Plain torch over whole gradients; what every sharded layout is compared with."""
+    """The engine for ZeRO stage 0, in plain torch. Every rank has the whole gradients, masters and optimizer state of
+    its stages."""
 
     def __init__(self, stages: list[Stage], *, cfg: Config, mesh: Mesh):
         super().__init__(stages, cfg=cfg, mesh=mesh)
@@ -32,7 +33,7 @@ class ReplicatedEngine(RankEngine):
         return self._scaler.scale
 
     def backward(self, output: torch.Tensor, gradient: torch.Tensor | None, *, last: bool) -> None:
-        # Scaled once, on the last stage: what the others receive is scaled already.
+        # Scaled only on the last stage: the gradients that other stages receive are scaled already.
         super().backward(output if gradient is not None else output * self.loss_scale, gradient, last=last)
 
     @contextlib.contextmanager
@@ -102,7 +103,7 @@ class ReplicatedEngine(RankEngine):
                     live.copy_(master)
 
     def _part(self, parameter: Any, load: bool) -> Part | None:
-        """All of a parameter to load it, a replica's share to save it; None where that is nothing."""
+        """The whole parameter with `load`, else the share that this replica saves; None where the share is empty."""
         master = self.optimizer.master_of[parameter]
         state = self._state(master)
         replica, replicas = (0, 1) if load else (self.mesh.replica, self.mesh.replicas)
@@ -130,7 +131,8 @@ class ReplicatedEngine(RankEngine):
 
 
 class LossScaler:
-    """Dynamic loss scaling (Micikevicius et al. 2018): halved at an overflow, doubled after `WINDOW` steps without."""
+    """Dynamic loss scaling (Micikevicius et al. 2018): the scale is halved after an overflow, and doubled after
+    `WINDOW` steps without one. Always 1 unless `dynamic`."""
 
     START, WINDOW = 2.0**16, 1000
 
@@ -140,7 +142,7 @@ class LossScaler:
         self.scale = self.START if dynamic else 1.0
 
     def update(self, *, overflow: bool) -> None:
-        """Takes in one step; the overflow must be the same on all ranks."""
+        """Adjusts the scale after a step; `overflow` must be the same on all ranks."""
         self.since = 0 if overflow else self.since + 1
         if overflow:
             self.scale = max(self.scale / 2, 1.0)
@@ -149,16 +151,17 @@ class LossScaler:
 
 
 def average(gradients: list[torch.Tensor], group: dist.ProcessGroup) -> None:
-    """Replaces gradients, in place, by their means over the group. Collective."""
+    """Replaces gradients by their means over the group, in place. Collective."""
     for work in [dist.all_reduce(gradient, group=group, async_op=True) for gradient in gradients]:
         work.wait()
     torch._foreach_div_(gradients, dist.get_world_size(group))
 
 
 def on_masters(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The optimizer class `kind` on fp32 masters of parameters in any dtype, with their fp32 gradients.
+    """A subclass of the optimizer class `kind` that updates fp32 masters and copies them into the parameters.
 
-    A master of an fp32 parameter is the parameter itself.
+    Parameters may have any dtype; their `.grad` must be fp32. The master of an fp32 parameter is the parameter itself.
+    `master_of` maps parameters to masters.
     """
 
     class OnMasters(kind):  # type: ignore[misc, valid-type]

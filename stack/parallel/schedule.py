@@ -1,4 +1,4 @@
-"""Drives a rank's engine with a schedule of torch.distributed.pipelining, and measures when it computes."""
+"""Runs a rank's engine under a schedule of torch.distributed.pipelining, and measures when the rank computes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,10 +30,12 @@ from stack.plan.layout import Plan
 
 
 class Schedule1F1B(_PipelineScheduleRuntime):
-    """1F1B (Narayanan et al. 2019) with communication beside the computation: a receive is posted when its sender is
-    about to send, and waited for when it is used; a send is waited for by nobody. Torch's own class stops at both.
+    """1F1B (Narayanan et al. 2019) with communication during the computation, whereas torch's own class waits for each
+    send and receive.
 
-    Both ends of a pair post their transfers in one order, so neither waits for one that the other has yet to post.
+    A rank posts a receive when the sender is about to send, and waits for it when it needs the tensor. It waits for a
+    send only when it needs the buffer again. Both ranks of a pair post their transfers in the same order, so neither
+    waits for a transfer that the other posts later.
     """
 
     def __init__(self, stages: list[PipelineStage], microbatches: int, **options: Any):
@@ -45,8 +47,8 @@ class Schedule1F1B(_PipelineScheduleRuntime):
 
 
 def order_1f1b(rank: int, pipeline: int, microbatches: int) -> list[_Action]:
-    """What a rank of the pipe computes: forwards until the first gradient can be back, then one backward, one forward
-    in turn, then the backwards that are left."""
+    """The order of computations of one rank of the pipe: `pipeline - 1 - rank` forwards, then forwards and backwards in
+    turn, then the remaining backwards."""
     ahead = min(pipeline - 1 - rank, microbatches)
     order = [_Action(rank, FORWARD, microbatch) for microbatch in range(ahead)]
     for microbatch in range(microbatches):
@@ -56,7 +58,7 @@ def order_1f1b(rank: int, pipeline: int, microbatches: int) -> list[_Action]:
     return order
 
 
-#: The classes behind the names in `stack.plan.policies`.
+#: Name of a schedule in `stack.plan.policies` -> its class.
 _CLASSES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
     "gpipe": ScheduleGPipe,
@@ -75,18 +77,21 @@ def make_schedule(
     loss_scale: Callable[[], float],
     clock: Callable[[], StepClock],
 ) -> "Pipeline":
-    """This rank's stages under their schedule.
+    """The `Pipeline` that runs this rank's stages under the schedule of the plan.
 
     Args:
-        dtype: of the hidden states that cross a cut.
-        loss_scale: what the summed token loss of a microbatch is multiplied by for the backward; asked each time.
-        clock: the clock of the step that runs.
+        engine: this rank's engine.
+        plan: the layout.
+        mesh: this rank's process groups.
+        dtype: of the hidden states that are sent between stages.
+        loss_scale: returns the factor for the summed token loss of a microbatch; called for every microbatch.
+        clock: returns the clock of the current step.
     """
     hidden = torch.empty(plan.micro_size, plan.seq_len, plan.shape.hidden, device="meta", dtype=dtype)
     tokens = torch.empty(plan.micro_size, plan.seq_len, device="meta", dtype=torch.long)
 
     def stage(index: int, number: int) -> _EngineStage:
-        # Static shapes: letting torch infer them would run a forward and a backward through ZeRO's hooks.
+        # The shapes are given, because torch would infer them by a forward and a backward through ZeRO's hooks.
         last = number == plan.stages - 1
         made = _EngineStage(
             _Forward(engine, index),
@@ -111,18 +116,19 @@ def make_schedule(
 
 
 class Pipeline:
-    """All microbatches of a step, or of an evaluation, through this rank's stages."""
+    """Runs all microbatches of a step, or of an evaluation, through this rank's stages."""
 
     def __init__(self, schedule: _PipelineSchedule, stages: "list[_EngineStage]"):
         self._schedule, self.stages = schedule, stages
 
     def train(self, *args: torch.Tensor, **inputs: Any) -> None:
-        """Forwards and backwards."""
+        """Runs forwards and backwards. Arguments are those of `Stage.forward`, for all microbatches; on the last stage
+        also `target` and `losses`, as in torch's schedules."""
         self._schedule.step(*args, return_outputs=False, **inputs)
         self._finish()
 
     def evaluate(self, *args: torch.Tensor, **inputs: Any) -> None:
-        """Forwards."""
+        """Runs forwards only, with the arguments of `train`."""
         self._schedule.eval(*args, return_outputs=False, **inputs)
         self._finish()
 
@@ -132,7 +138,8 @@ class Pipeline:
 
 
 class _Forward(nn.Module):
-    """A stage of the engine as a module without parameters: torch must not move, count or scale what ZeRO owns."""
+    """A stage of the engine as a module without parameters, so that torch's pipelining does not move, count or scale
+    parameters that ZeRO manages."""
 
     def __init__(self, engine: RankEngine, index: int):
         super().__init__()
@@ -146,11 +153,18 @@ class _EngineStage(PipelineStage):
     """A pipeline stage whose forward and backward go through the rank's engine."""
 
     def drive(self, engine: RankEngine, index: int, clock: Callable[[], StepClock], *, window: int) -> None:
-        """Says what the stage runs, and how many microbatches it may hold between their forward and their backward."""
+        """Sets the engine that the stage runs on.
+
+        Args:
+            engine: this rank's engine.
+            index: number of this stage within the rank.
+            clock: returns the clock of the current step.
+            window: number of microbatches that may be between their forward and their backward.
+        """
         self._engine, self._index, self._clock, self._window = engine, index, clock, window
         self._sending: dict[tuple[str, int], list[dist.Work]] = {}
 
-    # Torch makes receive buffers for every microbatch of a step; those of one that is done serve a later one.
+    # torch makes receive buffers for every microbatch of a step. Here microbatches that are `window` apart share them.
 
     def _prepare_forward_infra(self, num_microbatches: int, *args: Any, **kwargs: Any) -> Any:
         result = super()._prepare_forward_infra(num_microbatches, *args, **kwargs)
@@ -166,7 +180,8 @@ class _EngineStage(PipelineStage):
         for microbatch in buffers:
             buffers[microbatch] = buffers[microbatch % self._window]
 
-    # A schedule would keep all that it sends until the step ends. Sent from here, and let go as soon as it has arrived.
+    # A schedule of torch would keep all sent tensors until the end of the step. The stage sends them itself, and
+    # releases each one as soon as it is received.
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         self._sending["forward", fwd_chunk_id] = _batch_p2p(super().get_fwd_send_ops(fwd_chunk_id))
@@ -180,7 +195,7 @@ class _EngineStage(PipelineStage):
         _wait_batch_p2p(self._sending.pop((direction, microbatch), []))
 
     def finish_sending(self) -> None:
-        """Waits for what is still on its way."""
+        """Waits for the sends that have not finished."""
         for transfer in list(self._sending):
             self._sent(*transfer)
 
@@ -189,7 +204,9 @@ class _EngineStage(PipelineStage):
             return super().forward_one_chunk(*args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        # Its gradient is here, so the next stage has what was sent; and the stage before has used an older gradient.
+        # Both sends have arrived by now, so the waits only release their tensors. The gradient of this microbatch is
+        # here, so the next stage has its hidden states. The stage before has used the gradient of `window` microbatches
+        # ago.
         self._sent("forward", bwd_chunk_id)
         self._sent("backward", bwd_chunk_id - self._window)
         with self._clock().busy():
@@ -199,7 +216,7 @@ class _EngineStage(PipelineStage):
         with self._clock().busy():
             super().backward_weight_one_chunk(*args, **kwargs)
 
-    # Between two stages of one rank torch hands gradients over in an evaluation too, where there are none.
+    # For two stages on one rank torch passes gradients on in an evaluation too, although there are none.
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
         return super().get_local_bwd_output(mb_index) if self.has_backward else ()
@@ -211,7 +228,7 @@ class _EngineStage(PipelineStage):
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> tuple[tuple[torch.Tensor | None, ...], list[dict[str, Any]] | None]:
-        """Replaces torch's backward, which knows nothing of ZeRO."""
+        """Replaces torch's backward by the engine's, which works with ZeRO."""
         if backward_type == "weight":
             self._engine.backward_weight(self._index, bwd_kwargs["param_groups"])
             return (), None
@@ -227,8 +244,8 @@ class _EngineStage(PipelineStage):
 
 
 def _taken(values: list[Any]) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of the received tensors. The receive buffers live on; their gradients must not, or a step keeps one
-    for every microbatch."""
+    """The gradients of the received tensors, which are removed from `.grad`: receive buffers stay alive, and would keep
+    a gradient for every microbatch of a step."""
     tensors = [value if isinstance(value, torch.Tensor) else None for value in values]
     received = tuple(None if tensor is None else tensor.grad for tensor in tensors)
     for tensor in tensors:

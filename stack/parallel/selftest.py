@@ -1,5 +1,8 @@
-"""Decides whether a DeepSpeed that this version was not tested with can be trusted: a tiny run of two stages against
-one dense process, in a process of its own (`python -m stack.parallel.selftest`)."""
+"""The self-test for versions of DeepSpeed that the test suite has not run with.
+
+Compares a tiny run of two stages with the same step without DeepSpeed, in a process of its own
+(`python -m stack.parallel.selftest`).
+"""
 
 import contextlib
 import json
@@ -22,10 +25,11 @@ _RUNNING = "STACK_SELFTEST"
 
 
 def require(version: str, torch_version: str) -> None:
-    """Returns at once for a tested version; else runs the self-test, once for each pair of versions on this host.
+    """Returns at once for a tested version of DeepSpeed. Otherwise runs the self-test; a success is remembered on this
+    host for the pair of versions.
 
     Raises:
-        ConfigError: the self-test failed; the message names what DeepSpeed no longer has, or what came out wrong.
+        ConfigError: the self-test failed; the message names the missing attribute of DeepSpeed or the wrong number.
     """
     if version in TESTED or _RUNNING in os.environ:
         return
@@ -41,21 +45,21 @@ def _verdict(version: str, torch_version: str) -> dict[str, Any]:
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "stack"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"selftest-deepspeed-{version}-torch-{torch_version}.json"
-    # All ranks of a host ask at the same time; one runs it.
+    # All ranks of a host come here at the same time; the lock makes one of them run the self-test.
     with open(file.with_suffix(".lock"), "a") as lock:
         disk.lock(lock, wait=True)
         if file.exists():
             return json.loads(file.read_text())
         verdict = {"failure": _run()}
-        # A failure may be this host's of today: it is tried again.
+        # A failure is not remembered, because its cause on this host may be temporary.
         if not verdict["failure"]:
             disk.write_whole(file, json.dumps(verdict))
         return verdict
 
 
 def _run() -> str:
-    """What failed, or nothing."""
-    # Alone on the CPU, whatever launched this process.
+    """Runs the self-test in a process of its own. Returns the error, or an empty string after a success."""
+    # One rank on the CPU, independent of the environment that the launcher gave this process.
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     environment = {**os.environ, **alone, _RUNNING: "1"}
     command = [*PYTHON, "-W", "ignore", "-m", __spec__.name]
@@ -69,7 +73,7 @@ def _run() -> str:
 
 
 def main() -> None:
-    """Runs every policy of ZeRO 1 to 3; an error ends the process with its name as the last line."""
+    """Runs every policy of ZeRO 1 to 3. An error ends the process, and the last line of its output names the error."""
     from stack.parallel import zero
 
     with contextlib.closing(socket.socket()) as probe:
@@ -88,7 +92,7 @@ def main() -> None:
 
 
 def _compare(zero_stage: int, reduce: str, gather: str) -> None:
-    """One step of two stages, two microbatches, both backwards in a row.
+    """Compares one step of two stages and two microbatches, with both backwards in a row, with a dense step.
 
     Raises:
         AssertionError: the loss or an updated parameter differs from the dense model's.
@@ -178,7 +182,7 @@ def _tiny(zero_stage: int, reduce: str, gather: str) -> Any:
 
 
 def _mesh(pipe_rank: int) -> Any:
-    """The place of a stage whose neighbour lives in the same process: all groups are this process alone."""
+    """A mesh for one of two stages in the same process; all of its groups consist of this process."""
     import torch
     import torch.distributed as dist
 

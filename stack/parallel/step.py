@@ -1,4 +1,4 @@
-"""What an optimizer step gave, on a device that may still be working on it."""
+"""The result of an optimizer step, which a device may still be working on."""
 
 import math
 import resource
@@ -13,20 +13,20 @@ from stack.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step gave; the same on every rank.
+    """The result of one optimizer step; the same on every rank.
 
     loss: mean token loss over the targets of the global batch, in nats, before the update.
     grad_norm: global L2 norm before clipping; not finite where the update was skipped.
     tokens: targets in the global batch.
     lr: learning rate of the update.
-    step_time_s: time of the slowest rank, on a GPU without what the host did beside it.
+    step_time_s: seconds of the slowest rank; on a GPU the time of the device, without work of the host beside it.
     bubble_fraction: share of the step in which a stage waited for its neighbours, mean over the ranks.
     stage_busy_s: seconds of forwards and backwards of each rank of the pipe, mean over its replicas.
     memory_peak_bytes: largest peak of any rank since it started (device memory, or resident memory on the CPU).
-    router_aux_loss: what a mixture of experts adds to the loss to balance its experts, coefficient included; None for
-        other models.
-    loss_scale: what fp16 multiplied the loss by in this step; None for other dtypes.
-    stop: whether any rank was asked to end when it read this.
+    router_aux_loss: the auxiliary loss that balances the experts of a mixture, times its coefficient; None for models
+        without experts.
+    loss_scale: the factor of the loss in fp16 in this step; None for other dtypes.
+    stop: whether any rank had been asked to end the run when it called `RunningStep.result`.
     """
 
     loss: float
@@ -43,12 +43,13 @@ class StepResult:
 
     @property
     def skipped(self) -> bool:
-        """Whether an overflow in fp16 left the update out: not an error, the scale is halved."""
+        """Whether the update was skipped because of an overflow in fp16. The loss scale is then halved, and the run
+        goes on."""
         return self.loss_scale is not None and not math.isfinite(self.grad_norm)
 
 
 class RunningStep:
-    """A step that the host has handed to the device. `result` waits for it; until then nothing does."""
+    """A step that the host has queued on the device. Only `result` waits for the device."""
 
     def __init__(
         self,
@@ -64,24 +65,31 @@ class RunningStep:
     ):
         """
         Args:
-            losses: scaled token losses (0-dimensional) of this rank's microbatches; empty but on the last stage.
-            auxiliary: summed auxiliary losses of this rank's routers, None for a model without any.
+            clock: the clock of the step.
+            mesh: this rank's process groups.
+            losses: scaled token losses (0-dimensional) of this rank's microbatches; empty on all stages but the last.
+            auxiliary: `Router.take` of this rank's routers; None for a model without experts.
+            grad_norm: global norm before clipping, 0-dimensional.
+            tokens: targets in the global batch.
+            lr: learning rate of the update.
+            loss_scale: the factor of the loss in fp16, else None.
         """
         self._clock, self._mesh, self._routed = clock, mesh, auxiliary is not None
         self._tokens, self._lr, self._loss_scale = tokens, lr, loss_scale
         numbers = torch.stack([_total(losses, mesh.device), _total(auxiliary or [], mesh.device), grad_norm.double()])
-        # Into pinned memory the copy is queued like the rest of the step.
+        # A copy into pinned memory is queued on the device like the rest of the step; the host does not wait for it.
         self._numbers = torch.empty(3, dtype=torch.float64, pin_memory=mesh.device.type == "cuda")
         self._numbers.copy_(numbers, non_blocking=True)
         clock.end()
 
     def result(self, stop: bool = False) -> StepResult:
-        """One small all-gather: every rank learns the loss, the idle time and the peak of all. Collective.
+        """Waits for the step and returns its result. Collective over all ranks.
 
-        It runs on the host: on the device it would wait behind the step that follows.
+        One small all-gather collects the numbers of all ranks. It runs on the host, because on the device it would be
+        queued behind the next step.
 
         Args:
-            stop: whether this rank was asked to end; all learn of it in the same step.
+            stop: whether this rank was asked to end the run; all ranks get to know it in the same step.
         """
         self._clock.wait()
         loss, auxiliary, grad_norm = self._numbers.tolist()
@@ -93,7 +101,7 @@ class RunningStep:
         dist.all_gather_into_tensor(flat, mine, group=self._mesh.host_group)
         table = flat.view(-1, mine.numel())
         return StepResult(
-            # The scale of the backward carries the number of replicas, which ZeRO's average takes out again.
+            # The losses were multiplied by the number of replicas, because ZeRO averages the gradients.
             loss=float(table[:, 0].sum()) / self._mesh.replicas,
             grad_norm=grad_norm,
             tokens=self._tokens,

@@ -1,8 +1,8 @@
-"""One DeepSpeed engine per pipeline stage. With zero_state.py the only file that touches DeepSpeed's private names.
+"""One DeepSpeed engine for the stages of a rank. Only this file and zero_state.py use private names of DeepSpeed.
 
-DeepSpeed's own PipelineEngine refuses ZeRO-2 and 3. A plain DeepSpeedEngine over the stage's data group does not,
-but it was written for one forward followed by one backward over the world. Each function here undoes one such
-assumption; tests/numerics fails when one of them is left out.
+DeepSpeed's own PipelineEngine refuses ZeRO-2 and 3. A plain DeepSpeedEngine over the stage's data group does not, but
+it assumes one forward followed by one backward over all ranks. docs/engine.md lists such assumptions, and
+tests/numerics fails when one of the workarounds here is left out.
 """
 
 import contextlib
@@ -45,18 +45,18 @@ selftest.require(deepspeed.__version__, torch.__version__)
 
 def init_distributed(*, timeout: timedelta) -> None:
     """Starts torch.distributed through DeepSpeed: NCCL with GPUs, gloo without. Collective."""
-    # On a CPU DeepSpeed compiles a shared-memory all-reduce at its first start. Nothing here calls it.
-    # (By name: the attribute `deepspeed.comm.torch` is torch itself.)
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce at its first start, which is not used here.
+    # The module is imported by name because the attribute `deepspeed.comm.torch` is torch itself.
     _replace(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
     deepspeed_logger.setLevel(logging.WARNING)
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # DeepSpeed takes LOCAL_RANK for the number of the device. The launcher's number of the rank, which is another
-        # one where each rank sees one GPU (Slurm's --gpus-per-task), was read before (`ranks.from_environment`).
+        # DeepSpeed uses LOCAL_RANK as the number of the device. The two differ where each rank sees only one GPU
+        # (Slurm's --gpus-per-task). `ranks.from_environment` has read the launcher's value before.
         os.environ["LOCAL_RANK"] = str(device.index)
     else:
-        # torch computes in fp16 on every CPU; DeepSpeed refuses it on those without instructions for it.
+        # torch computes in fp16 on every CPU, but DeepSpeed refuses fp16 on CPUs without instructions for it.
         _replace(type(get_accelerator()), "is_fp16_supported", lambda _self: True)
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
@@ -68,27 +68,27 @@ def init_distributed(*, timeout: timedelta) -> None:
 
 
 def close() -> None:
-    """Waits for every rank and ends the groups. Collective."""
+    """Waits for every rank and destroys the process groups. Collective."""
     dist.barrier()
     dist.destroy_process_group()
 
 
 def config_of(cfg: Config, plan: Plan) -> dict[str, Any]:
-    """The DeepSpeed config of every rank of a run."""
+    """The DeepSpeed config of a run, the same on every rank."""
     largest = max(map(plan.rank_params, range(plan.pipeline)))
     streams = local_device().type == "cuda"
     return ds_config(cfg, replicas=plan.replicas, rank_params=largest, streams=streams)
 
 
 def shard(unit: nn.Module, *, mesh: Mesh, config: dict[str, Any]) -> None:
-    """Partitions the parameters of `unit` over the stage's data group, as ZeRO-3 keeps them. Collective there.
+    """Shards the parameters of `unit` over the stage's data group, as ZeRO-3 keeps them. Collective over that group.
 
-    `zero.Init` by itself, or through transformers' HfDeepSpeedConfig, would partition over the world.
+    `zero.Init` by default, or through transformers' HfDeepSpeedConfig, would shard over all ranks.
     """
     deepspeed.zero.Init(
         module=unit,
         data_parallel_group=mesh.data_group,
-        # With hpZ the first unit makes it, over consecutive ranks of the world; a second making is refused.
+        # With hpZ the first unit makes this group, over consecutive global ranks. DeepSpeed refuses to make it twice.
         zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
         config_dict_or_path=config,
         mpu=Mpu(mesh),
@@ -105,7 +105,7 @@ class ZeroEngine(RankEngine):
         self._holds = self._zero == 3 and cfg.parallel.gather == "step"
         self._gathers: Gathers | None = None
         self._fused = cfg.optim.fused
-        # Else one stage's last backward is not the last that adds to a weight the rank's stages share.
+        # With several stages, the last backward of one stage is not the last one to add to a weight that stages share.
         self._reduces_early = self._zero == 3 and cfg.parallel.overlap and self._reduce_once and len(stages) == 1
         self._gradient_dtype: torch.dtype | None = None
         if cfg.parallel.offload.optimizer == "nvme":
@@ -116,15 +116,15 @@ class ZeroEngine(RankEngine):
         )
         self._optimizer: Any = self._engine.optimizer
         self._reduce_norm_once()
-        # DeepSpeed doubles the loss scale before it divides the gradients by it: see `step`.
+        # DeepSpeed would double the loss scale before it divides gradients by the scale. `step` updates it afterwards.
         _replace(self._optimizer, "_update_scale", lambda _overflow: None)
-        # It would wait for the device to know whether to update; a fused kernel knows it there.
+        # DeepSpeed would make the host wait to know whether to update; a fused kernel decides it on the device.
         waits = cfg.precision.dtype == "fp16" or not self._fused
         reads_norm = is_invalid_grad_norm if waits else lambda _norm: False
         for module in (stage3, stage_1_and_2):
             _replace(module, "is_invalid_grad_norm", reads_norm)
         if self._zero < 3:
-            # ZeRO-2 would copy the fp32 sums through a buffer of the parameters' dtype before it reduces them.
+            # ZeRO-2 would copy the fp32 sums into a buffer of the parameters' dtype before it reduces them.
             _replace(self._optimizer, "_gradient_reduction_buffer_dtype", lambda: torch.float32)
             if self._optimizer.cpu_offload and not self._reduce_once:
                 self._sum_offloaded_in_fp32()
@@ -132,7 +132,7 @@ class ZeroEngine(RankEngine):
             self._gathers = self._gather_units(cfg)
 
     def _gather_units(self, cfg: Config) -> Gathers:
-        # One gather a unit, and no hook around each module.
+        # DeepSpeed's hooks around each module are removed; here one gather serves a whole unit.
         self._optimizer.parameter_offload._remove_module_hooks()
         quantize = cfg.parallel.quantized_weights
         units = [[unit for _, unit in stage.units()] for stage in self.stages]
@@ -153,7 +153,7 @@ class ZeroEngine(RankEngine):
 
     def forward(self, index: int, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         if self.splits:
-            # DeepSpeed would expect a whole backward after it.
+            # DeepSpeed's forward would expect a whole backward to follow.
             return super().forward(index, *args, **kwargs)
         return self._engine(index, *args, **kwargs)
 
@@ -161,14 +161,14 @@ class ZeroEngine(RankEngine):
         if self.splits:
             super().backward(output, gradient, last=last)
             return
-        # The loss is scaled once, on the last stage: a surrogate ignores the scale that it is multiplied by.
+        # The loss is scaled only on the last stage: the backward of a surrogate ignores the factor of its output.
         loss = output if gradient is None else _Surrogate.apply(output, gradient)
         self._engine.set_gradient_accumulation_boundary(last)
         if last and self._reduces_early:
-            # Each sum is whole as soon as this backward has added to it: reduced there and then, beside the rest.
+            # Each gradient is complete once this backward has added to it, and is reduced while the backward goes on.
             self._coalesce(False)
         self._engine.backward(loss, scale_wrt_gas=False)
-        # Cleared only in forward otherwise: the second of two backwards in a row would overwrite, not add.
+        # DeepSpeed clears the flag only in forward: the second of two backwards in a row would overwrite gradients.
         self._optimizer.clear_backward_seen_flag()
 
     @contextlib.contextmanager
@@ -178,14 +178,16 @@ class ZeroEngine(RankEngine):
             if self._gradient_dtype is None:
                 self._gradient_dtype = self._live_gradient_dtype()
         if self.tied is not None:
-            # The two copies are alone in their parameter groups, so their holders have the same part of them.
+            # Each copy is alone in its parameter group, so the two ranks hold the same part of it.
             self.sum_tied([gradient for parameter, gradient in self._reduced() if parameter is self.tied])
 
     @contextlib.contextmanager
     def _reduced_once(self) -> Iterator[None]:
-        """DeepSpeed's `coalesce_grad_reduction`, but for an error inside: its own reduces then too, and a rank that
-        failed would wait for the others in a collective instead of saying so. Here an error only switches the
-        coalescing off again."""
+        """A context that postpones reductions to its end, like DeepSpeed's `coalesce_grad_reduction`.
+
+        DeepSpeed's own reduces after an error too, so a rank that failed would wait for the others in a collective
+        instead of reporting the error. Here an error only ends the postponing.
+        """
         self._coalesce(True)
         try:
             yield
@@ -210,8 +212,8 @@ class ZeroEngine(RankEngine):
 
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[None]:
-        """With `parallel.gather=step`, has all units of the stages gathered in the order of their use: all are asked
-        for at once, and each is waited for when the first forward reaches it."""
+        """With `parallel.gather=step`, starts the gathers of all units in the order of their use. The first forward
+        that reaches a unit waits for the unit."""
         if self._gathers is not None and self._holds:
             self._gathers.ask_all()
         yield
@@ -225,7 +227,7 @@ class ZeroEngine(RankEngine):
         if self._gathers is not None:
             self._gathers.let_all_go()
         self._engine.step()
-        # The same on all ranks: DeepSpeed reduces `overflow` over the data group and the pipe group.
+        # The scale stays equal on all ranks: DeepSpeed reduces `overflow` over the data group and the pipe group.
         self._optimizer.loss_scaler.update_scale(self._optimizer.overflow)
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.mesh.device)
 
@@ -301,8 +303,9 @@ class ZeroEngine(RankEngine):
         return zero_state.reduced(self._optimizer, self._zero)
 
     def _reduce_norm_once(self) -> None:
-        """DeepSpeed reduces the norm once for each optimizer group, over the pipe group too; ranks with unequal numbers
-        of groups would hang. Summed locally first, then reduced once. DeepSpeed divides it by the loss scale itself."""
+        """Replaces DeepSpeed's norm by a sum on this rank and one reduction. DeepSpeed reduces once for each optimizer
+        group, over the pipe group too, so ranks with unequal numbers of groups would hang. DeepSpeed divides the result
+        by the loss scale."""
 
         def norm(*_: Any) -> torch.Tensor:
             counted = [gradient for parameter, gradient in self._reduced() if parameter.model_parallel]
@@ -319,7 +322,7 @@ class ZeroEngine(RankEngine):
             _replace(self._optimizer, "scaled_global_norm", norm)
 
     def _sum_offloaded_in_fp32(self) -> None:
-        """ZeRO-2 would sum offloaded gradients of microbatches in the parameters' dtype."""
+        """Makes ZeRO-2 sum offloaded gradients of microbatches in fp32 instead of the parameters' dtype."""
         optimizer = self._optimizer
         buffer = optimizer.temp_grad_buffer_for_gpu_offload
         optimizer.temp_grad_buffer_for_gpu_offload = torch.zeros_like(buffer, dtype=torch.float32)
@@ -340,10 +343,10 @@ class ZeroEngine(RankEngine):
 
 
 def _require_files(folder: Path) -> None:
-    """DeepSpeed compiles its op for files at the first use, which takes minutes.
+    """Checks that states can be offloaded to files. DeepSpeed compiles its operator at the first use, for minutes.
 
     Raises:
-        ConfigError: it could not, or the folder cannot be written.
+        ConfigError: the operator cannot be compiled on this host, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -362,12 +365,12 @@ def _require_files(folder: Path) -> None:
 
 
 def _whole_shape(parameter: Any) -> torch.Size:
-    """A ZeRO-3 parameter is an empty placeholder that remembers its shape."""
+    """Shape of the whole parameter; a ZeRO-3 parameter is an empty tensor with the whole shape in `ds_shape`."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 class _Surrogate(torch.autograd.Function):
-    """A scalar whose gradient with respect to `output` is `gradient`: DeepSpeed's backward takes only scalars."""
+    """A scalar whose gradient with respect to `output` is `gradient`, because DeepSpeed's backward takes a scalar."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -380,10 +383,10 @@ class _Surrogate(torch.autograd.Function):
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
-    """Sets a private name of DeepSpeed's; a name it no longer has would be set in vain.
+    """Sets a private attribute of DeepSpeed that must exist already; setting a new one would have no effect.
 
     Raises:
-        AttributeError: it has no such name.
+        AttributeError: this version of DeepSpeed has no such attribute.
     """
     if not hasattr(owner, name):
         where = getattr(owner, "__name__", type(owner).__name__)

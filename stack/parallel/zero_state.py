@@ -1,7 +1,7 @@
-"""Where DeepSpeed's ZeRO optimizers keep a rank's part of masters, optimizer state and reduced gradients.
+"""Finds a rank's part of masters, optimizer state and reduced gradients in DeepSpeed's ZeRO optimizers.
 
-All of it is flat: a group's parameters one after another. ZeRO-3 cuts each parameter into equal parts, one a rank;
-ZeRO-1 and 2 cut the whole group, so a rank's part may begin and end inside a parameter.
+DeepSpeed keeps the parameters of a group one after another in flat tensors. ZeRO-3 cuts each parameter into equal
+parts, one for each rank. ZeRO-1 and 2 cut the whole group, so a rank's part may begin and end inside a parameter.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from deepspeed.runtime.utils import all_gather_dp_groups
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank's part of a parameter lies: elements [offset, offset + length) of its group's flat tensors are
-    elements [start, start + length) of the flattened parameter."""
+    """The place of a rank's part of a parameter: elements [offset, offset + length) of this rank's flat tensors of the
+    group are elements [start, start + length) of the flattened parameter."""
 
     parameter: Any
     start: int
@@ -25,13 +25,14 @@ class Place:
 
 
 def masters(optimizer: Any, stage: int) -> list[torch.Tensor]:
-    """This rank's flat fp32 masters, one a group; empty tensors while they are in files."""
+    """This rank's flat fp32 masters, one tensor for each group; empty tensors while they are in files."""
     return optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
 
 
 @contextlib.contextmanager
 def in_memory(optimizer: Any, group: int, stage: int) -> Iterator[None]:
-    """Has the states of a group in memory, those that are offloaded to files too, and what was changed back there."""
+    """A context in which the states of a group are in memory. States that are offloaded to files are read before and
+    written back after it."""
     swapped = stage == 3 and optimizer._swappable_optimizer_subgroup(group)
     if swapped:
         optimizer._optimizer_states_and_gradient_swap_in(group)
@@ -41,7 +42,7 @@ def in_memory(optimizer: Any, group: int, stage: int) -> Iterator[None]:
 
 
 def places(optimizer: Any, group: int, stage: int, *, replica: int) -> list[Place]:
-    """The parts of a group's parameters that this rank holds; padding is none."""
+    """The parts of a group's parameters that this rank holds, without padding."""
     return _places_zero3(optimizer, group, replica) if stage == 3 else _places_zero12(optimizer, group, replica)
 
 
@@ -77,10 +78,10 @@ def take_over(optimizer: Any, group: int, stage: int, *, replica: int) -> None:
 
 
 def bring_to_users(optimizer: Any, stage: int) -> None:
-    """Gives every rank the parameters that others took over, as the end of DeepSpeed's step does. Collective over the
-    data group."""
+    """Distributes the new parameters over the data group after `take_over`, as the end of DeepSpeed's step does.
+    Collective over the data group."""
     if stage == 3:
-        # Second copies (hpZ) are made anew by the next gather.
+        # The next gather makes the second copies of hpZ again.
         optimizer.invalidate_secondary_tensor()
         return
     all_gather_dp_groups(
@@ -93,8 +94,8 @@ def bring_to_users(optimizer: Any, stage: int) -> None:
 
 
 def reduced(optimizer: Any, stage: int) -> list[tuple[Any, torch.Tensor]]:
-    """Parameters with this rank's part of their reduced gradients, times the loss scale. An offloaded optimizer has
-    them in the masters' `grad`, on the CPU."""
+    """Pairs of a parameter and this rank's part of its reduced gradient, which is multiplied by the loss scale. With an
+    offloaded optimizer the gradients are in the `grad` of the masters, on the CPU."""
     if stage == 3:
         return _reduced_zero3(optimizer)
     if optimizer.cpu_offload:
@@ -103,7 +104,7 @@ def reduced(optimizer: Any, stage: int) -> list[tuple[Any, torch.Tensor]]:
     return [
         pair
         for index, group in enumerate(optimizer.params_in_partition)
-        # The padding at the end of a part has no parameter.
+        # The padding at the end of a rank's part belongs to no parameter.
         for pair in zip(group, (g for g in parts[index] if not getattr(g, "_zero_padding", False)), strict=False)
     ]
 
@@ -114,7 +115,8 @@ def _reduced_zero3(optimizer: Any) -> list[tuple[Any, torch.Tensor]]:
         groups = range(len(optimizer.fp16_groups))
         gradients = [gradient for index in groups for gradient in optimizer.averaged_gradients[index]]
     elif optimizer.swap_optimizer:
-        # The masters' `grad` are on the disk; what was reduced is still here. To read, not to change.
+        # The `grad` of the masters are in files, but the reduced gradients are still in memory. These tensors may be
+        # read, but changing them has no effect on the update.
         kept = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         gradients = [kept[parameter.ds_id] for parameter in parameters]
     else:

@@ -101,7 +101,7 @@ def test_pretrained_weights_do_not_learn_a_vocabulary(model, tmp_path):
         file.unlink()
     (model / "config.json").write_text("{}")
     for chosen, why in (("bpe", "learns a new"), (str(model), "holds no tokenizer")):
-        with pytest.raises(DataError, match=f"{why}.*; use data.tokenizer=FOLDER, that of the tokenizer they were"):
+        with pytest.raises(DataError, match=f"{why}.*; use data.tokenizer=FOLDER, the folder of the tokenizer"):
             check_choice(config(tmp_path, chosen))
     check_choice(config(tmp_path, "elsewhere"))
 

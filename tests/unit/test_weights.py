@@ -224,7 +224,7 @@ FAULTS = {
         r"holds tensors of no parameter of LlamaForCausalLM: model.layers.5.x, score.weight; give",
     ),
     "quantized": ("llama", lambda t: t.update({_UP: t[_UP].to(torch.int8)}), rf"{_UP} is torch.int8, a quantized form"),
-    "two heads": ("llama", _other_head, "lm_head.weight differs from model.embed_tokens.weight, and tie_word_emb"),
+    "two heads": ("llama", _other_head, "lm_head.weight differs from model.embed_tokens.weight, but tie_word_emb"),
 }
 
 

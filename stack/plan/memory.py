@@ -101,7 +101,7 @@ def _rank(cfg: Config, plan: Plan, pipe_rank: int, layer: "LayerActivations") ->
     tokens = plan.micro_size * plan.seq_len
     stages = plan.stages_of(pipe_rank)
     matrix = max(_largest_matrix(plan, stage, layer.inner) for stage in stages)
-    # The peak of a layer's backward is at its start: all activations that its forward saves (added below), two gradients
+    # The peak of a layer's backward is at its start: the activations saved by its forward (added below), two gradients
     # of hidden states, two gradients of the MLP's width, and the gradient of a matrix in the compute dtype, and also in
     # fp32 if that differs.
     working = tokens * width * 2 * (plan.shape.hidden + layer.inner) + matrix * (

@@ -91,5 +91,5 @@ def _hint(run: "RunDir", verb: str, rest: Sequence[str]) -> str:
         meant = max(runs, key=lambda path: path.name)
         return f"; did you mean {shlex.join(['stack', verb, str(meant), *rest])}?"
     if verb != "eval" and (run.path / "config.json").is_file():
-        return "; it is a model folder; to train it: stack train model=folder model.name=FOLDER model.init=pretrained"
+        return "; it is a model folder; to train it: stack train experiment=finetune model.name=FOLDER"
     return "; stack train prints the path of its run directory on its first line"

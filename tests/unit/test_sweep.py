@@ -407,7 +407,7 @@ REFUSED = {
     "run.root=a,b": (3, "all jobs of a sweep lie in one folder"),
     "optim.lr=1,2 hydra.run.dir=x": (3, "hydra.launcher, hydra.sweeper and hydra.sweep.dir"),
     "optim.lr=1,2 hydra.job.chdir=true": (3, "drop it"),
-    "optim.lr=1,2 hydra/launcher=basic": (3, "only hydra/launcher=stack"),
+    "optim.lr=1,2 hydra/launcher=basic": (3, "a sweep works with hydra/launcher=stack only; drop it"),
     "optim.lr=1,2 hydra.launcher.max_parallel=1,2": (3, "take one value"),
     "optim.lr=1,2 hydra.launcher.max_parallel=0": (3, "use 1"),
     "optim.lr=1,2 hydra.launcher.max_paralel=2": (3, "max_paralel"),

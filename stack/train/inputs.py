@@ -50,7 +50,7 @@ def open_batches(cfg: Config, plan: Plan, folder: Path, *, before: int = 0) -> t
 
 
 def sequences_of_epoch(cfg: Config, plan: Plan) -> int | None:
-    """Training sequences in one epoch; None where the corpus is not prepared, or does not fit the model."""
+    """Number of training sequences in an epoch; None where the corpus is not prepared or does not fit the model."""
     try:
         training, _ = open_batches(cfg, plan, locate(cfg.data, seed=cfg.data.split_seed))
     except DataError:

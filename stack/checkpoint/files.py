@@ -1,4 +1,4 @@
-"""Reading a checkpoint's files in full, to know that they are what was written."""
+"""Reads the files of a checkpoint in full, and compares them with the manifest."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +13,17 @@ from stack.models.tensorfile import digest
 
 
 def check_file(folder: Path, manifest: Manifest, file: File) -> None:
-    """Whether a file of a checkpoint still has the content that the manifest names, the tensors that the manifest looks
-    for there, and no number that is not finite.
+    """Checks that a file of a checkpoint has the hash and the tensors of the manifest, and only finite numbers.
+
+    Args:
+        folder: the checkpoint.
+        manifest: its manifest.
+        file: an entry of `manifest.files`.
 
     Raises:
-        CheckpointError: naming the file, and the tensor.
+        CheckpointError: the file has a fault; the message names the file, and the tensor with a number that is not
+            finite.
+        OSError: the file cannot be read.
     """
     path = folder / file.path
     found = digest(path)
@@ -37,7 +43,8 @@ def check_file(folder: Path, manifest: Manifest, file: File) -> None:
 
 
 def verify(root: Path) -> Iterator[tuple[Path, str | None]]:
-    """Each file of each checkpoint in a folder with its fault, or None where it is whole; the oldest first."""
+    """Pairs of a file and its fault, or None where the file is whole, for all checkpoints in `root`, the oldest
+    checkpoint first."""
     for step in manifests.steps(root):
         folder = manifests.folder_of(root, step)
         try:
@@ -53,7 +60,7 @@ def verify(root: Path) -> Iterator[tuple[Path, str | None]]:
                 check_file(folder, manifest, file)
             except (CheckpointError, OSError) as error:
                 if not folder.is_dir():
-                    # Deleted meanwhile, by the run that keeps newer ones: no fault.
+                    # The run has deleted this checkpoint meanwhile, because it keeps newer ones; that is no fault.
                     break
                 fault = str(error)
             yield folder / file.path, fault

@@ -1,4 +1,4 @@
-"""Loading: the newest checkpoint that every rank finds whole, into whatever layout the run has now."""
+"""Finds the newest checkpoint that is whole on every rank, and loads it into the present layout of the run."""
 
 import warnings
 from collections.abc import Callable
@@ -34,17 +34,19 @@ def find(
     tell: Callable[[str], None],
     check: Callable[[Manifest], object] = lambda _: None,
 ) -> Found | None:
-    """The checkpoint to go on from, or None where there has never been one. Collective over all ranks.
+    """The checkpoint to resume from, or None where there is none at all. Collective over all ranks.
 
-    Every rank sees that the files are there, and reads its share of them in full.
+    Every rank checks names and sizes of all files, and reads its share of the files in full.
 
     Args:
-        step: of the checkpoint, or `auto` for the newest one that is whole.
-        tell: takes a line for the user on each one that is passed over.
-        check: raises CheckpointError for a manifest that is as damaged as one that cannot be read.
+        root: folder of the run's checkpoints.
+        step: step of the checkpoint, or `auto` for the newest one that is whole.
+        mesh: this rank's process groups.
+        tell: called with a line for the user for each checkpoint that is not whole.
+        check: an additional check of the manifest, which raises CheckpointError where it finds damage.
 
     Raises:
-        CheckpointError: there are checkpoints, and none that may be used is whole.
+        CheckpointError: there is no checkpoint of `step`, or no checkpoint that may be used is whole.
     """
     candidates: list[int] = messages.broadcast(
         manifests.steps(root)[::-1] if mesh.rank == 0 else None, group=mesh.disk_group
@@ -66,7 +68,7 @@ def find(
 
 
 def _verified(folder: Path, mesh: Mesh, check: Callable[[Manifest], object]) -> tuple[Manifest | None, list[str]]:
-    """The manifest, if no rank finds a fault; else None and the faults of all ranks."""
+    """(manifest, no faults) if no rank finds a fault, else (None, the faults of all ranks). Collective."""
     manifest, fault = None, None
     try:
         manifest = manifests.read(folder)
@@ -80,13 +82,16 @@ def _verified(folder: Path, mesh: Mesh, check: Callable[[Manifest], object]) -> 
 
 
 def load(found: Found, engine: RankEngine, *, weights_only: bool = False) -> None:
-    """Reads what this rank holds of a checkpoint that `check_same_model` has accepted, and takes it over. Collective.
+    """Reads this rank's parts of a checkpoint into the engine. `check_same_model` must have accepted the checkpoint.
+    Collective.
 
     Args:
-        weights_only: leave the optimizer as it is, to evaluate.
+        found: the checkpoint.
+        engine: this rank's engine.
+        weights_only: do not load the optimizer's state, for an evaluation.
 
     Raises:
-        CheckpointError: on every rank, where one could not read.
+        CheckpointError: a rank could not read its parts. Raised on every rank.
     """
     fault = None
     try:
@@ -96,12 +101,12 @@ def load(found: Found, engine: RankEngine, *, weights_only: bool = False) -> Non
                     key: part for key, part in slices_of(parts).items() if not weights_only or key.startswith("master/")
                 }
                 with warnings.catch_warnings():
-                    # Every rank reads for itself, and DCP takes that for a mistake.
+                    # Every rank loads on its own (no_dist=True), and DCP warns about that.
                     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                     dcp.load(
                         slices, storage_reader=Reader(found.folder, found.manifest), planner=LoadSlices(), no_dist=True
                     )
-    # Also CheckpointException, which is no Exception.
+    # CheckpointException is named because it does not derive from Exception.
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         fault = f"{found.folder} could not be read: {reason(error)}"
     faults = [other for other in messages.gather(fault, engine.mesh.disk_group) if other]
@@ -113,7 +118,7 @@ def load(found: Found, engine: RankEngine, *, weights_only: bool = False) -> Non
 
 
 def reason(error: BaseException) -> str:
-    """One line on what went wrong, and on which rank where DCP says so."""
+    """The message of an error on one line; for an error of DCP with the rank that failed."""
     told = str(error)
     if isinstance(error, CheckpointException):
         rank, (cause, _) = min(error.failures.items())

@@ -1,12 +1,13 @@
-"""What makes a folder a checkpoint: its name, its manifest, and the checks that both hold.
+"""The format of a checkpoint: folder name, manifest, and the checks of both.
 
     <checkpoints>/step-00000100/
-        manifest.json             written last; describes all the rest, with sizes and hashes
-        rank-00000.safetensors    what rank 0 saved: flattened parts, `<state>/<Hugging Face name>`
+        manifest.json             written last; describes the other files, with sizes and hashes
+        rank-00000.safetensors    the parts that rank 0 saved, flattened, under `<state>/<Hugging Face name>`
         ...
 
-A folder is made under another name and renamed when it is whole, so a folder of this name is a checkpoint, unless it
-was damaged later. Nothing here imports torch: the driver reads manifests before it starts a process.
+A save writes a folder under another name and renames it when it is whole. A folder with this name is therefore whole,
+unless it was damaged later. This module does not import torch, because the driver reads manifests before it starts a
+process.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ class File:
     """One file of a checkpoint."""
 
     path: str
-    """Inside the folder."""
+    """File name inside the checkpoint's folder."""
     bytes: int
     xxh3: str
     """XXH3-128 of the content, in hexadecimal digits."""
@@ -46,53 +47,57 @@ class File:
 
 @dataclass(frozen=True)
 class Parameter:
-    """Where one parameter's states lie."""
+    """The places of the states of one parameter."""
 
     shape: tuple[int, ...]
     slices: tuple[tuple[int, int, int], ...]
-    """(start, length, number of the file) of each part of the flattened parameter; the same for every state."""
+    """(first element, length, index in `Manifest.files`) of each part of the flattened parameter; the same for every
+    state."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a checkpoint says about itself."""
+    """The content of manifest.json."""
 
     step: int
     """Finished optimizer steps."""
     state: dict[str, Any]
-    """What the training loop must remember: `TrainState`."""
+    """The fields of `TrainState`, without `attempt`."""
     updates: int
-    """Updates AdamW has made; less than `step` where fp16 skipped some."""
+    """Number of AdamW's updates; less than `step` where fp16 skipped some. 0 for SGD."""
     scaling: tuple[float, int] | None
-    """fp16's loss scale, and the steps since its last overflow; None for other dtypes."""
+    """(loss scale of fp16, steps since its last overflow); None for other dtypes."""
     states: tuple[str, ...]
-    """What is saved for each parameter: the fp32 master and the optimizer's tensors."""
+    """Names of the tensors that are saved for each parameter: the fp32 master and those of the optimizer."""
     course: dict[str, Any]
-    """Settings that a run does not change in silence: those of the model, and what decides which sequences a step
-    sees."""
+    """The settings that may not change on a resume without `checkpoint.allow`: those of the model, and those that
+    decide which sequences a step sees."""
     heldout_loss: float | None
-    """Of this step, in nats, where it was evaluated."""
+    """Held-out loss after this step, in nats; None where it was not evaluated."""
     plan: dict[str, Any]
-    """The layout that saved it."""
+    """The layout of the run that saved the checkpoint."""
     versions: dict[str, str | None]
+    """Name of a package -> its version, or None if it was not installed."""
     time: float
-    """Unix seconds."""
+    """When it was saved, in Unix seconds."""
     files: tuple[File, ...]
     parameters: dict[str, Parameter]
-    """By Hugging Face name."""
+    """Hugging Face name -> places of the parameter."""
     format: int = field(default=FORMAT)
 
     def to_json(self) -> str:
-        """The content of manifest.json, with a checksum over all of it."""
+        """The text of manifest.json, with a checksum over its content."""
         content = json.loads(json.dumps(dataclasses.asdict(self)))
         return json.dumps({**content, "checksum": checksum(content)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: bytes) -> Self:
-        """The inverse of `to_json`. The checksum finds damage, not intent: what a manifest claims is checked as well.
+        """The inverse of `to_json`. Checks the checksum, which finds accidental damage, and every value, since a
+        crafted manifest may have a valid checksum.
 
         Raises:
-            CheckpointError: the text is damaged, crafted or of a newer format, in words that follow a file name.
+            CheckpointError: the text is damaged, crafted or of a newer format. The message begins with a verb, to
+                follow a file name.
         """
         try:
             return cls._parsed(text)
@@ -113,13 +118,13 @@ class Manifest:
         if stored != checksum(content) or content.get("format") != FORMAT:
             raise CheckpointError("is damaged, its checksum does not match")
         manifest = cls(**_checked(content))
-        # What JSON reads over counts too: the file is to be what was written, to the last byte.
+        # Also refuses changes that JSON ignores, such as white space: the file must be as written, byte by byte.
         if manifest.to_json().encode() != text:
             raise CheckpointError("is damaged, it is not as it was written")
         return manifest
 
     def tensors(self, number: int) -> dict[str, int]:
-        """The tensors of file `number`: their lengths by `<state>/<Hugging Face name>`."""
+        """Name `<state>/<Hugging Face name>` -> length, for the tensors in the file `files[number]`."""
         return {
             f"{state}/{name}": length
             for name, parameter in self.parameters.items()
@@ -130,17 +135,18 @@ class Manifest:
 
 
 def _checked(content: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a manifest in their types.
+    """The fields of a manifest, converted to the types of `Manifest`.
 
     Raises:
-        CheckpointError: one is missing, strange, or claims what cannot be; in words that follow a file name.
+        CheckpointError: a field is missing or unknown, or has an impossible value. The message begins with a verb, to
+            follow a file name.
     """
     try:
         if content.keys() != {field.name for field in dataclasses.fields(Manifest)}:
             raise ValueError("its fields are not those of a manifest")
         files = tuple(File(**file) for file in content["files"])
         for file in files:
-            # Nothing is read outside the checkpoint's folder, whatever a manifest names.
+            # A crafted manifest must not name a file outside the checkpoint's folder.
             if not (_FILE.fullmatch(file.path) and _is_count(file.bytes) and _XXH3.fullmatch(file.xxh3)):
                 raise ValueError("a file in it has no name, size or hash of a checkpoint's file")
         if len({file.path for file in files}) < len(files):
@@ -168,8 +174,12 @@ def _checked(content: dict[str, Any]) -> dict[str, Any]:
 
 def _parameter(about: dict[str, Any], files: int) -> Parameter:
     """
+    Args:
+        about: a value of `parameters` in manifest.json.
+        files: number of the files in the manifest.
+
     Raises:
-        ValueError: its slices are not all of it, each element once, in files that there are.
+        ValueError: the slices do not cover the parameter exactly once, or name a file that does not exist.
     """
     found = Parameter(tuple(about["shape"]), tuple(map(tuple, about["slices"])))
     if set(about) != {"shape", "slices"} or not all(map(_is_count, found.shape)):
@@ -196,20 +206,21 @@ def root_of(path: str | None, run: Path) -> Path:
 
     Args:
         path: `checkpoint.path` of the run.
+        run: the run directory.
     """
     return run / "checkpoints" if path is None else Path(path) / run.parent.name / run.name
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
+    """The folder for the checkpoint of a step, whether it exists or not."""
     return root / f"step-{step:08d}"
 
 
 def steps(root: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, the oldest first; none where there is no such folder.
+    """Steps of the checkpoints in a folder, the oldest first; empty where the folder does not exist.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the folder cannot be read.
     """
     try:
         names = os.listdir(root)
@@ -221,13 +232,15 @@ def steps(root: Path) -> list[int]:
 
 
 def check_step(step: int | str, there: Sequence[int], *, where: Path) -> None:
-    """Whether `checkpoint.step` can be had; `auto` can.
+    """Checks that the checkpoint of `checkpoint.step` exists; `auto` is always accepted.
 
     Args:
+        step: `checkpoint.step`.
         there: steps of the checkpoints in `where`.
+        where: folder of the checkpoints.
 
     Raises:
-        CheckpointError: it cannot.
+        CheckpointError: there is no checkpoint of this step.
     """
     if step != "auto" and step not in there:
         listed = ", ".join(map(str, sorted(there))) or "none"
@@ -235,13 +248,13 @@ def check_step(step: int | str, there: Sequence[int], *, where: Path) -> None:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of a checkpoint, after checking it against itself and against the files that are there.
+    """The manifest of a checkpoint, after a check of its checksum, its values, and the names and sizes of the files.
 
-    Takes milliseconds: names and sizes are compared, not contents.
+    Takes milliseconds, since the contents of the files are not read.
 
     Raises:
-        CheckpointError: the manifest is missing, damaged or of a newer format, or a file is missing, too many, or of
-            another size.
+        CheckpointError: the manifest is missing, damaged or of a newer format; or a file is missing, unknown, a link,
+            or of another size.
     """
     path = folder / MANIFEST
     try:
@@ -269,13 +282,15 @@ def read(folder: Path) -> Manifest:
 
 
 def check_same_model(manifest: Manifest, shapes: dict[str, tuple[int, ...]], *, where: Path) -> None:
-    """Whether a checkpoint holds a model's parameters, and no others.
+    """Checks that a checkpoint has exactly the parameters of a model.
 
     Args:
-        shapes: the model's, by Hugging Face name.
+        manifest: the checkpoint's manifest.
+        shapes: Hugging Face name -> shape, of the model.
+        where: folder of the checkpoint, for the message.
 
     Raises:
-        CheckpointError: with the first three names or shapes that differ.
+        CheckpointError: names or shapes differ; the message has the first three.
     """
     saved = {name: parameter.shape for name, parameter in manifest.parameters.items()}
     if saved == shapes:
@@ -293,27 +308,30 @@ def check_same_model(manifest: Manifest, shapes: dict[str, tuple[int, ...]], *, 
 def check_same_course(
     manifest: Manifest, cfg: Config, course: dict[str, Any], states: tuple[str, ...], *, where: Path
 ) -> None:
-    """Whether a run that goes on from a checkpoint has the model and sees the batches that the first run would have,
-    or was told that it need not, and has the optimizer that its state is of.
+    """Checks that a resumed run has the optimizer, the model settings and the batches of the run that saved the
+    checkpoint, except for changes that `checkpoint.allow` permits.
 
     Args:
-        course: as `Manifest.course`, of the run that goes on.
-        states: as `Manifest.states`, likewise.
+        manifest: the checkpoint's manifest.
+        cfg: config of the resumed run.
+        course: `Manifest.course` of the resumed run.
+        states: `Manifest.states` of the resumed run.
+        where: folder of the checkpoint, for the message.
 
     Raises:
-        CheckpointError: naming the setting, and the override that allows the change.
+        CheckpointError: a setting differs; the message names it, and the override that allows the change.
     """
     if lacking := set(states) - set(manifest.states):
         saved = ", ".join(manifest.states)
         raise CheckpointError(
-            f"optim.kind={cfg.optim.kind} needs {', '.join(sorted(lacking))}, and {where} holds {saved}; use the optim "
+            f"optim.kind={cfg.optim.kind} needs {', '.join(sorted(lacking))}, but {where} holds {saved}; use the optim "
             "settings of its run, or export the weights and start a new run from them with model.init=pretrained"
         )
     for name in {**course, **manifest.course}:
         now, before = course.get(name), manifest.course.get(name)
         group = "batch" if name == "batch.global_size" else "model" if name.startswith("model.") else "data"
         if now != before and group not in cfg.checkpoint.allow:
-            # The text is named by its fingerprint, and a family by its class: neither is what a user would set.
+            # The values of these two settings, a fingerprint and a class name, are not values that a user can set.
             use = {
                 "data.source": "the data settings of its run",
                 "model.config.model_type": "the model.name of its run",

@@ -1,4 +1,4 @@
-"""Which checkpoints go, and going in an order that never leaves half of one under a checkpoint's name."""
+"""Chooses the checkpoints to delete, and deletes them so that no incomplete folder has a checkpoint's name."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from stack.config.schema import Checkpoint
 from stack.disk import sync
 from stack.errors import CheckpointError
 
-#: Begins the names of folders that are being made or deleted.
+#: First character in the names of folders that are being written or deleted.
 UNFINISHED = "."
 
 
@@ -18,8 +18,8 @@ def superfluous(saved: Mapping[int, float | None], keep: Checkpoint) -> list[int
     """Steps of the checkpoints that no rule keeps, the oldest first.
 
     Args:
-        saved: held-out loss of each checkpoint by its step, None where it was not evaluated.
-        keep: its `keep_last`, `keep_every` and `keep_best`; of equal losses the earlier one is better.
+        saved: step of each checkpoint -> its held-out loss, or None where it was not evaluated.
+        keep: the rules `keep_last`, `keep_every` and `keep_best`; of equal losses the earlier step counts as better.
     """
     kept = set(sorted(saved)[-keep.keep_last :])
     if keep.keep_every:
@@ -36,13 +36,15 @@ def delete(
     rename: Callable[[Path, Path], object] = os.rename,
     remove: Callable[[Path], object] = shutil.rmtree,
 ) -> None:
-    """Deletes a checkpoint: invalid at once, by another name, then file by file.
+    """Deletes a checkpoint: renames its folder, so that it no longer counts as a checkpoint, then removes the files.
 
     Args:
-        rename, remove: what does it; tests break them.
+        root: folder of the checkpoints.
+        step: step of the checkpoint.
+        rename, remove: the functions that rename and remove a folder; tests replace them by failing ones.
 
     Raises:
-        OSError: it could not; what is left is no checkpoint, or a whole one.
+        OSError: a call failed. The folder is then either a whole checkpoint or renamed.
     """
     doomed = root / f"{UNFINISHED}deleting-{folder_of(root, step).name}"
     if doomed.exists():
@@ -53,13 +55,14 @@ def delete(
 
 
 def clear(root: Path, *, remove: Callable[[Path], object] = shutil.rmtree) -> None:
-    """Removes what a save or a deletion that was interrupted has left."""
+    """Removes the remains of interrupted saves and deletions. Raises `OSError` where that fails."""
     for left in root.glob(f"{UNFINISHED}*step-*"):
         remove(left)
 
 
 def set_aside(root: Path, step: int, name: str) -> Path:
-    """Takes a checkpoint out of the row without deleting it, as `<its name>.<name>`; returns its new path.
+    """Renames a checkpoint to `<its name>.<name>`, so that it no longer counts as a checkpoint, and returns its new
+    path.
 
     Raises:
         CheckpointError: it cannot be renamed.
@@ -69,5 +72,7 @@ def set_aside(root: Path, step: int, name: str) -> Path:
         os.rename(folder_of(root, step), aside)
         sync(root)
     except OSError as error:
-        raise CheckpointError(f"{folder_of(root, step)} cannot be renamed ({error.strerror}), and must be") from error
+        raise CheckpointError(
+            f"{folder_of(root, step)} must be set aside and cannot be renamed ({error.strerror})"
+        ) from error
     return aside

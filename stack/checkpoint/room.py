@@ -1,5 +1,4 @@
-"""Whether the checkpoints of a run can be written where they are to go: looked at before the run starts, because the
-first save may be hours away."""
+"""Checks before a run starts that its checkpoints can be written; the first save may come hours later."""
 
 import math
 import secrets
@@ -16,12 +15,16 @@ from stack.plan.policies import state_names
 
 
 def check(cfg: Config, plan: Plan, run: Path | None = None, *, tell: Callable[[str], object] = print) -> None:
-    """Writes a file to `checkpoint.path`, and compares the free space there, or at `run.root`, with the checkpoints.
+    """Writes a test file to `checkpoint.path`, and compares the free space there, or at `run.root`, with the size of
+    the checkpoints.
 
     Args:
-        run: of a run that goes on: its directory, which the caller has locked. What an interrupted save has left there
-            is removed, since the next save would do so.
-        tell: takes a line for the user where the disk has room for a checkpoint, and not for as many as will be kept.
+        cfg: the config.
+        plan: the layout.
+        run: for a resumed run its directory, which the caller has locked. Remains of an interrupted save are removed
+            there first, as the next save would do.
+        tell: called with a line for the user if the disk has room for a checkpoint, but not for as many as will be
+            kept.
 
     Raises:
         ConfigError: the folder cannot be written, or has no room for a single checkpoint.
@@ -57,10 +60,16 @@ def check(cfg: Config, plan: Plan, run: Path | None = None, *, tell: Callable[[s
 
 
 def _too_few(cfg: Config, fit: int, there: list[int]) -> str | None:
-    """What will happen on a disk that takes `fit` more checkpoints than are `there`, if that is too few."""
+    """A clause for the user if the disk is too small for the checkpoints that will be kept, else None.
+
+    Args:
+        cfg: the config.
+        fit: number of further checkpoints for which the disk has room.
+        there: steps of the existing checkpoints.
+    """
     keep, steps = cfg.checkpoint, cfg.train.steps
     others = keep.keep_best + (steps // keep.keep_every if keep.keep_every else 0)
-    # One more while it is being written, because an old one goes only when the new one is whole.
+    # One more than are kept, because an old checkpoint is deleted only after the new one is whole.
     most = min(keep.keep_last + others + 1, math.ceil(steps / keep.every))
     if most <= len(there) + fit:
         return None

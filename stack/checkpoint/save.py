@@ -1,4 +1,4 @@
-"""Saving: the state of all ranks as one checkpoint, at once or in the background; a failed save loses nothing."""
+"""Saves the state of all ranks as one checkpoint, while training waits or in the background."""
 
 import secrets
 import shutil
@@ -23,16 +23,18 @@ from stack.disk import size, sync, write_whole
 from stack.errors import CheckpointError
 from stack.parallel.rank_engine import RankEngine
 
-#: Saves that may fail one after another before the run ends: training on without a way back is no help.
+#: The run ends when so many saves in a row have failed, because it could not be resumed from later than the last good
+#: one.
 _FAILURES = 3
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What saving has cost, in seconds; None where it is not known yet, or was known before.
+    """The time that a save took, in seconds. A field is None where the value is not known yet or was returned before.
 
-    stall_s: how long training waited for this save.
-    write_s: from the beginning of a save to the whole checkpoint.
+    stall_s: time that training waited for this save.
+    write_s: time from the beginning of a save until the checkpoint is whole. In the background this is known only
+        later, and then belongs to the save before.
     """
 
     stall_s: float | None
@@ -40,7 +42,7 @@ class Saved:
 
 
 class Saver:
-    """Saves a run's state into `root`. Every method is collective over all ranks, but for `finished`."""
+    """Saves a run's state into `root`. Every method except `finished` is collective over all ranks."""
 
     def __init__(
         self,
@@ -55,10 +57,13 @@ class Saver:
     ):
         """
         Args:
-            about: fields of `Manifest` that no step changes: course, plan, versions.
-            shapes: of all parameters of the model, by Hugging Face name.
-            tell: takes a line for the user.
-            phase: called with the names and the step of the moments at which tests break a save.
+            root: folder of the run's checkpoints.
+            engine: this rank's engine.
+            cfg: the section `checkpoint` of the config.
+            about: the fields of `Manifest` that stay the same in a run: course, plan, versions.
+            shapes: Hugging Face name -> shape, for all parameters of the model.
+            tell: called with lines for the user.
+            phase: called with (name, step) of each phase of a save; tests inject faults there.
         """
         self._root, self._engine, self._cfg, self._about, self._shapes = root, engine, cfg, about, shapes
         self._tell, self._phase = tell, phase
@@ -67,17 +72,19 @@ class Saver:
         self._staged: dict[str, torch.Tensor] = {}
         self._failures = 0
         self._told: Future[float] | None = None
-        """The failed save that the user knows of."""
+        """The failed save that was reported to the user last."""
 
     def save(self, step: int, state: dict[str, Any], *, heldout_loss: float | None, last: bool = False) -> Saved:
-        """Saves the state after `step`. In the background there is one save at most; the next one waits for it.
+        """Saves the state after `step`. At most one save runs in the background; the next save waits for it.
 
         Args:
-            state: what the training loop must remember, as JSON.
-            last: the run ends with it, so it is waited for and must not fail.
+            step: finished steps.
+            state: `TrainState.saved`.
+            heldout_loss: held-out loss after this step in nats, or None.
+            last: whether the run ends with this save. It is then not in the background, and must not fail.
 
         Raises:
-            CheckpointError: this was the third save in a row to fail, or the last one.
+            CheckpointError: the third save in a row failed, or the last one of the run.
         """
         started = time.perf_counter()
         before = self.wait()
@@ -98,8 +105,8 @@ class Saver:
         return Saved(time.perf_counter() - started, write_s)
 
     def finished(self) -> Saved | None:
-        """A save in the background that has ended well since this was asked last. Tells of one that has failed, which
-        the next save counts. Not collective."""
+        """The time of a save in the background that has succeeded since the last call, else None. Reports a failed save
+        to the user, once; the next save counts the failure. Not collective."""
         if self._running is None or not self._running[1].done():
             return None
         step, future = self._running
@@ -110,10 +117,13 @@ class Saver:
         return Saved(None, future.result())
 
     def wait(self, *, must: bool = False) -> float | None:
-        """Waits for the save in the background, if there is one; returns the seconds it took.
+        """Waits for the save in the background, if there is one, and returns the seconds that it took.
+
+        Args:
+            must: whether a failure of this save ends the run.
 
         Raises:
-            CheckpointError: it was the third in a row to fail, or `must` not.
+            CheckpointError: the save failed, and `must` is set or it was the third in a row to fail.
         """
         if self._running is None:
             return None
@@ -127,7 +137,7 @@ class Saver:
         return write_s
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for the save in the background and stops the thread."""
         self.wait()
         self._pool.shutdown()
 
@@ -141,17 +151,17 @@ class Saver:
         self._tell_failure(step, future, error)
 
     def _tell_failure(self, step: int, future: "Future[float]", error: BaseException) -> None:
-        """Once for each save."""
+        """Reports a failed save to the user, once for each save."""
         if self._told is not future:
             self._told = future
             self._tell(f"{_failure(step, error)}; training goes on, and the checkpoints before it are whole")
 
     def _slices(self, *, copy: bool) -> dict[str, Slice]:
-        """What this rank saves: the live tensors, or copies of them in host memory."""
+        """The slices that this rank saves: the live tensors, or with `copy` copies of them in host memory."""
         found: dict[str, Slice] = {}
         copy = copy or self._engine.in_files
         if self._engine.mesh.device.type == "cuda":
-            # The update may still be running on another stream than the copies.
+            # The update may still run on another stream than the one that copies.
             torch.cuda.synchronize()
         for group in range(self._engine.groups):
             with self._engine.parts(group, load=False) as parts:
@@ -165,13 +175,15 @@ class Saver:
         return found
 
     def _stage(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy in a host buffer that is kept from save to save: pinned memory is slow to get."""
+        """Copies a tensor into a host buffer. The buffers are reused by later saves, since allocating pinned memory is
+        slow."""
         if key not in self._staged:
             self._staged[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return self._staged[key].copy_(tensor, non_blocking=True)
 
     def _write(self, facts: dict[str, Any], slices: dict[str, Slice], started: float) -> float:
-        """On the thread of the pool. Raises on all ranks, if on one."""
+        """Writes a checkpoint and returns the seconds since `started`. Runs on the thread of the pool. If one rank
+        fails, all ranks raise `CheckpointException`."""
         step = facts["step"]
         folder = self._root / f"{retention.UNFINISHED}saving-{manifests.folder_of(self._root, step).name}"
         writer = Writer(
@@ -185,14 +197,15 @@ class Saver:
             dcp.save(slices, storage_writer=writer, planner=SaveSlices(), process_group=self._engine.mesh.disk_group)
         except CheckpointException:
             if self._engine.mesh.rank == 0:
-                # Every rank has stopped writing: what there is only takes room.
+                # Every rank has stopped writing, so the incomplete folder can be removed.
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         return time.perf_counter() - started
 
     def _prepare(self, folder: Path, need: int) -> None:
-        """On rank 0: room for `need` bytes, and an empty folder."""
-        # A run directory that was removed is not made again.
+        """Runs on rank 0 before the ranks write: checks that `need` bytes are free, and makes the folder. Raises
+        `OSError` if there is too little room."""
+        # Parents are made only for checkpoint.path, so that a run directory that was removed is not made again.
         self._root.mkdir(parents=self._cfg.path is not None, exist_ok=True)
         retention.clear(self._root)
         free = shutil.disk_usage(self._root).free
@@ -203,14 +216,23 @@ class Saver:
     def _commit(
         self, folder: Path, facts: dict[str, Any], files: list[File], places: dict[str, list[tuple[int, int, int]]]
     ) -> None:
-        """On rank 0, when every rank has written: the manifest, the name, and the end of what is no longer kept."""
+        """Runs on rank 0 after every rank has written: writes the manifest, renames the folder, and deletes checkpoints
+        that are no longer kept.
+
+        Args:
+            folder: the temporary folder.
+            facts: fields of `Manifest`.
+            files: the files of all ranks.
+            places: name of a parameter -> its slices, as in `Parameter.slices`.
+        """
         parameters = {name: Parameter(shape, tuple(sorted(places[name]))) for name, shape in self._shapes.items()}
         manifest = Manifest(**facts, time=time.time(), files=tuple(files), parameters=parameters)
         write_whole(folder / manifests.MANIFEST, manifest.to_json(), durable=True)
         self._phase("save.before_rename", manifest.step)
         target = manifests.folder_of(self._root, manifest.step)
         if target.exists():
-            # Under a name that `retention.clear` leaves alone: a crash here must not cost both checkpoints of the step.
+            # The old checkpoint gets a name that `retention.clear` does not remove, so that a crash between the two
+            # renames does not lose both checkpoints of this step.
             aside = retention.set_aside(self._root, manifest.step, f"replaced-{secrets.token_hex(4)}")
             self._tell(f"there was a checkpoint of step {manifest.step} already; it is set aside: {aside}")
         folder.rename(target)
@@ -218,7 +240,8 @@ class Saver:
         self._retain()
 
     def _retain(self) -> None:
-        """The new checkpoint is there, whatever becomes of the old ones."""
+        """Deletes the checkpoints that are no longer kept. A failure is reported to the user and does not count as a
+        failed save."""
         saved: dict[int, float | None] = {}
         try:
             for step in manifests.steps(self._root):

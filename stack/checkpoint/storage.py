@@ -1,8 +1,8 @@
-"""Our files under torch.distributed.checkpoint (DCP): it plans who writes and reads which slice, we keep the bytes.
+"""Storage classes for torch.distributed.checkpoint (DCP). DCP plans which rank writes and reads which slice.
 
-DCP's own files pickle their metadata. Ours are safetensors, whose headers say where their slices begin the way DCP's
-HuggingFaceStorageReader reads it, and the manifest, which is JSON: no file is ever unpickled. DCP's planning does send
-pickled plans between the ranks of a run.
+DCP's own files pickle their metadata. The files here are safetensors, and a manifest in JSON, so no file is ever
+unpickled. The headers of the safetensors have the places of the slices in the form that DCP's HuggingFaceStorageReader
+reads. While it plans a save, DCP does send pickled plans between the ranks of a run.
 """
 
 import json
@@ -38,20 +38,20 @@ from stack.models.tensorfile import Entry, write
 from stack.parallel.parts import Part
 from stack.plan.policies import MASTER
 
-#: Where DCP's reader of safetensors looks for the places of slices.
+#: Header key under which DCP's HuggingFaceStorageReader finds the places of slices.
 _PLACES = "DCP_SHARDING_INFO"
 _FP32 = TensorProperties(dtype=torch.float32)
 
 
 class Slice:
-    """A rank's part of one flattened tensor, as DCP asks for it."""
+    """A rank's part of one flattened tensor, with the methods that DCP calls."""
 
     def __init__(self, tensor: torch.Tensor, start: int, numel: int):
         """
         Args:
             tensor: fp32 [length].
-            start: its first element in the whole tensor.
-            numel: elements of the whole tensor.
+            start: place of its first element in the whole flattened tensor.
+            numel: number of elements of the whole tensor.
         """
         self.tensor, self._numel = tensor, numel
         self.chunk = ChunkStorageMetadata(torch.Size([start]), torch.Size([tensor.numel()]))
@@ -64,7 +64,7 @@ class Slice:
         return [self.chunk]
 
     def size(self) -> torch.Size:
-        """Shape of the whole tensor."""
+        """Shape of the whole flattened tensor."""
         return torch.Size([self._numel])
 
 
@@ -94,7 +94,7 @@ class LoadSlices(DefaultLoadPlanner):
 
 
 def slices_of(parts: list[Part]) -> dict[str, Slice]:
-    """The state dict of parts, by `<state>/<Hugging Face name>`."""
+    """A state dict for DCP: `<state>/<Hugging Face name>` -> slice, for all states of all parts."""
     return {
         f"{state}/{part.name}": Slice(tensor, part.start, torch.Size(part.shape).numel())
         for part in parts
@@ -103,12 +103,12 @@ def slices_of(parts: list[Part]) -> dict[str, Slice]:
 
 
 def file_of(rank: int) -> str:
-    """Name of a rank's file."""
+    """Name of the file that a rank writes."""
     return f"rank-{rank:05d}.safetensors"
 
 
 class Writer(StorageWriter):
-    """Writes one file a rank into `folder`. What makes them a checkpoint is left to `commit`."""
+    """Writes one file for each rank into `folder`. The function `commit` then completes the checkpoint."""
 
     def __init__(
         self,
@@ -121,10 +121,12 @@ class Writer(StorageWriter):
     ):
         """
         Args:
-            prepare: called on rank 0, with the bytes of all files, before any is written.
-            commit: called on rank 0 once every rank has written, with the files, and (start, length, number of the
-                file) of each slice by the names of their parameters.
-            phase: called with the names of the moments at which tests break a save.
+            folder: folder for the files.
+            rank: this rank.
+            prepare: called on rank 0 before the ranks write, with the number of bytes that all of them will write.
+            commit: called on rank 0 after every rank has written, with the files, and a dict from the name of a
+                parameter to its slices (first element, length, index of the file).
+            phase: called with the name of each phase of a save; tests inject faults there.
         """
         self._folder, self._rank, self._phase = folder, rank, phase
         self._prepare, self._commit = prepare, commit
@@ -191,7 +193,7 @@ class Writer(StorageWriter):
 
 
 class Reader(StorageReader):
-    """Reads slices of a checkpoint; what they are slices of comes from the manifest."""
+    """Reads slices of a checkpoint. The places of the slices come from the manifest."""
 
     def __init__(self, folder: Path, manifest: Manifest):
         self._folder, self._manifest = folder, manifest
@@ -244,7 +246,14 @@ class Reader(StorageReader):
 
 
 def whole(folder: Path, manifest: Manifest, name: str, *, state: str = MASTER) -> torch.Tensor:
-    """One state of one parameter, in its own shape: fp32 on the CPU."""
+    """One state of one parameter, fp32 on the CPU in the parameter's shape.
+
+    Args:
+        folder: the checkpoint.
+        manifest: its manifest.
+        name: Hugging Face name of the parameter.
+        state: one of `manifest.states`.
+    """
     parameter: Parameter = manifest.parameters[name]
     flat = torch.empty(torch.Size(parameter.shape).numel(), dtype=torch.float32)
     for start, length, number in parameter.slices:

@@ -176,7 +176,7 @@ def load(name: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a folder or hub name.
 
     Raises:
-        DataError: it cannot be loaded, or not without code of its own.
+        DataError: the tokenizer cannot be loaded, or needs Python code of its own.
     """
     from transformers import AutoTokenizer
 

@@ -71,8 +71,8 @@ def export(
 
     Raises:
         UsageError: `out` exists and is not empty, or cannot be written, or the disk has too little free space.
-        DataError: a file of the tokenizer, or the model folder's `GENERATION`, is a link that leads out of its folder;
-            or the tokenizer cannot be loaded without code of its own.
+        DataError: a file of the tokenizer, or generation_config.json of the model folder, is a link that leads out of
+            its folder; or the tokenizer needs Python code of its own.
     """
     model = whole_model(cfg)
     contents = _Contents(model, read, dtype, max_file)

@@ -1,1 +1,1 @@
-"""What a run says about itself: metrics.jsonl, the console, Weights & Biases and the loss curve."""
+"""Outputs of a run: metrics.jsonl, the console, Weights & Biases and the loss curve."""

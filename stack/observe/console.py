@@ -1,4 +1,4 @@
-"""The run on the user's screen: one aligned line a log interval, and on a terminal a progress bar below it."""
+"""Shows a run on the user's screen: one aligned line for each log interval, and on a terminal a progress bar below."""
 
 import math
 import os
@@ -13,9 +13,10 @@ from rich.text import Text
 
 from stack.observe.metrics import StepRecord
 
-#: Steps that the ETA looks back on: long enough to average evaluations in, short enough to follow a change of pace.
+#: Number of past steps from which the time left is computed: enough to average evaluations in, and few enough to follow
+#: a change of pace.
 _PACE_WINDOW = 50
-#: A log that is read from its end should name its columns there too.
+#: Rows after which the column titles are printed again, so that the end of a long log has titles too.
 _LINES_PER_HEADER = 40
 _BAR_WIDTH = 20
 _REFRESH_HZ = 2
@@ -24,8 +25,8 @@ _REFRESH_HZ = 2
 class Console:
     """Prints a run of `total_steps` to `out` (standard output if None), in ASCII.
 
-    Lines appear every `log_every` steps, for the first and the last step, and for every step with a held-out loss.
-    The bar shows the time gone and the time left. It hides the cursor, so `close` must be called after an error too.
+    Lines are printed every `log_every` steps, for the first and the last step, and for every step with a held-out loss.
+    The bar shows the elapsed time and the time left. It hides the cursor, so call `close` after an error too.
     """
 
     def __init__(self, total_steps: int, *, log_every: int, out: TextIO | None = None) -> None:
@@ -39,7 +40,8 @@ class Console:
         self._started = time.monotonic()
         self._rich: RichConsole | None = None
         self._live: Live | None = None
-        # Not rich's own test, which believes FORCE_COLOR: a CI log that wants colour still has no place for a bar.
+        # rich's own test for a terminal is not used, because it obeys FORCE_COLOR: a CI log may want colour, but it
+        # cannot show a bar.
         if self._out.isatty() and os.environ.get("TERM") != "dumb":
             self._rich = RichConsole(file=self._out, force_terminal=True, highlight=False, markup=False, emoji=False)
 
@@ -59,10 +61,10 @@ class Console:
             self._live.start()
 
     def step(self, record: StepRecord) -> None:
-        """Takes in one finished step; prints its line if it is due."""
+        """Updates the bar with the row of a finished step, and prints the row if it is due."""
         first = self._record is None or self._record.step == 0
         if self._record is not None and record.step <= self._record.step:
-            self._pace.clear()  # a later attempt repeats steps; the way back says nothing about the pace
+            self._pace.clear()  # a later attempt repeats steps, and the pace must not be computed across the jump back
         self._record = record
         self._pace.append((record.time, record.step))
         due = record.step % self._log_every == 0 or record.step == self._total_steps
@@ -70,11 +72,11 @@ class Console:
             self._print_row(record)
 
     def note(self, text: str) -> None:
-        """Prints a line of its own between the rows."""
+        """Prints a line of text between the rows."""
         self._print(text)
 
     def close(self, summary: str = "") -> None:
-        """Takes the bar away and prints the summary, if there is one."""
+        """Removes the bar and prints the summary, if there is one."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -88,7 +90,7 @@ class Console:
         self._print(_join(_cells(record, self._total_steps, self._step_width)))
 
     def _print(self, text: str, style: str = "") -> None:
-        # What a stream cannot show must not end a run.
+        # Characters that the stream's encoding lacks are escaped, so that printing them does not end the run.
         encoding = self._out.encoding or "ascii"
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         if self._rich is not None:
@@ -107,11 +109,11 @@ class Console:
         ]
         if record is not None and record.step:
             parts += [f"loss {record.loss:.4f}", f"{record.tokens_per_s:,.0f} tokens/s"]
-        # The ellipsis that rich puts by default is not ASCII.
+        # Cropped, because the ellipsis that rich adds by default is not ASCII.
         return Text("  ".join(parts), style="green", no_wrap=True, overflow="crop")
 
     def _eta(self) -> str:
-        """Time left at the pace of the rows, which holds evaluations and saves as well as steps."""
+        """Time left, from the times of the last rows, so that it includes evaluations and saves."""
         if len(self._pace) < 2:
             return "-:--:--"
         (old_time, old_step), (new_time, new_step) = self._pace[0], self._pace[-1]
@@ -124,7 +126,8 @@ def _titles(step_width: int) -> list[str]:
 
 
 def _cells(record: StepRecord, total_steps: int, step_width: int) -> list[str]:
-    """One text a title of `_titles`, each of the title's width; the held-out loss only where there is one."""
+    """One cell for each title of `_titles`, as wide as the title; without the last cell if there is no held-out
+    loss."""
     step = f"{record.step:>{step_width}}/{total_steps}".rjust(len("step"))
     if record.step == 0:
         blank = [" " * len(title) for title in _titles(step_width)[1:-1]]
@@ -149,7 +152,7 @@ def _join(cells: list[str]) -> str:
 
 
 def _number(value: float, width: int, decimals: int) -> str:
-    """Fixed point while it fits the column, else two digits and an exponent."""
+    """The value in fixed point if that fits the column, else two digits and an exponent."""
     text = f"{value:.{decimals}f}"
     return (text if len(text) <= width else f"{value:.1e}").rjust(width)
 
@@ -159,7 +162,7 @@ def _percent(fraction: float, width: int) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds, with days in front where there are any; dashes for what is not finite."""
+    """Seconds as h:mm:ss, with days in front if there are any; dashes for a value that is not finite."""
     if not math.isfinite(seconds):
         return "-:--:--"
     minutes, second = divmod(round(max(0.0, seconds)), 60)

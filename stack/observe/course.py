@@ -1,4 +1,4 @@
-"""What the rows of a run add up to, kept as they come in."""
+"""Summary figures of a run, updated with each row."""
 
 from array import array
 from dataclasses import dataclass
@@ -8,20 +8,21 @@ from stack.observe.metrics import StepRecord
 
 @dataclass(frozen=True)
 class StageTime:
-    """How one pipeline stage of ranks spent the steps of an attempt, means over the steps."""
+    """The computing time of one rank of the pipe, as means over the steps of an attempt and over replicas."""
 
     stage: int
-    """Rank of the pipe, the first being 0."""
+    """Number of the rank in the pipe, from 0."""
     busy_s: float
-    """Seconds of a step in which it computed, mean over its replicas."""
+    """Seconds of a step in which the rank computed."""
     busy_fraction: float
-    """The same over the step's time, 0 to 1."""
+    """`busy_s` over the duration of a step, 0 to 1."""
 
 
 class Course:
-    """The run as it went in the end: a step that a later attempt repeats takes the place of the earlier ones.
+    """Figures over the steps that count: when a later attempt repeats a step, the row of the later attempt replaces the
+    earlier one.
 
-    Memory is 24 bytes a step.
+    Needs 24 bytes of memory for each step.
     """
 
     def __init__(self, started: float) -> None:
@@ -34,7 +35,7 @@ class Course:
         self._stages_s, self._stage_steps = 0.0, 0
 
     def add(self, record: StepRecord) -> None:
-        """Takes in the next row of metrics.jsonl."""
+        """Adds the next row of metrics.jsonl."""
         while self._steps and self._steps[-1] >= record.step:
             for kept in (self._steps, self._seconds, self._best):
                 kept.pop()
@@ -53,10 +54,11 @@ class Course:
         self._last = record
 
     def summary(self) -> dict[str, int | float]:
-        """The figures of the whole run; empty before its first step is done.
+        """The figures of the whole run; empty before the first step is done. Losses are in nats per token.
 
-        goodput: share of the wall-clock time since the first attempt began that went into steps which were kept: not
-            into starts, evaluations, saving, steps that a later attempt repeated, and the time between attempts.
+        goodput: the share of the wall-clock time since the beginning of the first attempt that was spent in steps that
+            count. Starts, evaluations, saves, steps that a later attempt repeated, and the time between attempts are
+            the rest.
         """
         if self._last is None or self._last.step == 0:
             return {}
@@ -72,7 +74,7 @@ class Course:
         return figures
 
     def stages(self) -> list[StageTime]:
-        """One line a stage, over the steps of the newest attempt; none of a run without a pipeline."""
+        """One entry for each rank of the pipe, over the steps of the newest attempt; empty without a pipeline."""
         return [
             StageTime(stage, busy_s / self._stage_steps, busy_s / self._stages_s)
             for stage, busy_s in enumerate(self._stages)

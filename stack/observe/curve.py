@@ -1,4 +1,4 @@
-"""The picture of a run, drawn by the run itself: loss against tokens, and the speed it was reached with."""
+"""Draws the picture of a run, curve.png: loss and speed against tokens."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,15 @@ from stack.observe.jsonl import latest
 from stack.observe.metrics import StepRecord
 
 _SIZE_INCHES = (9.0, 5.2)
-#: 1800 pixels: twice the width of a README column, so that it is sharp on a dense screen.
+#: Gives a width of 1800 pixels, twice the width of a README column, so that the picture is sharp on a dense screen.
 _DPI = 200
 _TRAIN = "#4c78a8"
 _HELDOUT = "#d1495b"
 _SPEED = "#6b8f71"
 _INK = "#333333"
 _MARK = "#8a8a8a"
-#: Attempts that are all marked with words, and changes that one mark lists.
+#: With more attempts than _MOST_WORDS, only attempts that changed a setting are labelled. A label lists at most
+#: _MOST_CHANGES changes.
 _MOST_WORDS = 6
 _MOST_CHANGES = 3
 
@@ -31,16 +32,20 @@ _MOST_CHANGES = 3
 def draw(
     records: Sequence[StepRecord], path: Path, *, title: str, changes: Mapping[int, Sequence[str]] | None = None
 ) -> None:
-    """Writes a PNG of 1800 x 1040 pixels: training and held-out loss in nats a token above, tokens/s below.
+    """Writes a PNG of 1800 x 1040 pixels: training and held-out loss in nats per token above, tokens/s below.
 
-    A dashed line marks where an attempt began, with the step that it went on from and what had changed. Steps that a
-    later attempt repeated are drawn pale, and as they went in the end over them.
+    A dashed line marks the beginning of each attempt after the first, with the step from which it resumed and the
+    settings that changed. Steps that a later attempt repeated are drawn pale, behind the repetition.
 
     Args:
         records: all rows of metrics.jsonl.
-        changes: what each attempt was told otherwise than the one before it, by its number, each a few words.
+        path: the file to write.
+        title: title of the picture.
+        changes: number of an attempt -> its changes of the config, each a few words.
 
-    Raises StackError when no step is finished, OSError when the file cannot be written.
+    Raises:
+        StackError: no step is finished.
+        OSError: the file cannot be written.
     """
     rows = latest(records)
     if not any(row.step for row in rows):
@@ -56,7 +61,7 @@ def draw(
         _style(axes)
     begun = [(before, row) for before, row in pairwise(rows) if before.attempt != row.attempt]
     _draw_attempts(loss, speed, begun, changes or {})
-    # The curve falls, and the words of a late attempt stand above its end.
+    # The upper right corner is usually free, since the curve falls. The label of a late attempt is there, however.
     late = any(before.tokens_total > 0.7 * rows[-1].tokens_total for before, _ in begun)
     loss.legend(loc="center right" if late else "upper right", frameon=False, fontsize=9.5, labelcolor=_INK)
     loss.set_title(title, parse_math=False, loc="left", fontsize=11.5, color=_INK, pad=10)
@@ -77,7 +82,7 @@ def _draw_loss(axes: Axes, rows: list[StepRecord]) -> None:
 
 
 def _draw_repeated(axes: Axes, records: Sequence[StepRecord], rows: list[StepRecord]) -> None:
-    """Steps that a later attempt took again, a line for each attempt that they were of."""
+    """Draws the steps that a later attempt repeated, as one pale line for each earlier attempt."""
     kept = {id(row) for row in rows}
     label: str | None = "repeated later"
     for _, attempt in groupby((row for row in records if row.step), key=lambda row: row.attempt):
@@ -93,10 +98,14 @@ def _draw_repeated(axes: Axes, records: Sequence[StepRecord], rows: list[StepRec
 def _draw_attempts(
     loss: Axes, speed: Axes, begun: list[tuple[StepRecord, StepRecord]], changes: Mapping[int, Sequence[str]]
 ) -> None:
-    """Marks where attempts began. Where there are many, only those that changed something have words.
+    """Draws a dashed line at the beginning of each attempt, and a label. Among many attempts only those that changed a
+    setting have a label.
 
     Args:
-        begun: the last row ahead of each attempt, and its own first one.
+        loss: axes of the loss.
+        speed: axes of the speed.
+        begun: for each attempt the last row before it, and its first row.
+        changes: as in `draw`.
     """
     for before, row in begun:
         for axes in (loss, speed):
@@ -156,7 +165,7 @@ def _draw_speed(axes: Axes, rows: list[StepRecord]) -> None:
 
 
 def _marker(rows: list[StepRecord]) -> str:
-    """A line needs two points to show; a run of one step is a dot."""
+    """The marker of a line: a dot for a single row, since a line through one point is invisible, else none."""
     return "." if len(rows) == 1 else ""
 
 
@@ -172,7 +181,7 @@ def _style(axes: Axes) -> None:
 
 
 def _si(value: float, _: int | None = None) -> str:
-    """12000 as 12k, 3.5e9 as 3.5B: tokens are counted in billions, not in giga."""
+    """A number with a suffix for thousands (k), millions (M), billions (B) or trillions (T): 12000 as 12k."""
     for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= scale:
             return f"{value / scale:g}{suffix}"

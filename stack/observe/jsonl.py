@@ -1,4 +1,5 @@
-"""metrics.jsonl: the truth about a run, written by one rank and read while it grows; a row is a line of `lines`."""
+"""Writes and reads metrics.jsonl, the complete record of a run's steps. Rank 0 writes it; others may read it while it
+grows."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,20 +12,20 @@ from stack.observe.metrics import StepRecord
 
 
 class MetricsWriter:
-    """Appends rows to `path`, as `Lines`: neither a full disk nor a removed file ends the run.
-
-    Raises OSError when the file cannot be opened.
-    """
+    """Appends rows to a file through `Lines`, so that neither a full disk nor a removed file ends the run."""
 
     def __init__(self, path: Path, *, tell: Callable[[str], object] = lambda _: None) -> None:
         """
         Args:
-            tell: as of `Lines`.
+            path, tell: as of `Lines`.
+
+        Raises:
+            OSError: the file cannot be opened.
         """
         self._lines = Lines(path, tell=tell)
 
     def write(self, record: StepRecord) -> None:
-        """Appends one row and hands it to the operating system, so that a follower sees it at once."""
+        """Appends one row and writes it through to the operating system, so that a reader sees it at once."""
         self._lines.add(record.to_json().encode("ascii"))
 
     def close(self) -> None:
@@ -38,13 +39,15 @@ class MetricsWriter:
 
 
 def read(path: Path, *, skipped: Callable[[str], object] | None = None) -> list[StepRecord]:
-    """All rows of a file, of all attempts, in the order they were written; a torn last line is left out.
+    """All rows of a file, of all attempts, in the order of the file. A last line without a newline is left out.
 
     Args:
-        skipped: takes a line for the user on the first finished line that is no row; those lines are left out.
+        path: the file.
+        skipped: called with a line for the user about the first line that is no row; such lines are left out.
 
-    Raises StackError with file and line when a finished line is not a row and there is no `skipped`, OSError when the
-    file cannot be read.
+    Raises:
+        StackError: a line is no row and `skipped` is None; the message has the file and the number of the line.
+        OSError: the file cannot be read.
     """
     records, faults = _parse(path, read_regular(path).split(b"\n")[:-1], first_line=1)
     if faults:
@@ -55,8 +58,8 @@ def read(path: Path, *, skipped: Callable[[str], object] | None = None) -> list[
 
 
 def latest(records: Iterable[StepRecord]) -> list[StepRecord]:
-    """The run as it went in the end: a step that a later attempt repeats takes the place of the earlier ones from
-    there on, so `step` rises strictly."""
+    """The rows that count, in the order of steps: a row of a later attempt replaces earlier rows of the same step and
+    of later steps."""
     kept: list[StepRecord] = []
     for record in records:
         while kept and kept[-1].step >= record.step:
@@ -66,29 +69,30 @@ def latest(records: Iterable[StepRecord]) -> list[StepRecord]:
 
 
 class Follower:
-    """Reads the new rows of a metrics.jsonl while another process writes them. The file may appear later.
+    """Reads the new rows of a metrics.jsonl while another process writes them. The file need not exist yet.
 
-    A file that is damaged, cut short or removed ends nobody who follows it: lines that are no rows are left out, and
-    rows that were read before are not given again.
+    A damaged, cut or removed file raises no error: lines that are no rows are left out, and rows that were returned
+    before are not returned again.
     """
 
     def __init__(self, path: Path, *, from_end: bool = False, tell: Callable[[str], object] = lambda _: None) -> None:
         """
         Args:
-            from_end: leave out the rows that are there now.
-            tell: takes a line for the user on the first line that is no row.
+            path: the file.
+            from_end: leave out the rows that the file has now.
+            tell: called with a line for the user about the first line that is no row.
         """
         self._path, self._tail, self._tell = path, Tail(path), tell
         self._told = False
         self._last: tuple[int, int] = (0, 0)
-        """(attempt, step) of the newest row; both never fall within a file."""
+        """(attempt, step) of the newest row. The pairs increase within a file."""
         self._restarts = 0
         if from_end:
             records, _ = _parse(path, self._tail.poll()[-1:], first_line=0)
             self._last = max((_order(record) for record in records), default=self._last)
 
     def poll(self) -> list[StepRecord]:
-        """The rows finished since the last call; never a part of one."""
+        """The rows that were completed since the last call."""
         lines = self._tail.poll()
         records, faults = _parse(self._path, lines, first_line=self._tail.lines - len(lines) + 1)
         if faults and not self._told:
@@ -106,7 +110,7 @@ def _order(record: StepRecord) -> tuple[int, int]:
 
 
 def _parse(path: Path, lines: list[bytes], first_line: int) -> tuple[list[StepRecord], list[str]]:
-    """The rows, and what is wrong with each line that is none."""
+    """The rows, and a message for each line that is no row."""
     records, faults = [], []
     for number, line in enumerate(lines, first_line):
         try:

@@ -1,7 +1,7 @@
-"""Files of lines that one process appends to while others read them: metrics.jsonl, notes.txt.
+"""Files to which one process appends lines while others read them: metrics.jsonl, notes.txt.
 
-A line counts once its newline is in the file. What follows the last newline is a line in the making or, after a crash,
-a torn one: readers leave it alone and the next writer cuts it.
+A line is complete when its newline is in the file. Text after the last newline is an unfinished line, or one that a
+crash cut off. Readers ignore it, and the next writer removes it.
 """
 
 import os
@@ -19,17 +19,18 @@ _BLOCK = 1 << 16
 class Lines:
     """Appends lines to a file. Neither a full disk nor a removed file ends the process that appends.
 
-    Lines that the disk does not take are kept in memory, without a bound: a row of metrics.jsonl has about 400 bytes,
-    so a million steps have 400 MB. They are written, in order, before the next line that the disk takes. A file that
-    was removed or replaced meanwhile is made again with the lines from there on. One writer at a time; any thread.
+    Lines that a full disk does not take are kept in memory without a limit (a row of metrics.jsonl has about 400 bytes,
+    so a million steps need 400 MB). They are written, in order, as soon as the disk takes lines again. A file that was
+    removed or replaced meanwhile is created again, and has only the lines from then on. Only one process may append to
+    a file; methods may be called from any thread.
     """
 
     def __init__(self, path: Path, *, tell: Callable[[str], object] = lambda _: None) -> None:
         """
         Args:
-            path: in an existing folder. A torn last line is cut.
-            tell: takes a line for the user when the disk stops taking lines, when it does so again, and when the file
-                was removed, replaced or changed.
+            path: the file; its folder must exist. A last line without a newline is removed.
+            tell: called with a line for the user when the disk stops taking lines, when it takes lines again, and when
+                the file was removed, replaced or changed.
 
         Raises:
             OSError: the file cannot be opened.
@@ -40,34 +41,34 @@ class Lines:
         self._size = self._file.seek(0, os.SEEK_END)
         self._waiting: deque[bytes] = deque()
         self._begun = 0
-        """Bytes of the first waiting line that are in the file."""
+        """Number of bytes of the first waiting line that are in the file already."""
         self._full = False
         self._using = threading.Lock()
 
     def add(self, line: bytes) -> bool:
-        """Appends a line, given without its newline, and hands it to the operating system, so that a reader sees it at
-        once. Returns whether the disk has taken all lines so far."""
+        """Appends a line (without its newline) and writes it through to the operating system, so that a reader sees it
+        at once. Returns whether the disk has taken all lines so far."""
         with self._using:
             self._waiting.append(line + b"\n")
         return self.flush()
 
     def flush(self) -> bool:
-        """Tries the lines that the disk has not taken yet; returns whether it has taken all."""
+        """Tries to write the lines that the disk has not taken yet. Returns whether it has taken all lines."""
         with self._using:
             told = self._write() if self._waiting else []
-        # Outside the lock: whoever is told may add a line to another file, or to this one.
+        # Called without the lock, because `tell` may add a line to this file.
         for text in told:
             self._tell(text)
         return not self._waiting
 
     def close(self) -> None:
-        """Tries the waiting lines once more, says how many are lost, and closes the file."""
+        """Tries to write the waiting lines once more, reports how many are lost, and closes the file."""
         if not self.flush():
             self._tell(f"{len(self._waiting)} lines of {self._path} are lost: its disk took none to the end")
         self._file.close()
 
     def _write(self) -> list[str]:
-        """Writes what is waiting, as far as the disk takes it; returns lines for the user."""
+        """Writes the waiting lines as far as the disk takes them. Returns lines for the user."""
         told = []
         try:
             told += self._look()
@@ -88,8 +89,8 @@ class Lines:
         return told
 
     def _look(self) -> list[str]:
-        """Opens the file anew if its name is no longer this file's; begins a new line if another process has changed
-        the end. Returns lines for the user."""
+        """Opens the path again if the file was removed or replaced. Begins a new line if another process has changed
+        the end of the file. Returns lines for the user."""
         now = os.fstat(self._file.fileno())
         try:
             there = os.stat(self._path)
@@ -101,7 +102,7 @@ class Lines:
             self._file, self._begun = new, 0
             self._end_line()
             return [f"{self._path} was removed or replaced: it goes on with this line, those before it are lost"]
-        # Where the folder itself was moved, the open file went with it.
+        # If the whole folder was moved, the path does not exist any more, and the open file is still the right one.
         if now.st_size != self._size:
             self._begun = 0
             self._end_line()
@@ -109,7 +110,7 @@ class Lines:
         return []
 
     def _end_line(self) -> None:
-        """Ends what another process left without a newline at the end of the file."""
+        """Adds a newline if the file, which another process changed, does not end with one."""
         size = self._file.seek(0, os.SEEK_END)
         if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
             size += self._file.write(b"\n")
@@ -117,25 +118,26 @@ class Lines:
 
 
 class Tail:
-    """Reads a file's new lines while another process writes them. The file may appear later."""
+    """Reads the new lines of a file while another process writes them. The file need not exist yet."""
 
     def __init__(self, path: Path, *, from_end: bool = False) -> None:
         """
         Args:
-            from_end: leave out the lines that are there now.
+            path: the file.
+            from_end: leave out the lines that the file has now.
         """
         self._path, self._offset = path, 0
         self._file: tuple[int, int] | None = None
         self.lines = 0
-        """Lines of the file that were read."""
+        """Number of lines read from the present file."""
         self.restarts = 0
-        """How often the file was found cut short, removed or replaced; it is then read from its beginning."""
+        """How often the file was found cut or replaced; it is then read from its beginning."""
         if from_end:
             self.poll()
 
     def poll(self) -> list[bytes]:
-        """The lines finished since the last call, without their newlines; never a part of one. None where the file
-        cannot be read now: it may be the next time."""
+        """The lines that were completed since the last call, without their newlines. Empty where the file cannot be
+        read; a later call tries again."""
         try:
             with disk.open_regular(self._path) as file:
                 data = self._new(file)
@@ -147,14 +149,14 @@ class Tail:
         return found
 
     def _new(self, file: BinaryIO) -> bytes:
-        """What follows the last line that was read, from the beginning of a file that is another one."""
+        """The bytes after the last line that was read; all bytes if the file was cut or replaced."""
         about = os.fstat(file.fileno())
         before, self._file = self._file, (about.st_dev, about.st_ino)
         if not self._offset:
             return file.read()
         file.seek(self._offset - 1)
         data = file.read()
-        # What was read ended with a newline, and still does unless the file was cut short and has grown since.
+        # The byte before the offset was a newline. If it no longer is, the file was cut and has grown since.
         if self._file == before and data[:1] == b"\n":
             return data[1:]
         self._offset, self.lines, self.restarts = 0, 0, self.restarts + 1
@@ -163,7 +165,7 @@ class Tail:
 
 
 def _open(path: Path) -> BinaryIO:
-    # Unbuffered: how much of a line is in the file must be known.
+    # Unbuffered, so that the number of bytes of a line that are in the file is known.
     return path.open("a+b", buffering=0)  # type: ignore[return-value]
 
 

@@ -1,4 +1,4 @@
-"""The row of metrics.jsonl, and the arithmetic of model FLOPs utilisation."""
+"""The row of metrics.jsonl, and the computation of model FLOPs utilisation."""
 
 import json
 import math
@@ -9,36 +9,37 @@ from typing import Any, Self
 from stack.config.values import one_line
 from stack.disk import parse_json
 
-#: Fields that rows do without where there is nothing to say.
+#: Fields that a row lacks where their value is None.
 _OPTIONAL = (
     *("heldout_loss", "router_aux_loss", "loss_scale", "checkpoint_stall_s", "checkpoint_write_s"),
     "stage_busy_s",
 )
-#: What only an optimizer step has, and the value that stands for it in the row of step 0; in the file it is absent.
+#: Fields that only optimizer steps have -> their value in the row of step 0. In the file that row lacks them.
 _NO_STEP: dict[str, Any] = {
     **dict.fromkeys(("loss", "grad_norm", "lr", "tokens_per_s", "bubble_fraction"), math.nan),
     "step_time_s": 0.0,
     "memory_peak_bytes": 0,
 }
-#: JSON has no spelling for these, so they are strings of the kind `float()` reads; any JSON parser takes the file.
+#: Values that JSON cannot represent. They are written as strings that `float()` reads, so that every JSON parser can
+#: read the file.
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one optimizer step did. Every field is in every row, save those that may be None at the end.
+    """The figures of one optimizer step. Every row has every field, except those at the end with the default None.
 
     The row of step 0 is an evaluation before the first step (`before_training`).
     """
 
     step: int
-    """Optimizer steps finished, this one included; the first step is 1."""
+    """Number of finished optimizer steps, this one included; the first step is 1."""
     loss: float
     """Mean cross-entropy in nats over the non-padding target tokens of the global batch."""
     grad_norm: float
     """Global L2 norm of the gradient before clipping."""
     lr: float
-    """Learning rate that this step was taken with."""
+    """Learning rate of the update."""
     tokens: int
     """Non-padding target tokens of this step, over all replicas."""
     tokens_total: int
@@ -48,33 +49,34 @@ class StepRecord:
     step_time_s: float
     """Wall-clock seconds of the step, without evaluation and saving."""
     mfu: float | None
-    """Model FLOPs over what the devices could have done at their peak, 0 to 1; None where the peak is unknown."""
+    """Model FLOPs utilisation: model FLOPs of the step over the peak FLOPs of all devices in the step's time, 0 to 1;
+    None where the peak is unknown."""
     bubble_fraction: float
     """Measured idle time of the stages over the step time, 0 to 1, mean over the stages."""
     memory_peak_bytes: int
-    """Largest memory of any rank so far: allocated on the GPU, or resident on a machine without one."""
+    """Largest memory of any rank so far: allocated GPU memory, or resident memory on a machine without a GPU."""
     skipped_steps: int
-    """Steps so far whose update was thrown away because it was not finite."""
+    """Number of steps so far whose update was skipped because of an overflow in fp16."""
     attempt: int
-    """Number of the start of this run; a resume is a new attempt and may repeat steps."""
+    """Number of the start of this run, from 1; a resume is a new attempt and may repeat steps."""
     time: float
     """End of the step in Unix seconds."""
     heldout_loss: float | None = None
-    """Mean cross-entropy in nats over the held-out tokens; absent from the row of a step that did not evaluate."""
+    """Mean cross-entropy in nats over the held-out target tokens; absent in steps without an evaluation."""
     router_aux_loss: float | None = None
-    """What a mixture of experts adds to `loss` to balance its experts; absent for other models."""
+    """Auxiliary loss that balances the experts of a mixture, times its coefficient; absent for other models."""
     loss_scale: float | None = None
-    """What fp16 multiplied the loss by in this step; absent for other dtypes."""
+    """Factor of the loss in fp16 in this step; absent for other dtypes."""
     checkpoint_stall_s: float | None = None
     """Seconds that training waited for the checkpoint of this step; absent where none was saved."""
     checkpoint_write_s: float | None = None
-    """Seconds from the beginning of a save to the whole checkpoint; in the row of the first step after it was there."""
+    """Seconds from the beginning of a save until the checkpoint was whole; in the row of the first step after that."""
     stage_busy_s: tuple[float, ...] | None = None
-    """Seconds of the step that each rank of the pipe computed, mean over its replicas; absent without a pipeline."""
+    """Seconds of the step in which each rank of the pipe computed, mean over replicas; absent without a pipeline."""
 
     @classmethod
     def before_training(cls, heldout_loss: float, *, attempt: int, time: float) -> Self:
-        """The row of step 0: the held-out loss of the first weights, in nats, and no step."""
+        """The row of step 0, which has only the held-out loss of the initial weights, in nats."""
         nothing: dict[str, Any] = {**_NO_STEP, "step": 0, "tokens": 0, "tokens_total": 0, "skipped_steps": 0}
         return cls(**nothing, mfu=None, attempt=attempt, time=time, heldout_loss=heldout_loss)
 
@@ -85,19 +87,20 @@ class StepRecord:
         return {name: value for name, value in row.items() if name not in absent}
 
     def to_json(self) -> str:
-        """The row as one line of JSON without its newline; a float reads back with the same bits."""
+        """The row as one line of JSON, without a newline. A float that is read back has the same bits."""
         return json.dumps({name: _to_json_value(value) for name, value in self.to_dict().items()}, allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Self:
-        """The inverse of `to_json`; fields that this version does not know are dropped.
+        """The inverse of `to_json`. Unknown fields are ignored.
 
-        Raises ValueError, in words for the user, when the line is not a row.
+        Raises:
+            ValueError: the line is no row; the message is for the user.
         """
         try:
             row = parse_json(line)
         except ValueError as error:
-            # Without the parser's words, which quote the line.
+            # The parser's message is left out, because it quotes the line.
             raise ValueError("it is not JSON") from error
         if not isinstance(row, dict):
             raise ValueError("it is not a JSON object")
@@ -128,7 +131,7 @@ def _from_json_value(name: str, kind: Any, value: Any) -> int | float | tuple[fl
         if isinstance(value, list) and all(type(part) in (int, float) for part in value):
             return tuple(map(float, value))
         raise ValueError(f"its {name} is {_shown(value)}")
-    # `type(...) is`, because a bool is an int to isinstance.
+    # `type(...) is` instead of isinstance, because bool is a subclass of int.
     if kind is int:
         if type(value) is int and 0 <= value < 1 << 63:
             return value
@@ -141,11 +144,11 @@ def _from_json_value(name: str, kind: Any, value: Any) -> int | float | tuple[fl
 
 
 def _shown(value: Any) -> str:
-    # The text of a nested value may be endless.
+    # The text of a nested value may be very long.
     return f"a {type(value).__name__}" if isinstance(value, list | dict) else one_line(repr(value))
 
 
-#: Words of the device's name, and its dense peak FLOP/s by dtype; the first row whose words are all there counts.
+#: (words in the name of a device, dtype -> dense peak in FLOP/s). The first row whose words all occur is used.
 _PEAKS: tuple[tuple[frozenset[str], dict[str, float]], ...] = tuple(
     (frozenset(words.split()), {"bf16": bf16, "fp16": bf16, "fp32": fp32})
     for words, bf16, fp32 in (
@@ -166,15 +169,16 @@ _PEAKS: tuple[tuple[frozenset[str], dict[str, float]], ...] = tuple(
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """Dense peak of one device in FLOP/s, without structured sparsity; None when the device is not in the table.
 
-    `device_name` is what the driver calls it, e.g. "NVIDIA H100 80GB HBM3" (the SXM part). `dtype` is "bf16" or
-    "fp16" (tensor cores, as fast in one as in the other on all of these devices) or "fp32" (plain fp32 units: TF32 is
-    off, so the tensor cores do nothing).
+    `device_name` is the driver's name, e.g. "NVIDIA H100 80GB HBM3" (the SXM part). `dtype` is "bf16" or "fp16" (tensor
+    cores, equally fast for both on all of these devices) or "fp32" (plain fp32 units, since TF32 is off and tensor
+    cores are not used).
 
     Sources, all NVIDIA: H100 Tensor Core GPU Architecture whitepaper (H100 SXM and PCIe), H100, H200 and GH200
-    datasheets (with sparsity: half is dense), A100 and L40S datasheets, Blackwell Architecture Technical Brief
-    (B200 in HGX). A MIG slice is a part of a device, so its peak is not known here.
+    datasheets (figures with sparsity, halved), A100 and L40S datasheets, Blackwell Architecture Technical Brief
+    (B200 in HGX). A MIG slice is a part of a device, and its peak is not in the table.
 
-    Raises ValueError for another dtype.
+    Raises:
+        ValueError: another dtype.
     """
     if dtype not in _PEAKS[0][1]:
         raise ValueError(f"dtype={dtype} has no peak in the table; use one of {', '.join(_PEAKS[0][1])}")
@@ -185,10 +189,14 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
 
 def mfu(model_flops_per_step: float, step_time_s: float, ranks: int, peak: float | None) -> float | None:
-    """Model FLOPs utilisation, 0 to 1; None when `peak` is.
+    """Model FLOPs utilisation (Chowdhery et al. 2022, PaLM), 0 to 1: the model's FLOPs over the peak FLOPs of all
+    devices in the same time.
 
-    `model_flops_per_step` counts forward and backward of the whole global batch and no recompute;
-    `peak` is one device's FLOP/s.
+    Args:
+        model_flops_per_step: FLOPs of forward and backward of the global batch, without recomputation.
+        step_time_s: seconds of the step.
+        ranks: number of devices.
+        peak: peak of one device in FLOP/s; None gives None.
     """
     if peak is None:
         return None

@@ -1,10 +1,10 @@
-"""Rows of text as a table."""
+"""Formats rows of text as a table."""
 
 from collections.abc import Iterable, Sequence
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; the last one as it is."""
+    """One line for each row. Columns are as wide as their widest cell, and two spaces apart."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

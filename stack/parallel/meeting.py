@@ -14,7 +14,7 @@ from torch.distributed import Store, TCPStore
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 _SCHEME, _LOOPBACK = "loopback", "127.0.0.1"
-#: What MASTER_ADDR is where all ranks are on one host.
+#: Values of MASTER_ADDR where all ranks are on one host.
 _THIS_HOST = (_LOOPBACK, "localhost")
 _BACKLOG = 2048
 

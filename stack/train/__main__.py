@@ -1,4 +1,4 @@
-"""`python -m stack.train`: what every launcher starts on every rank."""
+"""`python -m stack.train`: the program that every launcher starts on every rank."""
 
 import atexit
 import os
@@ -8,7 +8,7 @@ from stack.interpreter import leave_cwd
 
 leave_cwd()
 
-from stack.train.worker import main  # noqa: E402 - not before the current folder is off the path
+from stack.train.worker import main  # noqa: E402 - only after leave_cwd has removed the current folder from sys.path
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
@@ -16,6 +16,6 @@ if __name__ == "__main__":
         atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Without the interpreter's farewell. After a failure, taking down process groups may wait for ranks that are gone;
-    # after a success, a thread of gloo's that still lets go of a tensor would be ended without unwinding, and abort.
+    # os._exit skips the interpreter's shutdown. After a failure the shutdown could wait for ranks that have ended, when
+    # it destroys process groups. After a success it could abort, if it ends a gloo thread that still frees a tensor.
     os._exit(code)

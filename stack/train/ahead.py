@@ -1,4 +1,4 @@
-"""Doing the next thing while the device works: the next batch is made, and the last step's numbers are read."""
+"""Work of the host while the device runs a step: makes the next batch, and reads the numbers of the step before."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,38 +10,38 @@ T = TypeVar("T")
 
 
 class Result(Protocol):
-    """What a step gave."""
+    """The result of a step."""
 
     @property
     def stop(self) -> bool:
-        """Whether training is to end, and every rank knows it."""
+        """Whether training must end after this step; the same on every rank."""
 
 
 R_co = TypeVar("R_co", bound=Result, covariant=True)
 
 
 class Running(Protocol[R_co]):
-    """A step whose result may not be there yet."""
+    """A step that may still be running; `result` waits for it."""
 
     def result(self, stop: bool, /) -> R_co: ...
 
 
 class Prefetch(Generic[T]):
-    """Makes the batch of the next step on a thread. A batch is a function of its step, so there is no state to lose."""
+    """Makes the batch of the next step on a thread. A batch is a function of its step, so the thread has no state."""
 
     def __init__(self, make: Callable[[int], T], *, stop: int, ahead: bool = True):
         """
         Args:
-            make: the batch of a step.
+            make: returns the batch of a step.
             stop: the step after the last one.
-            ahead: False makes each batch when it is asked for.
+            ahead: whether to use a thread; with False `take` makes the batch itself.
         """
         self._make, self._stop = make, stop
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") if ahead else None
         self._next: tuple[int, Future[T]] | None = None
 
     def take(self, step: int) -> T:
-        """The batch of `step`; raises what making it raised."""
+        """The batch of `step`. Raises the exception of `make`, if it raised one."""
         if self._pool is None:
             return self._make(step)
         number, future = self._next or (step, self._pool.submit(self._make, step))
@@ -67,13 +67,15 @@ def results(
     settle_after: Callable[[int], bool],
     asked: Callable[[], bool],
 ) -> Iterator[tuple[R_co, bool]]:
-    """The results of steps in their order, each with whether it is the last one: of `steps`, or because one said stop.
+    """Runs steps and yields their results in order, each with whether it is the last: the last of `steps`, or the last
+    one that was started when a result said stop.
 
     Args:
-        start: hands a step to the device.
-        ahead: start a step before the result of the one before it is read, so that the device never waits for the host.
-        settle_after: whether a step must be over before the next one starts.
-        asked: whether this process was asked to end.
+        start: queues a step on the device.
+        steps: numbers of the steps.
+        ahead: start a step before the result of the one before is read, so that the device does not wait for the host.
+        settle_after: whether the result of a step must be read before the next step starts.
+        asked: whether this process was asked to end the run.
     """
     running: deque[Running[R_co]] = deque()
     stop = False

@@ -1,4 +1,4 @@
-"""Ranks that no driver started: they agree on a run directory, hear `stack stop`, and say themselves how it ended."""
+"""Work of ranks that a bare launcher started, without a driver: make the run directory, and notice `stack stop`."""
 
 import contextlib
 import os
@@ -22,20 +22,23 @@ from stack.train.stop_request import StopRequests
 
 
 def agree_on_run(cfg: Config, plan: Plan, rank: int, run: RunDir | None, held: contextlib.ExitStack) -> RunDir:
-    """Rank 0 finds the corpus, makes the run directory, or begins another attempt in the one that was named, and tells
-    the others: hundreds of ranks must not each list a corpus of many files. Collective.
+    """Rank 0 finds the corpus, makes a run directory or begins another attempt in `run`, and sends the path to the
+    other ranks. Only rank 0 does this, since hundreds of ranks must not each list a corpus of many files. Collective.
 
     Args:
-        run: the run directory that was named, if one was.
-        held: takes rank 0's lock of the run directory.
+        cfg: the config.
+        plan: the layout.
+        rank: this rank.
+        run: the run directory of `--config`, or None for a new run.
+        held: keeps rank 0's lock of the run directory.
 
     Raises:
-        StackError: on every rank, what rank 0 met: the corpus is not prepared, another process is at work in the run
+        StackError: the error of rank 0, on every rank: the corpus is not prepared, another process works in the run
             directory, or no checkpoint can be written.
     """
     from stack.parallel import messages, zero
 
-    # The ranks meet first, so that a host that cannot be reached leaves no run directory.
+    # The ranks connect first, so that an unreachable host leaves no run directory behind.
     zero.init_distributed(timeout=timedelta(seconds=cfg.health.hang_timeout_s))
     made, failure = None, None
     if rank == 0:
@@ -66,11 +69,13 @@ def _make(cfg: Config, plan: Plan, run: RunDir | None, held: contextlib.ExitStac
 
 
 def hears_stop(run: RunDir, asked: Callable[[], bool], *, saves: bool) -> Callable[[], bool]:
-    """`asked`, which says after each step whether this rank was asked to save and end, and whether `stack stop` asks.
-    For rank 0: where one rank was asked, all save.
+    """A function for rank 0 that the loop calls after each step: whether the run was asked to save and end, by a signal
+    to this rank (`asked`) or by `stack stop`. It is enough that one rank is asked.
 
     Args:
-        saves: whether the run has checkpoints; else `stack stop` ends it at once.
+        run: the run directory.
+        asked: whether a signal asked this rank to end.
+        saves: whether the run has checkpoints; without them `stack stop` ends the run at once.
     """
     requests = StopRequests(run)
 
@@ -80,7 +85,7 @@ def hears_stop(run: RunDir, asked: Callable[[], bool], *, saves: bool) -> Callab
             stop_request.clear(run)
             told = {"type": "Interrupted", "message": "stopped by stack stop", "exit_code": SIGNALLED + signal.SIGINT}
             rundir.write_json(run.failed, {**told, "time": time.time()})
-            # Ends this rank without another collective, and with it the launcher ends the others.
+            # Ends this rank without another collective; the launcher then ends the other ranks.
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(60)
         elif wanted:

@@ -1,5 +1,5 @@
-"""What the ranks of `stack doctor` run: checks among themselves, and the configured layout, made tiny, against one
-dense process."""
+"""The checks that `stack doctor` runs on the ranks: the checks of hosts and network, and a comparison of a miniature of
+the configured layout with the same model trained in one ordinary process."""
 
 import time
 from dataclasses import replace
@@ -21,31 +21,34 @@ from stack.plan.miniature import STEPS
 from stack.train import rundir
 from stack.train.rundir import RunDir
 
-#: The largest relative difference that rounding explains. fp32: sums in another order, on a GPU by other kernels.
-#: bf16: a weight that rounds the other way is 2**-8 off and moves what comes after; after three steps a bias that began
-#: at zero was seen 0.02 off, in every layout alike.
+#: The largest relative difference that rounding explains. fp32: sums are in another order, on a GPU in other kernels.
+#: bf16: a weight that is rounded to the other neighbour differs by 2**-8, and changes later values; after three steps a
+#: bias that began at zero differed by 0.02, equally in every layout.
 TOLERANCE = {("fp32", "cpu"): 1e-5, ("fp32", "cuda"): 1e-4, ("bf16", "cpu"): 5e-2, ("bf16", "cuda"): 5e-2}
 
 
 class Difference(NamedTuple):
-    """L2 norm of a tensor's difference over that of the tensor; infinite for what cannot be compared."""
+    """The difference of a value from the dense process."""
 
     size: float
+    """L2 norm of the difference over the L2 norm of the expected value; infinite for another shape or a value that is
+    not finite."""
     what: str
+    """Name of the value, for the user."""
 
 
 def check(cfg: Config, plan: Plan, run: RunDir, rank: int) -> None:
-    """Runs what `run.check` asks for and leaves what to tell the user in `run.result`. Collective.
+    """Runs the checks that `run.check` lists, and writes lines for the user to `run.result`. Collective.
 
     Raises:
         HangError, HostError: as `check_ranks`.
-        NumericsError: the layout differs from one dense process.
+        NumericsError: the layout differs from the dense process.
     """
     asked = rundir.read_json(run.check) or {}
     timeout = timedelta(seconds=cfg.health.hang_timeout_s)
     zero.init_distributed(timeout=timeout)
     mesh = make_mesh(plan, timeout=timeout)
-    # A rank alone has nobody to send to.
+    # The checks of the network need at least two ranks.
     lines = [str(check_ranks(mesh.device)) if plan.world_size > 1 else "1 rank"]
     for dtype in asked["parity"]:
         lines.append(_parity(replace(cfg, precision=replace(cfg.precision, dtype=dtype)), plan, mesh))
@@ -57,15 +60,15 @@ def check(cfg: Config, plan: Plan, run: RunDir, rank: int) -> None:
 
 
 def _parity(cfg: Config, plan: Plan, mesh: Mesh) -> str:
-    """One line on how far the layout is from one dense process.
+    """Compares the layout with a dense process, and returns a line with the largest difference.
 
     Raises:
-        NumericsError: further than rounding explains; on every rank.
+        NumericsError: the difference is larger than rounding explains. Raised on every rank.
     """
     dtype = cfg.precision.dtype
     allowed = TOLERANCE[dtype, mesh.device.type]
     own = _train(cfg, plan, mesh)
-    # Each rank has a dense process of its own: it is tiny, and so nothing is sent that could be wrong on the way.
+    # Each rank trains the tiny dense model itself, so that expected values are not sent over the network under test.
     dense = train_dense(cfg, steps=STEPS, device=mesh.device)
     everyone = messages.gather([max(_differences(own, dense)), list(own.parameters)], mesh.host_group)
     rank = max(range(mesh.world_size), key=lambda number: everyone[number][0])
@@ -82,7 +85,7 @@ def _parity(cfg: Config, plan: Plan, mesh: Mesh) -> str:
 
 
 def _train(cfg: Config, plan: Plan, mesh: Mesh) -> Curve:
-    """The layout's run; of the parameters those of this rank's stages."""
+    """Trains the miniature in the layout. The result has the parameters of this rank's stages."""
     engine = Engine(cfg, plan, mesh)
     results = [engine.train_batch(_replica_batch(cfg, plan, step, mesh), lr=cfg.optim.lr) for step in range(STEPS)]
     parameters = {
@@ -94,7 +97,7 @@ def _train(cfg: Config, plan: Plan, mesh: Mesh) -> Curve:
 
 
 def _replica_batch(cfg: Config, plan: Plan, step: int, mesh: Mesh) -> Batch:
-    """A replica's contiguous part of the global batch, cut into microbatches."""
+    """This replica's contiguous part of the global batch, cut into microbatches."""
     whole = synthetic_rows(cfg, step)
     size = plan.global_size // plan.replicas
     part = slice(mesh.replica * size, (mesh.replica + 1) * size)

@@ -1,4 +1,4 @@
-"""Which cores of its host a rank computes on."""
+"""Binds a rank to a share of the CPU cores of its host."""
 
 import os
 
@@ -6,13 +6,13 @@ from stack.train.ranks import ranks_here
 
 
 def own_cores(cores: list[int], rank: int, ranks: int) -> list[int]:
-    """A rank's even share of the cores that the ranks of a host may use, neighbours together since they share caches.
-    All of them where there are fewer cores than ranks: the scheduler then does better than any fixed choice.
+    """A rank's even share of the cores that the ranks of a host may use. The share is contiguous, because neighbouring
+    cores share caches. With fewer cores than ranks it is all cores: the scheduler then does better than a fixed choice.
 
     Args:
         cores: numbers of the cores.
-        rank: 0, 1, ... on the host.
-        ranks: of the host.
+        rank: number of the rank on the host, from 0.
+        ranks: number of ranks on the host.
     """
     if len(cores) < ranks:
         return cores
@@ -20,8 +20,8 @@ def own_cores(cores: list[int], rank: int, ranks: int) -> list[int]:
 
 
 def bind() -> None:
-    """Keeps this process, and the threads it will start, on its share, where its launcher says how many ranks the host
-    has."""
+    """Binds this process, and threads that it starts later, to its share of the cores. Does nothing where the launcher
+    does not say how many ranks the host has."""
     ranks = ranks_here()
     if ranks and "LOCAL_RANK" in os.environ:
         cores = sorted(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""How a rank that cannot go on ends: the cause in words that help, where the driver or the user finds them."""
+"""Ends a rank after an error: turns the error into a message for the user, and writes it where the driver reads it."""
 
 import contextlib
 import os
@@ -21,7 +21,13 @@ from stack.train.rundir import RunDir
 
 
 def explained(error: Exception, cfg: Config | None, plan: Plan | None) -> BaseException:
-    """What the user is to read of an error: not where it came up, but what happened, and what helps."""
+    """The error to report to the user: the cause of `error`, as a `StackError` with advice where the cause is known.
+
+    Args:
+        error: the exception that ended the rank.
+        cfg: the config, if it was read before the error.
+        plan: the layout, if it was made before the error.
+    """
     cause = cause_of(error)
     if isinstance(cause, StackError):
         return cause
@@ -33,22 +39,31 @@ def explained(error: Exception, cfg: Config | None, plan: Plan | None) -> BaseEx
 
 
 def _timeout_of(words: str, cfg: Config | None) -> str:
-    """The key that bounded a wait. gloo says how long it was; only the group that waits for disks has its own bound."""
+    """The config key of the timeout that passed, found by its length in gloo's message. Only `Mesh.disk_group` has a
+    timeout of its own."""
     disks_s = cfg.checkpoint.timeout_s if cfg and cfg.checkpoint.timeout_s != cfg.health.hang_timeout_s else None
     return "checkpoint.timeout_s" if disks_s and f" {disks_s * 1000:.0f}ms" in words else "health.hang_timeout_s"
 
 
 def failed(run: RunDir | None, launched: Launched, error: Exception, cause: BaseException) -> int:
-    """Leaves the cause where the driver finds it and the traceback of the error in the log; returns the exit code."""
+    """Writes the cause to the rank's error.json for the driver, and the traceback of the error to the log. Returns the
+    exit code.
+
+    Args:
+        run: the run directory, or None if the rank has none yet.
+        launched: this rank's place.
+        error: the exception that ended the rank.
+        cause: the result of `explained`.
+    """
     exit_code = cause.exit_code if isinstance(cause, StackError) else RankFailure.exit_code
-    # The launcher's output may go to a full disk, or to nobody.
+    # The launcher's output may go to a full disk, or to a pipe that is closed.
     with contextlib.suppress(OSError):
         if run is not None or not isinstance(cause, StackError):
             traceback.print_exception(error)
             if cause is not error:
                 print(f"{type(cause).__name__}: {cause}", file=sys.stderr)
         elif launched.local_rank == 0:
-            # One line a host: a config is wrong on all of them.
+            # Only one rank of each host prints the line, since a wrong config is wrong for all ranks.
             print(f"{type(cause).__name__}: {cause} (on {socket.gethostname()})", file=sys.stderr)
     if run is None:
         return exit_code
@@ -64,13 +79,14 @@ def failed(run: RunDir | None, launched: Launched, error: Exception, cause: Base
         told["message"] = f"{stopped}; {told['message']}"
     rundir.write_last(run.rank(launched.rank) / "error.json", told)
     if not has_driver:
-        # Without a driver the ranks themselves say how the run ended.
+        # Without a driver the ranks write the file that says how the run ended.
         rundir.record_end(run, told)
     return exit_code
 
 
 def _stopped_here(run: RunDir) -> str:
-    """Ranks of this host that are stopped: nobody else is there to look why ranks hang."""
+    """Names the ranks of this host that are stopped. Without a driver no other process looks for the reason of a
+    hang."""
     ranks_ = [int(folder.name) for folder in run.path.glob("ranks/*") if folder.name.isdigit()]
     stopped = [str(seen) for seen in look(run, sorted(ranks_)) if seen.stopped]
     return f"{', '.join(stopped)} is stopped (SIGSTOP, or a debugger)" if stopped else ""

@@ -1,4 +1,4 @@
-"""The batches of a run, from its prepared corpus: opened by the driver to refuse early, and by every rank to train."""
+"""Opens the batches of a run from its prepared corpus: in the driver to refuse bad data early, and in every rank."""
 
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ def open_batches(cfg: Config, plan: Plan, folder: Path, *, before: int = 0) -> t
     """Training and held-out batches.
 
     Args:
-        folder: of the prepared corpus.
-        before: sequences ahead of global batch 0, as in `Batches`.
+        cfg: the config.
+        plan: the layout.
+        folder: folder of the prepared corpus.
+        before: sequences used before global batch 0, as in `Batches`.
 
     Raises:
-        DataError: the corpus is damaged, is too short, has more tokens in its vocabulary than the model, or others
-            than the pretrained one.
+        DataError: the corpus is damaged or too short, or its vocabulary is larger than the model's or differs from that
+            of the pretrained model.
+        LayoutError: as `Batches`.
     """
     check_choice(cfg)
     corpus = Corpus.open(folder)
@@ -47,7 +50,7 @@ def open_batches(cfg: Config, plan: Plan, folder: Path, *, before: int = 0) -> t
 
 
 def sequences_of_epoch(cfg: Config, plan: Plan) -> int | None:
-    """Training sequences in one epoch; None where the corpus is not prepared, or does not fit the model."""
+    """Number of training sequences in an epoch; None where the corpus is not prepared or does not fit the model."""
     try:
         training, _ = open_batches(cfg, plan, locate(cfg.data, seed=cfg.data.split_seed))
     except DataError:
@@ -58,7 +61,7 @@ def sequences_of_epoch(cfg: Config, plan: Plan) -> int | None:
 def _check_rows(cfg: Config, rows: int, corpus: Corpus) -> None:
     """
     Raises:
-        DataError: a token id of the corpus has no embedding.
+        DataError: the model has fewer embedding rows than the corpus has token ids.
     """
     if corpus.vocab_size <= rows:
         return
@@ -70,15 +73,20 @@ def _check_rows(cfg: Config, rows: int, corpus: Corpus) -> None:
     name, size = cfg.model.name, corpus.vocab_size
     raise DataError(
         f"the weights of model.name={name} have {rows} rows, and the corpus made with data.tokenizer="
-        f"{cfg.data.tokenizer} needs {size}; give them more rows in a new folder, and name that: python -c "
+        f"{cfg.data.tokenizer} needs {size}; save weights with more rows in a new folder, and use that: python -c "
         f"\"from transformers import AutoModelForCausalLM as A; m = A.from_pretrained('{name}'); "
         f"m.resize_token_embeddings({size}); m.save_pretrained('NEW_FOLDER')\""
     )
 
 
 def course(cfg: Config, folder: Path) -> dict[str, Any]:
-    """What a run does not change in silence, by the settings that a user would change: the model's, and what decides
-    which sequences a step sees. The corpus counts by its fingerprint."""
+    """The settings that may not change on a resume without `checkpoint.allow`: setting -> value. They are those of the
+    model and those that decide which sequences a step sees. `data.source` also has the fingerprint of the corpus.
+
+    Args:
+        cfg: the config.
+        folder: folder of the prepared corpus.
+    """
     fields = model_fields(cfg.model)
     family = FAMILIES[fields["model_type"]]
     given = {"model_type": fields["model_type"], **family.defaults, **fields}

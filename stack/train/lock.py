@@ -1,4 +1,4 @@
-"""Exclusive use of a run directory: `lock.json` names the process that works there."""
+"""The lock of a run directory: `lock.json` names the process that works there, and other processes are refused."""
 
 import atexit
 import contextlib
@@ -23,26 +23,28 @@ from stack.errors import UsageError
 from stack.health.orphan import is_alive
 
 LOCK = "lock.json"
-#: What takers hold for a moment. Never removed: a process that waits on a removed file would hold what nobody sees.
+#: File with a kernel lock (`flock`), which a process holds briefly while it takes or releases `lock.json`. The file is
+#: never removed: a process that waits for the lock of a removed file would get a lock that no other process sees.
 _GUARD = ".lock"
-#: Seconds by which two readings of one process's start may differ: the kernel's boot time is read in whole seconds.
+#: Two readings of a process's start may differ by so many seconds, because the boot time is read in whole seconds.
 _SAME_START_S = 2.0
-#: Seconds between two looks at a lock whose holder cannot be seen.
+#: Seconds between two looks at the lock of a process on another host.
 _POLL_S = 1.0
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process, as others can find it."""
+    """The process that holds a lock, described so that other processes can find it."""
 
     host: str
     place: str
-    """The kernel and its table of processes where `pid` means something. Two containers may share a host's name."""
+    """Identifies the process table (boot id and pid namespace) to which `pid` belongs. A host name is not enough,
+    because two containers may share one."""
     pid: int
     started: float
-    """Seconds from the start of the kernel to that of the process: the time of day may be set meanwhile."""
+    """Seconds from the boot of the kernel to the start of the process; unaffected by changes of the time of day."""
     since: float
-    """Time of day at which it took the lock, seconds since 1970."""
+    """When the process took the lock, in Unix seconds."""
 
     @classmethod
     def me(cls) -> Self:
@@ -51,7 +53,8 @@ class Holder:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the process has ended, also if its id has been given to another one since. Of its own place only."""
+        """Whether the process has ended, even if another process has its id now. Only for processes of the same
+        `place` as the caller."""
         try:
             process = psutil.Process(self.pid)
             return not is_alive(process) or abs(_started(process) - self.started) > _SAME_START_S
@@ -60,11 +63,13 @@ class Holder:
 
 
 class RunLock:
-    """The one user of a run directory. As a context manager, or from `acquire` to `release` or an ordinary exit.
+    """The lock of a run directory. Use it as a context manager, or call `acquire` and `release`; a normal exit of the
+    process releases it too.
 
-    A holder that is killed leaves a stale lock, which the next one takes over: at once where the process table shows
-    that the holder has ended. The process table of another host cannot be seen. There the taker waits: a holder that
-    renews the lock meanwhile is alive, and one that does not for `stale_s` seconds has ended.
+    A holder that is killed leaves a stale lock, which the next process takes over: at once on the same host, where the
+    process table shows that the holder has ended. The process table of another host cannot be read. There the next
+    process waits for up to `stale_s` seconds. A holder that renews the lock in this time is alive, and the next process
+    is refused; otherwise it takes the lock over.
     """
 
     def __init__(
@@ -79,9 +84,10 @@ class RunLock:
         """
         Args:
             run: an existing run directory.
-            holder: who takes it, if not this process.
-            renew_s: seconds between two signs of life.
-            tell: takes a line for the user, once, where `acquire` waits.
+            holder: the process that takes the lock; None for this process.
+            renew_s: seconds between two renewals of the lock.
+            stale_s: seconds without a renewal after which the lock of a process on another host is stale.
+            tell: called once with a line for the user if `acquire` waits.
         """
         self._run, self._path = run, run / LOCK
         self._holder, self._renew_s, self._stale_s = holder or Holder.me(), renew_s, stale_s
@@ -90,10 +96,10 @@ class RunLock:
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Takes the run directory. Waits, at most `stale_s`, where it cannot be seen whether the holder has ended.
+        """Takes the lock. Waits, at most `stale_s`, if the lock belongs to a process of another host.
 
         Raises:
-            UsageError: another process is at work in it, or it cannot be written.
+            UsageError: another process works in the run directory, or the directory cannot be written.
         """
         watched: _Found | None = None
         try:
@@ -106,7 +112,7 @@ class RunLock:
                         f"{self._run} was in use by {found.who}, which cannot be seen from here: waiting up to "
                         f"{self._stale_s - found.age_s:.0f} s for a sign of life, then going on"
                     )
-                # Outside the guard, which a holder needs to give the lock back.
+                # The guard is free while this process sleeps, because the holder needs it to release the lock.
                 time.sleep(min(_POLL_S, self._stale_s / 10))
         except OSError as error:
             raise UsageError(
@@ -117,10 +123,10 @@ class RunLock:
         threading.Thread(target=self._renew, daemon=True, name="run-lock").start()
 
     def release(self) -> None:
-        """Gives it back. Leaves a lock that meanwhile is another's, or that this process's parent took."""
+        """Releases the lock. Does nothing if another process has taken it over, or in a forked child of the holder."""
         self._released.set()
         atexit.unregister(self.release)
-        # Who cannot write any more leaves a stale lock.
+        # If the directory can no longer be written, the lock stays and becomes stale.
         with contextlib.suppress(OSError), self._guarded():
             if self._is_ours():
                 self._path.unlink()
@@ -134,16 +140,18 @@ class RunLock:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Taking over is more than one call. The kernel opens the guard when its holder dies."""
+        """Holds the guard inside a `with` block, because taking a lock over needs several system calls. The kernel
+        releases the guard when its holder dies."""
         with (self._run / _GUARD).open("a") as file:
-            # Some file systems have no flock. There the calls' order alone keeps two takers apart, though not three.
+            # Some file systems have no flock. There the order of the calls keeps two processes from taking the lock
+            # both, but not three.
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[Path]:
-        """Our lock under a name of its own, whole before anyone sees it."""
+        """A temporary file with the content of our lock, which is complete before it is linked to lock.json."""
         path = self._path.with_name(f".{LOCK}.{secrets.token_hex(4)}")
         try:
             path.write_bytes(self._content)
@@ -152,7 +160,7 @@ class RunLock:
             path.unlink(missing_ok=True)
 
     def _try(self) -> "_Found | None":
-        """Takes the lock and returns None, or returns the lock that is in the way."""
+        """Takes the lock and returns None, or returns the existing lock that prevents it."""
         with self._guarded(), self._written() as mine:
             while not disk.link_new(mine, self._path):
                 if found := self._put_away_if_stale(mine):
@@ -160,53 +168,58 @@ class RunLock:
         return None
 
     def _put_away_if_stale(self, mine: Path) -> "_Found | None":
-        """Clears the way for the next try, or returns the lock that may be that of a process at work."""
+        """Removes a stale lock and returns None, or returns the lock if its holder may be alive.
+
+        Args:
+            mine: the file of `_written`.
+        """
         try:
-            # The time first: a holder that renews the lock in between only makes it look older.
+            # The time is read before the content. If the holder renews the lock in between, it only looks older.
             renewed = self._path.stat().st_mtime
             content = disk.read_regular(self._path)
         except FileNotFoundError:
             return None
-        # The file server's clock for both, whatever the hosts' clocks say.
+        # Both times come from the clock of the file server, because the clocks of the hosts may differ.
         os.utime(mine)
         age_s = abs(mine.stat().st_mtime - renewed)
         holder = _parse(content)
         near = holder is not None and holder.place == self._holder.place
         if not (holder.is_gone if holder and near else age_s > self._stale_s):
             return _Found(holder, renewed, age_s, alive=near)
-        # Renamed before it is removed: only one taker gets it.
+        # The stale lock is renamed before it is removed; of several processes only one can rename it.
         aside = mine.with_name(f"{mine.name}.stale")
         with contextlib.suppress(FileNotFoundError):
             self._path.rename(aside)
             if aside.read_bytes() != content:
-                # It was a faster taker's, by now.
+                # Another process was faster, and this is its new lock: put it back.
                 disk.link_new(aside, self._path)
             aside.unlink()
         return None
 
     def _renew(self) -> None:
         while not self._released.wait(self._renew_s):
-            # A file server that does not answer now may do so next time.
+            # A failed renewal is tried again next time, since the file server may only be slow.
             with contextlib.suppress(OSError):
                 if self._is_ours():
                     os.utime(self._path)
 
     def _is_ours(self) -> bool:
-        # A forked child has this object too.
+        # The process id is compared because a forked child has this object too, but not the lock.
         return os.getpid() == self._holder.pid and self._path.read_bytes() == self._content
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A lock that is in the way. Two findings are equal where nobody has renewed it in between."""
+    """The existing lock of another process. Two of these are equal if the lock was not renewed in between."""
 
     holder: Holder | None
     """None where the file is damaged."""
     renewed: float
-    """Time of its last renewal by the clock of the file system, seconds since 1970."""
+    """Time of the last renewal by the clock of the file system, in Unix seconds."""
     age_s: float = field(compare=False)
+    """Seconds since the last renewal."""
     alive: bool
-    """Whether its process can be seen, and is at work."""
+    """Whether the process table shows that the holder is alive."""
 
     @property
     def who(self) -> str:
@@ -231,6 +244,6 @@ def _time(seconds: float) -> str:
 
 
 def _started(process: psutil.Process) -> float:
-    # First the boot time, which some versions of psutil remember from then on.
+    # The boot time is read first, because some versions of psutil cache it for `create_time`.
     booted = psutil.boot_time()
     return process.create_time() - booted

@@ -1,4 +1,4 @@
-"""The training run on one screen."""
+"""The training loop."""
 
 import time
 from collections.abc import Callable
@@ -28,8 +28,22 @@ def train(
     mfu: Callable[[StepResult], float | None],
     record: Callable[[StepRecord], None],
 ) -> TrainState:
-    """Trains from `state` to `cfg.train.steps`, or to the step, saved with it, after which any rank was `asked` to end.
-    Collective; `record` gets one row a step, on every rank, and with `train.eval_first` one of step 0.
+    """Trains from `state` to `cfg.train.steps`. Ends earlier, after a save, if any rank was asked to end. Collective.
+
+    Args:
+        cfg: the config.
+        state: the state from which training goes on.
+        engine: this rank's engine.
+        training: training batches.
+        heldout: held-out batches.
+        saver: saves checkpoints.
+        asked: whether this rank was asked to end the run.
+        replica: number of this rank's replica.
+        mfu: returns the model FLOPs utilisation of a step, or None.
+        record: called with one row after each step, on every rank; with `train.eval_first` also with a row of step 0.
+
+    Returns:
+        The state after the last step.
 
     Raises:
         NumericsError: the loss or the gradient norm stopped being finite.
@@ -64,7 +78,7 @@ def train(
 
 
 def evaluate(cfg: Config, engine: Engine, heldout: Batches, replica: int) -> tuple[float, int]:
-    """Mean token loss over the first `train.eval_sequences` held-out sequences, in nats, and their targets.
+    """Mean token loss over the first `train.eval_sequences` held-out sequences, in nats, and their number of targets.
     Collective."""
     count = min(cfg.train.eval_sequences, heldout.num_sequences)
     total, tokens = 0.0, 0
@@ -76,12 +90,12 @@ def evaluate(cfg: Config, engine: Engine, heldout: Batches, replica: int) -> tup
 
 
 def _eval_due(cfg: Config, step: int) -> bool:
-    # What is to be the best checkpoint must be known to be.
+    # With checkpoint.keep_best every saved step is evaluated, because the best checkpoints are chosen by their loss.
     return _due(cfg.train.eval_every, cfg, step) or (cfg.checkpoint.keep_best > 0 and _save_due(cfg, step))
 
 
 def _save_due(cfg: Config, step: int, *, last: bool = False) -> bool:
-    """Whether the state after `step` is saved, which is the `last` one of this attempt."""
+    """Whether the state after `step` is saved; `last` says that `step` is the last one of this attempt."""
     return _due(cfg.checkpoint.every, cfg, step) or (last and cfg.checkpoint.every > 0)
 
 

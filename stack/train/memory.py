@@ -1,4 +1,4 @@
-"""What to tell a user whose run has no memory left."""
+"""The message for a run that is out of memory, with the settings that need less."""
 
 from dataclasses import replace
 
@@ -9,15 +9,21 @@ from stack.plan.policies import local_devices
 
 
 def out_of_memory(error: BaseException, cfg: Config | None, plan: Plan | None) -> RankFailure:
-    """`error`, which says that memory ran out, as one line that names the settings which need less."""
+    """A one-line error for the user, with the text of `error` and the settings that need less memory.
+
+    Args:
+        error: an error that says that memory ran out.
+        cfg: the config, if it is known.
+        plan: the layout, if it is known.
+    """
     told = " ".join((str(error).strip() or type(error).__name__).split())
     help_ = " or ".join(lower_memory(cfg, plan)) if cfg and plan else ""
     return RankFailure(f"out of memory ({told[:300]}); use {help_ or 'more ranks, or a smaller model'}")
 
 
 def lower_memory(cfg: Config, plan: Plan) -> list[str]:
-    """Overrides of `cfg` that need less memory a rank, each legal by itself in the layout of `plan`, the one that costs
-    least time first."""
+    """Overrides of `cfg` that need less memory on each rank, the one that costs least time first. Each of them alone is
+    legal in the layout of `plan`."""
     parallel, offload = cfg.parallel, cfg.parallel.offload
     changed: dict[str, Config] = {}
     if smaller := max((n for n in range(1, plan.micro_size) if plan.micro_size % n == 0), default=0):
@@ -31,7 +37,7 @@ def lower_memory(cfg: Config, plan: Plan) -> list[str]:
         changed["parallel.gather=microbatch"] = replace(cfg, parallel=replace(parallel, gather="microbatch"))
     if plan.zero >= 2 and parallel.reduce == "step":
         changed["parallel.reduce=microbatch"] = replace(cfg, parallel=replace(parallel, reduce="microbatch"))
-    # Without a GPU host memory is what there is.
+    # Without a GPU the states are in host memory already.
     if plan.zero > 0 and offload.optimizer == "none" and local_devices():
         cpu = replace(parallel, offload=replace(offload, optimizer="cpu"))
         changed["parallel.offload.optimizer=cpu"] = replace(cfg, parallel=cpu)

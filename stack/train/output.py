@@ -1,4 +1,4 @@
-"""What a rank prints: into its log.txt, and for a bare launcher on the screen. Neither may end the run."""
+"""Sends the output of a rank to its log.txt. A full disk or a closed screen must not end the run."""
 
 import contextlib
 import io
@@ -7,15 +7,19 @@ import sys
 from pathlib import Path
 from typing import TextIO, cast
 
-#: The streams that were replaced: the end of one would close the descriptor that its successor writes to.
+#: The replaced streams, kept alive: a deleted stream would close the descriptor that the new stream writes to.
 _REPLACED: list[TextIO] = []
 
 
 def own_output(log: Path, *, shown: bool) -> TextIO | None:
-    """Sends all that this process prints, from Python or not, to a file.
+    """Sends all output of this process, also that of libraries in C, to a file.
+
+    Args:
+        log: the file; output is appended.
+        shown: whether the previous standard output is returned.
 
     Returns:
-        The output that the process had before, if `shown`.
+        The previous standard output if `shown`, else None.
 
     Raises:
         OSError: the file cannot be opened.
@@ -34,8 +38,8 @@ def own_output(log: Path, *, shown: bool) -> TextIO | None:
 
 
 class _Lossy(io.FileIO):
-    """A file that takes everything: what its disk or its reader does not take is left out, and counted in the file as
-    soon as it takes something again."""
+    """A file whose writes never fail. Bytes that the disk or the reader does not take are dropped; the next successful
+    write says how many."""
 
     _lost = 0
 
@@ -52,7 +56,7 @@ class _Lossy(io.FileIO):
 
 
 def _stream(descriptor: int) -> TextIO:
-    """Text by lines; what cannot be encoded is escaped."""
+    """A line-buffered text stream; characters that cannot be encoded are escaped."""
     raw = _Lossy(descriptor, "w", closefd=False)
     buffered = io.BufferedWriter(cast("io.RawIOBase", raw))
     return io.TextIOWrapper(buffered, encoding="utf-8", errors="backslashreplace", line_buffering=True)

@@ -1,5 +1,7 @@
-"""How far each rank is: two numbers in its memory, which a process of the same user on the same host may read. They
-are read only when ranks hang, to tell the rank that all others wait for from those that wait."""
+"""The progress of each rank: two numbers in its memory, which another process of the same user on the host can read.
+
+They are read only when ranks hang, to find the rank for which all others wait.
+"""
 
 import mmap
 import os
@@ -21,31 +23,31 @@ _NUMBERS = struct.Struct("<qq")
 
 
 class Phase(IntEnum):
-    """What a rank is at."""
+    """The part of its work in which a rank is."""
 
     STARTING = 0
     READING = 1
-    """Weights or a checkpoint."""
+    """Reading weights or a checkpoint."""
     TRAINING = 2
-    """From one step's numbers to the next step's: forwards, backwards, the update, evaluations, saves."""
+    """In the training loop: forwards, backwards, updates, evaluations, saves."""
     ENDING = 3
 
 
 class Progress:
-    """This rank's two numbers. To write them costs a microsecond: they are in a file that has no name and no disk."""
+    """This rank's two numbers, in an anonymous file in memory. A write costs a microsecond."""
 
     def __init__(self) -> None:
         self.file = os.memfd_create("stack-progress")
-        """Its descriptor: others open it as /proc/PID/fd/NUMBER."""
+        """Descriptor of the file; other processes open it as /proc/PID/fd/NUMBER."""
         os.ftruncate(self.file, _NUMBERS.size)
         self._memory = mmap.mmap(self.file, _NUMBERS.size)
 
     def at(self, phase: Phase, step: int) -> None:
-        """Says what this rank is at, and how many steps are done."""
+        """Sets the phase of this rank and its number of finished steps."""
         _NUMBERS.pack_into(self._memory, 0, step, phase)
 
     def counted(self, record: Callable[[StepRecord], None]) -> Callable[[StepRecord], None]:
-        """`record`, and says how far this rank is with each row."""
+        """A function that calls `record` and then sets the progress to the step of the row."""
 
         def counting(row: StepRecord) -> None:
             record(row)
@@ -56,15 +58,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Look:
-    """A rank that lives and has not said that it failed, as its host sees it while others hang."""
+    """The state of a rank that is alive and has not reported a failure, read on its host while ranks hang."""
 
     rank: int
     host: str
     pid: int
     stopped: bool
-    """By SIGSTOP or a debugger: it computes nothing."""
+    """Whether SIGSTOP or a debugger has stopped the process."""
     step: int
-    """Steps that it has done."""
+    """Number of finished steps."""
     phase: str
 
     def __str__(self) -> str:
@@ -72,8 +74,11 @@ class Look:
 
 
 def look(run: RunDir, ranks: Iterable[int]) -> list[Look]:
-    """Those of `ranks` that live on this host and have not said that they failed or are done. A launcher asks all its
-    ranks to end once the first has failed, so one that was asked may still be the one that the others wait for."""
+    """The state of those of `ranks` that are alive on this host and have not reported a failure or their end.
+
+    Ranks that were asked to stop are included: a launcher asks all of its ranks to end after the first failure, so such
+    a rank may still be the one for which the others wait.
+    """
     here, found = socket.gethostname(), []
     for rank in ranks:
         about = rundir.read_json(run.rank(rank) / "rank.json")
@@ -83,7 +88,12 @@ def look(run: RunDir, ranks: Iterable[int]) -> list[Look]:
 
 
 def _see(rank: int, about: dict[str, Any]) -> Look | None:
-    """None where the process is gone, or another one has its id."""
+    """The state of one rank; None where its process has ended, or another process has its id.
+
+    Args:
+        rank: the rank.
+        about: content of its rank.json.
+    """
     pid = about["pid"]
     try:
         stopped = psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
@@ -94,8 +104,8 @@ def _see(rank: int, about: dict[str, Any]) -> Look | None:
 
 
 def absent(looks: Iterable[Look]) -> list[Look]:
-    """The ranks that the others wait for, as far as `looks` tell: those that are stopped; else, of those that have
-    neither failed nor ended though the others have given up, the ones with the fewest steps done."""
+    """The ranks for which the others probably wait: the stopped ones, or if there are none, the ones with the fewest
+    finished steps."""
     looks = list(looks)
     fewest = min((seen.step for seen in looks), default=0)
     return [seen for seen in looks if seen.stopped] or [seen for seen in looks if seen.step == fewest]

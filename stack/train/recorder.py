@@ -1,4 +1,4 @@
-"""Where the rows of a run go: metrics.jsonl always, the screen and W&B from rank 0, the picture at the end."""
+"""Sends the rows of a run to metrics.jsonl, the screen and W&B, and draws the curve at the end."""
 
 from types import TracebackType
 from typing import Self, TextIO
@@ -24,15 +24,21 @@ from stack.train.tracking import facts
 
 
 class Recorder:
-    """Rank 0's outputs; on every other rank each method returns at once, but that the first rank of each host may have
-    the metrics of its system to send.
-
-    `screen` is where lines for the user go, or None where a driver shows metrics.jsonl instead.
-    """
+    """The outputs of rank 0. On other ranks every method returns at once, except that the first rank of each host may
+    send system metrics to W&B (`log.wandb.mode=shared`)."""
 
     def __init__(
         self, cfg: Config, plan: Plan, run: RunDir, engine: Engine, *, launched: Launched, screen: TextIO | None
     ):
+        """
+        Args:
+            cfg: the config.
+            plan: the layout.
+            run: the run directory.
+            engine: this rank's engine.
+            launched: this rank's place.
+            screen: stream for lines for the user, or None where a driver shows metrics.jsonl.
+        """
         self._run, self._plan, self._engine = run, plan, engine
         self._writes = launched.rank == 0
         self._peak = _device_peak(cfg.precision.dtype)
@@ -43,7 +49,7 @@ class Recorder:
                 self._wandb = WandbSink(facts(run, cfg), cfg.log.wandb, note=print, node=launched.host)
             return
         rundir.write_json(run.ds_config, engine.ds_config)
-        # For the line that says that the disk is full, or for the file that says how the run ended.
+        # Reserves room for the note that the disk is full, or for the file that says how the run ended.
         disk.reserve(run.path)
         self._notes = Lines(run.notes)
         self._metrics = MetricsWriter(run.metrics, tell=self.note)
@@ -56,15 +62,15 @@ class Recorder:
         return self
 
     def mfu(self, result: StepResult) -> float | None:
-        """Model FLOPs utilisation of a step, or None where the device's peak is not known."""
+        """Model FLOPs utilisation of a step, 0 to 1, or None where the device's peak is not known."""
         flops = self._plan.shape.training_flops(self._plan.seq_len) * result.tokens
         return mfu(flops, result.step_time_s, self._plan.world_size, self._peak)
 
     def record(self, record: StepRecord) -> None:
-        """Takes in one finished step, or the evaluation ahead of the first one."""
+        """Writes and shows the row of a finished step, or of the evaluation before the first step."""
         if not self._writes:
             return
-        # Before the first step the engine has seen no gradient.
+        # The engine knows its dtypes after the first step, not after the evaluation of step 0.
         if self._first and record.step:
             self._first = False
             print("dtypes: " + ", ".join(f"{name} {dtype}" for name, dtype in self._engine.dtypes.items()), flush=True)
@@ -90,7 +96,7 @@ class Recorder:
             self._console.close(f"failed: {error}" if failed else str(error or ended))
 
     def _draw(self) -> bool:
-        """Whether there is a curve now."""
+        """Draws the curve; returns whether it was drawn."""
         try:
             records = read(self._run.metrics, skipped=self.note)
             drawn = any(record.step for record in records)
@@ -98,26 +104,26 @@ class Recorder:
                 title = f"{self._run.path.parent.name}: {self._plan.summary}"
                 draw(records, self._run.curve, title=title, changes=self._changes())
             return drawn
-        # Days of training are not lost for their picture.
+        # A failure to draw the curve must not make a finished run fail.
         except Exception as error:  # noqa: BLE001
             self.note(f"no curve: {type(error).__name__}: {error}")
             return False
 
     def _changes(self) -> dict[int, list[str]]:
-        """What each attempt changed, in short."""
+        """Number of an attempt -> its changes of the config, each a few words."""
         try:
             return {number: [change.short for change in found] for number, found in self._run.changes().items()}
         except StackError:
-            # The config of an earlier attempt is damaged: its marks have no words.
+            # The config of an earlier attempt is damaged; the curve then marks attempts without changes.
             return {}
 
     def note(self, text: str) -> None:
-        """Takes a line for the user."""
+        """Writes a line for the user to the log, notes.txt and the screen."""
         if not self._writes:
             return
         print(text, flush=True)
         if not self._notes.add(text.encode(errors="backslashreplace")):
-            # The reserved room is for the first line that a full disk does not take, which says that it is full.
+            # The disk is full. The reserved room is released for this first line that did not fit, and which says so.
             disk.release(self._run.path)
             self._notes.flush()
         if self._console:

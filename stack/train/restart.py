@@ -1,4 +1,4 @@
-"""Where a run begins: at step 0, or at the newest checkpoint that is whole."""
+"""Starts a run at step 0, or at its newest whole checkpoint."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,13 +24,20 @@ from stack.train.state import TrainState
 
 
 class Restart:
-    """Finds what to go on from, and gives the parts of a run that depend on it. Collective over all ranks."""
+    """Finds the checkpoint to resume from, and makes the parts of a run that depend on it. Collective over all
+    ranks."""
 
     def __init__(self, cfg: Config, plan: Plan, run: RunDir, mesh: Mesh):
         """
+        Args:
+            cfg: the config.
+            plan: the layout.
+            run: the run directory.
+            mesh: this rank's process groups.
+
         Raises:
-            CheckpointError: there are checkpoints and none is whole, or the one to go on from is of another model or
-                of another course of training; no parameter was touched.
+            CheckpointError: there are checkpoints and none is whole, or the checkpoint is of another model, or other
+                settings changed that need `checkpoint.allow`. No parameter was changed.
         """
         self._cfg, self._plan, self._run, self._mesh = cfg, plan, run, mesh
         self._root = manifest.root_of(cfg.checkpoint.path, run.path)
@@ -50,12 +57,17 @@ class Restart:
             manifest.check_same_course(self._found.manifest, cfg, self._course, states, where=self._found.folder)
 
     def engine(self) -> Engine:
-        """The engine; its weights are drawn or read only where no checkpoint brings them."""
+        """Makes the engine. With a checkpoint its parameters stay zero until `state` loads them."""
         return Engine(self._cfg, self._plan, self._mesh, empty=self._found is not None)
 
     def state(self, engine: Engine, *, tell: Callable[[str], None]) -> TrainState:
-        """The state of training, after the engine's has been loaded. Checkpoints of later steps, which belong to a
-        course that was left, are set aside."""
+        """Loads the checkpoint, if there is one, into the engine, and returns the state of training. Checkpoints of
+        later steps than this one are renamed, so that the run does not mix them with its own.
+
+        Args:
+            engine: the result of `engine`.
+            tell: called with lines for the user.
+        """
         for line in self._told:
             tell(line)
         if self._found is None:
@@ -79,12 +91,18 @@ class Restart:
         return any(self._course[name] != found.manifest.course.get(name) for name in names)
 
     def before(self, state: TrainState) -> int:
-        """Sequences ahead of global batch 0, as if the batch had always had its present size."""
+        """`before` of `Batches`: the sequences seen so far, minus those that the finished steps would have used with
+        the present batch size. May be negative."""
         return state.sequences - state.step * self._cfg.batch.global_size
 
     @contextmanager
     def saver(self, engine: Engine, *, tell: Callable[[str], None]) -> Iterator[Saver]:
-        """Saves this run's checkpoints; what is being written when training ends is waited for."""
+        """A context that yields the saver of this run's checkpoints, and waits at its end for a save in the background.
+
+        Args:
+            engine: the result of `engine`.
+            tell: called with lines for the user.
+        """
         about: dict[str, Any] = {"course": self._course, "plan": self._plan.to_dict(), "versions": rundir.versions()}
         faults = Faults.from_environment(self._mesh.rank)
         saver = Saver(
@@ -99,18 +117,19 @@ class Restart:
         try:
             yield saver
         except NumericsError:
-            # Every rank is here, so a save can still be finished. After any other error some may be missing.
+            # Every rank raises this error, so a running save can still finish. After other errors ranks may be missing.
             saver.close()
             raise
         saver.close()
 
 
 def weights(cfg: Config, plan: Plan, run: RunDir, mesh: Mesh) -> tuple[Engine, str]:
-    """An engine to evaluate with, and where its weights come from. Collective over all ranks.
+    """An engine for an evaluation, and the source of its weights: a checkpoint folder, or `model.name`. Collective over
+    all ranks.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is not whole, or of another model. An older one is not taken in
-            silence.
+        CheckpointError: there is no checkpoint, or the newest is not whole or is of another model. An older one is not
+            used instead.
     """
     asked = rundir.read_json(run.evaluation)
     if asked is None or asked["checkpoints"] is None:

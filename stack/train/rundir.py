@@ -1,4 +1,4 @@
-"""The run directory: created once, exclusively, by whoever starts the run; every rank writes under its own folder."""
+"""The run directory. The process that starts the run creates it; every rank writes only into its own folder."""
 
 import contextlib
 import json
@@ -32,9 +32,9 @@ from stack.plan.report import render
 
 #: Packages whose versions are recorded with a run.
 _RECORDED = ("stack", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "wandb", "hydra-core", "numpy")
-#: Folder of evaluations, inside a run or, those of model folders, beside runs.
+#: Folder of evaluations: inside a run, or beside runs for evaluations of model folders.
 EVALUATIONS = "evaluations"
-#: What belongs to one attempt, and is kept apart when the next one begins.
+#: Files and folders of one attempt, which move to `attempts/<n>/` when the next attempt begins.
 _OF_AN_ATTEMPT = (
     *("plan.json", "plan.txt", "env.json", "ds_config.json", "launchers", "ranks"),
     *("DONE.json", "SAVED.json", "FAILED.json", "curve.png"),
@@ -65,7 +65,11 @@ class RunDir:
 
     @property
     def corpus(self) -> Path:
-        """The prepared corpus this run reads, as it was found when the run was started."""
+        """Folder of the prepared corpus that this run reads, from corpus.json.
+
+        Raises:
+            DataError: corpus.json is missing or damaged.
+        """
         try:
             found = read_json(self.path / "corpus.json")
             if found is not None and not isinstance(found["folder"], str):
@@ -78,13 +82,13 @@ class RunDir:
 
     @property
     def model(self) -> Path:
-        """Copy of what describes the model folder that the run began with, without weights; there only where
-        `model.name` is no family. `stack.config.compose.from_yaml` takes it where that folder is gone."""
+        """Copy of the model folder of `model.name` without its weights; exists only if `model.name` is not a family.
+        `stack.config.compose.from_yaml` uses the copy if that folder is gone."""
         return self.path / MODEL_COPY
 
     @property
     def tokenizer(self) -> Path:
-        """Copy of the corpus's tokenizer, which belongs to the model from its first step on."""
+        """Copy of the corpus's tokenizer."""
         return self.path / TOKENIZER
 
     @property
@@ -97,23 +101,23 @@ class RunDir:
 
     @property
     def exports(self) -> Path:
-        """Folders that the run was exported to, a JSON list; there after the first export."""
+        """JSON list of the folders to which the run was exported; exists after the first export."""
         return self.path / "exports.json"
 
     @property
     def notes(self) -> Path:
-        """Lines for the user, one after another, as they came up."""
+        """Lines for the user, in the order in which they were written."""
         return self.path / "notes.txt"
 
     @property
     def attempt(self) -> int:
-        """Number of this start of the run, the first being 1."""
+        """Number of this start of the run, from 1."""
         return 1 + sum(folder.name.isdigit() for folder in self.path.glob("attempts/*"))
 
     @property
     def started(self) -> float:
-        """Beginning of the first attempt in Unix seconds. Where its env.json is gone or damaged, the time at which the
-        run directory was last changed: no run ends for the want of this number."""
+        """Beginning of the first attempt in Unix seconds. If its env.json is missing or damaged, the time at which the
+        run directory was last changed, since this number is not worth an error."""
         first = self.path / "attempts" / "1" / "env.json"
         try:
             return float((read_json(first if first.exists() else self.path / "env.json") or {})["time"])
@@ -127,27 +131,27 @@ class RunDir:
 
     @property
     def evaluation(self) -> Path:
-        """There where the ranks evaluate and do not train; says what."""
+        """Exists if the ranks evaluate instead of training; names the source of the weights."""
         return self.path / "evaluation.json"
 
     @property
     def check(self) -> Path:
-        """There where the ranks only check themselves; says what."""
+        """Exists if the ranks run the checks of `stack doctor` instead of training; names the checks."""
         return self.path / "check.json"
 
     @property
     def resume_command(self) -> str:
-        """What a shell takes to go on with the run."""
+        """The shell command that resumes the run."""
         return f"stack resume {shlex.quote(str(self.path))}"
 
     @property
     def trains(self) -> bool:
-        """Whether the directory is of a run, and not of an evaluation or of a check of `stack doctor`."""
+        """Whether this is the directory of a training run, not of an evaluation or a check of `stack doctor`."""
         return not self.evaluation.exists() and not self.check.exists()
 
     @property
     def result(self) -> Path:
-        """What an evaluation or a check found."""
+        """The result of an evaluation or a check."""
         return self.path / "result.json"
 
     @property
@@ -160,7 +164,7 @@ class RunDir:
 
     @property
     def saved(self) -> Path:
-        """There where the run ended since it was asked to, and is to go on."""
+        """Exists if the run ended on request, after a save, and can be resumed."""
         return self.path / "SAVED.json"
 
     def ended_early(self, exit_code: int) -> Path:
@@ -168,7 +172,7 @@ class RunDir:
         return self.saved if exit_code == Requeue.exit_code else self.failed
 
     def launcher_log(self, host: str) -> Path:
-        """What the launcher of a host printed, and ssh on the way to it."""
+        """Output of the launcher on a host, and of the ssh connection to the host."""
         return self.path / "launchers" / f"{host}.log"
 
     def rank(self, rank: int) -> Path:
@@ -176,18 +180,18 @@ class RunDir:
         return self.path / "ranks" / str(rank)
 
     def outcome(self, rank: int) -> str | None:
-        """How the rank itself says that it ended: `done`, `error` or `stopped`; None where it has not."""
+        """How the rank reported its end: `done`, `error` or `stopped`; None where it has reported nothing."""
         return next(
             (name for name in ("error", "done", "stopped") if (self.rank(rank) / f"{name}.json").exists()), None
         )
 
     def attempts(self) -> list[Path]:
-        """config.yaml of each attempt, the first one first; the last one is the run's own."""
+        """config.yaml of each attempt, in order; the last is the config.yaml of the run directory itself."""
         earlier = sorted((f for f in self.path.glob("attempts/*") if f.name.isdigit()), key=lambda f: int(f.name))
         return [*(folder / "config.yaml" for folder in earlier), self.config]
 
     def changes(self) -> dict[int, list[Change]]:
-        """In what each attempt but the first differs from the one before it, by its number.
+        """Number of an attempt, from 2 -> the settings in which it differs from the attempt before.
 
         Raises:
             ConfigError: the config.yaml of an attempt is damaged.
@@ -196,20 +200,20 @@ class RunDir:
         return {number: changes(*pair) for number, pair in enumerate(pairwise(configs), 2)}
 
     def errors(self) -> list[dict[str, Any]]:
-        """What failed ranks wrote, the first failure first."""
+        """The contents of the error.json files of failed ranks, in the order of time."""
         found = [read_json(file) for file in self.path.glob("ranks/*/error.json")]
         return sorted((error for error in found if error), key=lambda error: error["time"])
 
 
 def create(cfg: Config, plan: Plan, *, corpus: Path) -> RunDir:
-    """Makes a new run directory with config.yaml, plan.json, plan.txt, env.json, corpus.json, the tokenizer and a copy
-    of the model folder's description: with a checkpoint it is all that an export needs.
+    """Makes a new run directory with config.yaml, plan.json, plan.txt, env.json, corpus.json, the tokenizer, and a copy
+    of the model folder without weights. An export needs only these files and a checkpoint.
 
     Args:
-        corpus: folder of the prepared corpus; the ranks read nothing but it.
+        corpus: folder of the prepared corpus.
 
     Raises:
-        ConfigError: the folder cannot be created there.
+        ConfigError: the run directory cannot be created.
         DataError: a file of the tokenizer is a link that leads out of its folder.
     """
     parent = Path(cfg.run.root).expanduser().absolute() / cfg.run.name
@@ -230,14 +234,15 @@ def create_evaluation(parent: Path, cfg: Config, plan: Plan, *, corpus: Path, ch
     """Makes a run directory below `parent` for ranks that evaluate.
 
     Args:
-        checkpoints: where the weights come from, or None for those of `model.name`.
+        corpus: folder of the prepared corpus.
+        checkpoints: folder of checkpoints that has the weights, or None for the weights of `model.name`.
 
     Raises:
-        UsageError: it cannot be created there.
+        UsageError: it cannot be created.
     """
     try:
         run = _new(parent)
-        # Before config.yaml: what has that alone is taken for a run.
+        # Written before config.yaml: a folder with config.yaml but without this file counts as a training run.
         write_json(run.evaluation, {"checkpoints": str(checkpoints) if checkpoints else None})
         _describe(run, cfg, plan, corpus)
     except OSError as error:
@@ -248,17 +253,19 @@ def create_evaluation(parent: Path, cfg: Config, plan: Plan, *, corpus: Path, ch
 
 
 def create_check(parent: Path, cfg: Config, plan: Plan, *, parity: Sequence[str]) -> RunDir:
-    """Makes a run directory below `parent` for ranks that check themselves; they read no corpus.
+    """Makes a run directory below `parent` for ranks that run the checks of `stack doctor`. They read no corpus.
 
     Args:
-        parity: dtypes in which the layout, of which `cfg` is the miniature, is held to one dense process.
+        cfg: config of a miniature of the layout.
+        plan: plan of the miniature.
+        parity: dtypes in which the miniature is compared with the same model trained in one ordinary process.
 
     Raises:
-        UsageError: it cannot be created there.
+        UsageError: it cannot be created.
     """
     try:
         run = _new(parent)
-        # Before config.yaml: what has that alone is taken for a run.
+        # Written before config.yaml: a folder with config.yaml but without this file counts as a training run.
         write_json(run.check, {"parity": list(parity)})
         _describe(run, cfg, plan, parent)
     except OSError as error:
@@ -276,17 +283,18 @@ def _new(parent: Path) -> RunDir:
 
 
 def begin_again(run: RunDir, cfg: Config, plan: Plan, *, corpus: Path) -> None:
-    """Makes a run directory ready for another attempt: what the last one left goes to `attempts/<its number>/`, but
-    for metrics.jsonl, notes.txt, checkpoints, the tokenizer and W&B's files, which go on.
+    """Makes a run directory ready for another attempt. The files of the last attempt move to `attempts/<its number>/`,
+    except metrics.jsonl, notes.txt, checkpoints, the tokenizer and W&B's files, which all attempts share.
 
     Raises:
-        UsageError: it cannot be written. The run is then as it was, or ready but for what the last attempt left.
+        UsageError: the directory cannot be written. config.yaml and corpus.json of the last attempt are then still
+            there, and other files of it may have moved.
     """
     kept = run.path / "attempts" / str(run.attempt)
     made = kept.with_name(f".{kept.name}")
     try:
         made.mkdir(parents=True, exist_ok=True)
-        # Without these there is no run: the old ones stay until the new ones take their place.
+        # These are copied, not moved: without them the directory would be no run until the new ones are written.
         for name in ("config.yaml", "corpus.json"):
             shutil.copy(run.path / name, made)
         for name in _OF_AN_ATTEMPT:
@@ -300,13 +308,14 @@ def begin_again(run: RunDir, cfg: Config, plan: Plan, *, corpus: Path) -> None:
 
 
 def _copy_model(run: RunDir, cfg: Config) -> None:
-    """Keeps what describes the model folder, unless the run has nothing but that copy already."""
+    """Copies the model folder without its weights, unless `model.name` is a family or that copy itself."""
     if cfg.model.name not in FAMILIES and Path(cfg.model.name) != run.model:
         copy_without_weights(cfg.model.name, run.model)
 
 
 def _describe(run: RunDir, cfg: Config, plan: Plan, corpus: Path) -> None:
-    # Logs may show variables and paths of their users: nobody but the owner, and the group where the umask says so.
+    # Logs may contain variables and paths of their users, so only the owner may read them, and the group if the umask
+    # allows.
     for folder in ("launchers", "ranks"):
         (run.path / folder).mkdir(mode=0o770)
     for rank in range(plan.world_size):
@@ -315,25 +324,32 @@ def _describe(run: RunDir, cfg: Config, plan: Plan, corpus: Path) -> None:
     disk.write_whole(run.path / "plan.txt", render(plan, cfg) + "\n")
     write_json(run.path / "env.json", {**_environment(), "versions": versions()})
     write_json(run.path / "corpus.json", {"folder": str(corpus.absolute())})
-    # The last one: a folder with it is a run.
+    # config.yaml is written last, because a folder with it counts as a run.
     disk.write_whole(run.config, to_yaml(cfg))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes the whole file or nothing: a reader never sees half of it."""
+    """Writes a JSON file at once, so that a reader never sees a part of it. Raises `OSError` as `disk.write_whole`."""
     disk.write_whole(path, _json(value))
 
 
 def write_last(path: Path, value: dict[str, Any]) -> None:
-    """As `write_json`, for the last words of a process, into the room that was reserved for them. Where the disk does
-    not take them, the exit code says how the process ended."""
+    """As `write_json`, for the file that says how a process ended, into the room that `disk.reserve` reserved. A failed
+    write is ignored: the exit code still says how the process ended."""
     with contextlib.suppress(OSError):
         disk.write_reserved(path, _json(value))
 
 
 def record_end(run: RunDir, told: dict[str, Any]) -> None:
-    """Writes SAVED.json or FAILED.json for a rank without a driver, if the disk takes it. Of ranks that end together
-    the first one counts, but that a rank which only lost another one makes way for a rank that knows the cause."""
+    """Writes SAVED.json or FAILED.json for a rank without a driver; a failed write is ignored.
+
+    Of several ranks that end at the same time the first one writes the file. A rank that knows the cause replaces the
+    file of a rank that only lost its connection to another rank.
+
+    Args:
+        run: the run directory.
+        told: content of the file, with `message` and `exit_code`.
+    """
     path = run.ended_early(told["exit_code"])
     disk.release(run.path)
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -345,7 +361,7 @@ def record_end(run: RunDir, told: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The file's object, or None where there is no such file.
+    """The content of a JSON file, or None where the file does not exist.
 
     Raises:
         ValueError: it is damaged.
@@ -362,7 +378,7 @@ def _json(value: dict[str, Any]) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of the packages that a run depends on; None for one that is not there."""
+    """Name of a package that a run depends on -> its version, or None if it is not installed."""
     found: dict[str, str | None] = {}
     for name in _RECORDED:
         try:

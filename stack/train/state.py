@@ -1,4 +1,4 @@
-"""All that a run must remember from step to step."""
+"""The state of the training loop, which a checkpoint keeps."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
@@ -8,17 +8,17 @@ from stack.errors import CheckpointError
 
 @dataclass(frozen=True)
 class TrainState:
-    """Made anew each step. The rest of a step follows from it: the learning rate, and with `run.seed` which sequences
-    come next and what dropout draws."""
+    """Counters of the training loop; a new object for each step. With the config they determine the rest of a step: the
+    learning rate, the sequences of the batch, and dropout."""
 
     step: int = 0
     """Finished optimizer steps."""
     tokens: int = 0
     """Target tokens trained on."""
     sequences: int = 0
-    """Training sequences seen: the position in the data."""
+    """Training sequences seen, which is the position in the data."""
     skipped_steps: int = 0
-    """Steps whose update was left out."""
+    """Steps whose update was skipped because of an overflow in fp16."""
     attempt: int = 1
     """Number of this start of the run."""
 
@@ -33,7 +33,7 @@ class TrainState:
         )
 
     def saved(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it: all but the attempt, so that equal states are equal files."""
+        """The fields that a checkpoint keeps: all except `attempt`, so that equal states make equal files."""
         return {name: value for name, value in asdict(self).items() if name != "attempt"}
 
     @classmethod
@@ -41,8 +41,8 @@ class TrainState:
         """The inverse of `saved`.
 
         Raises:
-            CheckpointError: it is none.
+            CheckpointError: a field is missing, unknown or no integer.
         """
         if saved.keys() != cls().saved().keys() or not all(type(value) is int for value in saved.values()):
-            raise CheckpointError("its state of training is none that a run has saved")
+            raise CheckpointError("its state of training is not one that a run has saved")
         return cls(**saved, attempt=attempt)

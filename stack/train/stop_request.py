@@ -1,4 +1,4 @@
-"""`stack stop`: a file in the run directory, by which any shell on any host that sees the disk asks a run to end."""
+"""The request of `stack stop`: a file in the run directory. Any host that has the file system can ask a run to end."""
 
 import time
 
@@ -9,7 +9,7 @@ _FILE = "stop.json"
 
 
 def ask(run: RunDir, *, now: bool) -> None:
-    """Asks for the end of a run: after a save, or at once.
+    """Asks a run to end: at once with `now`, else after a save.
 
     Raises:
         OSError: the run directory cannot be written.
@@ -18,25 +18,27 @@ def ask(run: RunDir, *, now: bool) -> None:
 
 
 def clear(run: RunDir) -> None:
-    """Takes a request away: the one that an earlier attempt did not live to read, or that this one has heard."""
+    """Removes a request: one that this attempt has read, or one that an earlier attempt did not read before it
+    ended."""
     (run.path / _FILE).unlink(missing_ok=True)
 
 
 class StopRequests:
-    """What has been asked of a run. Looks at the disk once in `every_s` seconds, however often it is asked."""
+    """Reads requests to end a run. Looks at the disk at most once in `every_s` seconds, however often `poll` is
+    called."""
 
     def __init__(self, run: RunDir, *, every_s: float = 1.0):
         self._run, self._every_s, self._looked = run, every_s, -every_s
         self._asked: str | None = None
 
     def poll(self) -> str | None:
-        """`save` or `now`, the last that was asked for; None where nothing was."""
+        """The last request, `save` or `now`; None if there was none."""
         if time.monotonic() - self._looked >= self._every_s:
             self._looked = time.monotonic()
             try:
                 asked = rundir.read_json(self._run.path / _FILE)
                 self._asked = self._asked if asked is None else "now" if asked["now"] else "save"
             except (OSError, ValueError, TypeError, KeyError):
-                # A file that is not ours, or a disk that does not answer: the run is not for that.
+                # A damaged file, or a disk that does not answer, must not end the run.
                 pass
         return self._asked

@@ -1,4 +1,4 @@
-"""A run directory as Weights & Biases gets it, while it trains and afterwards."""
+"""Gives the data of a run directory to Weights & Biases, during training and later by `stack wandb-sync`."""
 
 import json
 import shlex
@@ -21,7 +21,7 @@ from stack.train.rundir import RunDir
 
 
 def facts(run: RunDir, cfg: Config) -> Facts:
-    """What W&B is to know of a run. `ds_config.json` is a part of it where there is one yet."""
+    """The data of a run for W&B. ds_config.json is included if it exists already."""
     files = [run.config, run.ds_config, run.plan, run.plan.with_suffix(".txt")]
     return Facts(
         folder=run.path,
@@ -37,7 +37,7 @@ def facts(run: RunDir, cfg: Config) -> Facts:
 
 
 def _ds_config(run: RunDir) -> dict[str, Any] | None:
-    """None where there is none yet, or where the file is damaged."""
+    """Content of ds_config.json; None where the file does not exist yet or is damaged."""
     try:
         return rundir.read_json(run.ds_config)
     except (OSError, ValueError):
@@ -45,31 +45,36 @@ def _ds_config(run: RunDir) -> dict[str, Any] | None:
 
 
 def sync(run: RunDir, overrides: list[str]) -> int:
-    """Brings the run's W&B run up to all that the run directory has, and prints a line.
+    """Uploads what W&B does not have yet, and prints a line.
 
-    Sends only what is not there: rows by (step, attempt), files and summaries by name, artifacts by content. Sent
-    offline or never, of whichever attempt, it becomes the one W&B run that the run directory has the id of.
+    The rows, files and artifacts of all attempts go into the one W&B run whose id is in the run directory, also those
+    of attempts that ran offline or with W&B disabled. Rows are compared by (step, attempt), files and summaries by
+    name, artifacts by content.
 
     Args:
-        overrides: `log.wandb...`, where the run is to be found elsewhere than it was configured.
+        run: the run directory.
+        overrides: of keys `log.wandb...`, for another place of the W&B run than the run's config has.
+
+    Returns:
+        The exit code 0.
 
     Raises:
-        UsageError: the run is at work, and its own W&B too, or finished no step.
-        StackError: the server does not take it, or did not take all.
+        UsageError: the run is still training, or finished no step.
+        StackError: the server cannot be reached or refuses, or did not take all rows.
     """
     cfg = from_yaml(run.config, overrides)
     if not run.metrics.is_file() or not (rows := len(read(run.metrics))):
         raise UsageError(f"{run.path} finished no step; there is nothing to upload")
-    # A run that was shared stays so: there the server numbers its rows.
+    # A run that began in shared mode stays in it, because there the server numbers the rows.
     mode = "shared" if cfg.log.wandb.mode == "shared" else "online"
     settings = replace(cfg.log.wandb, mode=mode)
     exit_code = 0 if run.done.exists() else Requeue.exit_code if run.saved.exists() else 1
     with RunLock(run.path):
-        # A damaged id is told before the library starts a service, which would have to be ended.
+        # Reads the id first, so that a damaged one is refused before the library starts its service process.
         run_id(run.path)
         uploading = Session(facts(run, cfg), settings, note=print)
         sent = _send(uploading, lambda: uploading.end(exit_code))
-        # Opened again: the server itself is asked whether it has all.
+        # The W&B run is opened a second time to ask the server whether it has all rows.
         asking = Session(facts(run, cfg), settings, note=lambda _: None)
         missing = _send(asking, lambda: asking.close(exit_code))
     if missing:
@@ -81,7 +86,7 @@ def sync(run: RunDir, overrides: list[str]) -> int:
 
 
 def _send(session: Session, close: Callable[[], None]) -> int:
-    """The number of rows that were not there.
+    """Uploads, closes the session, and returns the number of rows that W&B did not have.
 
     Raises:
         StackError: W&B cannot be reached, or the upload took too long.
@@ -90,7 +95,7 @@ def _send(session: Session, close: Callable[[], None]) -> int:
         session.open(fallback=False)
         close()
     except BaseException as error:
-        # The library's exit hook would go on waiting for the server.
+        # Without this the library's exit hook would go on waiting for the server.
         library.kill()
         if isinstance(error, library.failures()):
             late = isinstance(error, TimeoutError)
@@ -101,10 +106,10 @@ def _send(session: Session, close: Callable[[], None]) -> int:
 
 
 def remember_export(run: RunDir, folder: Path) -> None:
-    """Notes a folder that the run was exported to, for W&B. A run directory that cannot be written stays as it is."""
+    """Adds a folder to the list of the run's exports, which W&B gets. If that fails, prints a line."""
     try:
         known = exports_in(run.exports)
         if str(folder) not in known:
             write_whole(run.exports, json.dumps([*known, str(folder)]) + "\n")
     except (OSError, ValueError) as error:
-        print(f"the export is whole, but {run.exports} cannot be added to ({error}): W&B will not know of it")
+        print(f"the export is whole, but {run.exports} cannot be written ({error}): W&B will not know of the export")

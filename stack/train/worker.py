@@ -1,4 +1,4 @@
-"""What one rank runs: its config, its place, its data, its stage, the loop, the outcome."""
+"""The main function of a rank: reads the config, joins the other ranks, trains, and reports how it ended."""
 
 import contextlib
 import faulthandler
@@ -36,16 +36,17 @@ from stack.train.rundir import RunDir
 if TYPE_CHECKING:
     from stack.parallel.mesh import Mesh
 
-#: Set by the agent of a host: the CUDA_VISIBLE_DEVICES that it found there.
+#: Set by the agent of a host to the CUDA_VISIBLE_DEVICES that the host had before the launcher changed it.
 VISIBLE_DEVICES = "STACK_VISIBLE_DEVICES"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Entry of `python -m stack.train`, and the exit code of the rank.
+    """Runs a rank and returns its exit code; the entry of `python -m stack.train`.
 
     The arguments are `--config RUN_DIR/config.yaml` from the driver, or Hydra overrides from a bare launcher.
     """
-    # Closed on every return, also after a failure: a lock that is left behind holds up the next attempt elsewhere.
+    # The lock is released on every return, also after a failure. A lock that stays would delay the next attempt on
+    # another host.
     with contextlib.ExitStack() as held:
         return _main(argv, held)
 
@@ -53,11 +54,11 @@ def main(argv: Sequence[str]) -> int:
 def _main(argv: Sequence[str], held: contextlib.ExitStack) -> int:
     """
     Args:
-        held: takes the lock of the run directory; closed by whatever ends the process other than by a return.
+        held: keeps the lock of the run directory. Code that ends the process without a return must close it.
     """
     launched = ranks.Launched(local_rank=ranks.local_rank())
     if VISIBLE_DEVICES in os.environ:
-        # The launcher numbers the devices from 0 whatever the user had made visible.
+        # The launcher numbers devices from 0, even if the user had made only some of them visible.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[VISIBLE_DEVICES]
     _prepare_process()
     run: RunDir | None = None
@@ -76,16 +77,17 @@ def _main(argv: Sequence[str], held: contextlib.ExitStack) -> int:
         config_path, overrides = _parse(argv)
         named = RunDir(config_path.parent) if config_path else None
         if AGENT_PID in os.environ:
-            # Without a driver the run is not this process's until it holds the lock: it leaves nothing there before.
+            # Without a driver this stays None until rank 0 holds the lock, so that an error before that writes nothing
+            # into a run directory in which another process may be working.
             run = named
         cfg = from_yaml(config_path) if config_path else settled(compose(overrides))
         plan = make_plan(cfg, launched.world_size, launched.hosts)
         if cfg.launch.bind_cores:
-            # Ahead of the imports that start threads.
+            # Before the imports that start threads, since threads inherit the binding.
             cores.bind()
         if AGENT_PID not in os.environ:
             if named is not None:
-                # What a user resumed from once is not what the run goes on from after that.
+                # A user's checkpoint.step is for one resume; a later restart goes on from the newest checkpoint.
                 cfg = replace(cfg, checkpoint=replace(cfg.checkpoint, step="auto"))
             run = bare.agree_on_run(cfg, plan, rank, named, held)
         assert run is not None
@@ -97,16 +99,16 @@ def _main(argv: Sequence[str], held: contextlib.ExitStack) -> int:
             _check(cfg, plan, run, rank=rank)
         else:
             _train(cfg, plan, run, stop, progress, launched=launched, screen=screen)
-        # A rank that is gone without this, an error.json or a stopped.json was killed.
+        # A rank that has ended without done.json, error.json or stopped.json was killed.
         rundir.write_last(run.rank(rank) / "done.json", {"time": time.time()})
-    except Exception as error:  # noqa: BLE001 - whatever it was, the driver must learn which rank failed first
+    except Exception as error:  # noqa: BLE001 - the driver must know for every kind of error which rank failed first
         return failed(run, launched, error, explained(error, cfg, plan))
     return 0
 
 
 def _prepare_process() -> None:
-    """A name that a terminal's encoding lacks must not end a rank; nor must the descriptors of many ranks' connections,
-    of which each process may open 1,024 unless it asks for more."""
+    """Escapes characters that the output's encoding lacks, so that printing them does not end the rank. Raises the
+    limit of open files, which is often 1,024, because each connection to another rank needs one."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -127,9 +129,9 @@ def _train(
 ) -> None:
     """
     Raises:
-        Requeue: somebody asked for the end of the run, and it is saved.
+        Requeue: the run was asked to end, and its state is saved.
     """
-    # Heavy imports come after everything that can be refused without them.
+    # Heavy imports come after all checks that do not need them.
     from stack.parallel import zero
     from stack.train.loop import train
     from stack.train.recorder import Recorder
@@ -168,11 +170,12 @@ def _train(
             if state.step < cfg.train.steps:
                 saved = f"saved on request after step {state.step} of {cfg.train.steps}"
                 raise Requeue(f"{saved}; to go on: {run.resume_command}")
-            # Barrier before done.json, so that one rank's exit cannot look like a failure to the others; and no rank
-            # waits in a group while rank 0 is busy with W&B.
+            # Barrier before done.json, so that one rank's exit cannot look like a failure to the others. It also comes
+            # before rank 0 finishes its upload to W&B, so that no rank waits in a collective for that.
             zero.close()
     except (NumericsError, Requeue):
-        # Every rank is here. The launcher ends all when one ends, and rank 0 has the curve and W&B to finish before.
+        # Every rank raises these errors. The barrier keeps all ranks alive until rank 0 has finished the curve and W&B,
+        # because the launcher ends all ranks when one ends.
         zero.close()
         raise
     if launched.rank == 0:
@@ -212,7 +215,7 @@ def _check(cfg: Config, plan: Plan, run: RunDir, *, rank: int) -> None:
 
 
 def _join(cfg: Config, plan: Plan) -> "Mesh":
-    """Meets the other ranks. Collective.
+    """Joins the other ranks and makes the process groups. Collective.
 
     Raises:
         HangError, HostError: a host differs from the others, or a link between them does not work.
@@ -227,18 +230,18 @@ def _join(cfg: Config, plan: Plan) -> "Mesh":
     mesh = make_mesh(plan, timeout=timeout, disk_timeout=timedelta(seconds=cfg.checkpoint.timeout_s))
     print(mesh, flush=True)
     if plan.nodes > 1:
-        # Ahead of the model, which takes its time.
+        # Before the model is built, which may take minutes.
         print(check_ranks(mesh.device), flush=True)
     return mesh
 
 
 def _quiet() -> None:
-    # DeepSpeed calls collectives by names that torch has since renamed; one warning a call site and rank.
+    # DeepSpeed uses deprecated names of torch's collectives, which give a warning for each call site and rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def _parse(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
-    # Launchers add `--local_rank=N` unless told not to; the rank comes from the environment.
+    # Some launchers add `--local_rank=N`. It is ignored; the rank comes from the environment.
     arguments = [a for a in argv if not a.startswith(("--local_rank", "--local-rank"))]
     if arguments[:1] == ["--config"]:
         if len(arguments) != 2:
@@ -248,10 +251,11 @@ def _parse(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def _own_output(run: RunDir, rank: int, progress: Progress, *, shown: bool) -> TextIO | None:
-    """Says who this rank is and sends all its output to its log.txt. SIGUSR2 then writes its Python stack there.
+    """Writes rank.json, and sends all output of this process to the rank's log.txt. SIGUSR2 then writes the Python
+    stacks of all threads there.
 
     Returns:
-        The output it had before, if `shown`.
+        The previous standard output if `shown`, else None.
     """
     folder = run.rank(rank)
     folder.mkdir(parents=True, exist_ok=True)

@@ -224,7 +224,7 @@ def test_with_every_checkpoint_damaged_nothing_starts(zygote, tmp_path):
         ({"batch.global_size": 16}, "use batch.global_size=8, or add checkpoint.allow=[batch]"),
         ({"data.seq_len": 16}, "use data.seq_len=32, or add checkpoint.allow=[data]"),
         ({"run.seed": 7}, "use run.seed=1234, or add checkpoint.allow=[data]"),
-        ({"optim.kind": "sgd"}, "optim.kind=sgd needs momentum_buffer, and "),
+        ({"optim.kind": "sgd"}, "optim.kind=sgd needs momentum_buffer, but "),
         ({"model.config.rms_norm_eps": 0.5}, "use model.config.rms_norm_eps=1e-06, or add checkpoint.allow=[model]"),
     ],
 )

@@ -1,25 +1,25 @@
-"""What W&B's variables in the environment say of a run, beside the config."""
+"""Reads W&B's environment variables, and finds those that contradict the config."""
 
 import os
 
-#: What values of WANDB_MODE are called in `log.wandb.mode`; all others are taken for `disabled`.
+#: Value of WANDB_MODE -> value of `log.wandb.mode`. All other values count as `disabled`.
 _MODES = {"online": "online", "run": "online", "shared": "shared", "offline": "offline", "dryrun": "offline"}
-#: Variables that speak of what `log.wandb.mode` decides.
+#: Variables for which the config has `log.wandb.mode`.
 DECIDED = ("WANDB_DISABLED", "WANDB_MODE")
 _FALSE = ("", "0", "false", "no", "off")
 
 
 def agents_run_id() -> str | None:
-    """The id that `wandb agent` has given to the run that it started. WANDB_RUN_ID without an agent is in a user's
-    environment for every run, and would make one W&B run of them all."""
+    """The run id that `wandb agent` set, else None. WANDB_RUN_ID without an agent is ignored, because a user's
+    environment sets it for all runs, which would then share one W&B run."""
     return os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
 
 
 def passed_over(mode: str) -> list[str]:
-    """A line for each variable that contradicts the config.
+    """A line for the user for each environment variable that contradicts the config and is ignored.
 
     Args:
-        mode: `log.wandb.mode`, which decides.
+        mode: `log.wandb.mode`.
     """
     lines = []
     name, value = "WANDB_DISABLED", os.environ.get("WANDB_DISABLED", "")

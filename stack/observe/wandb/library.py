@@ -1,4 +1,4 @@
-"""How W&B's library is opened and got rid of. It is imported on first use: it takes a second, and may hang."""
+"""Opens and closes W&B's library. It is imported on first use, because the import takes a second and may hang."""
 
 import os
 from pathlib import Path
@@ -9,19 +9,24 @@ from stack.observe.wandb.environment import DECIDED
 
 
 def load() -> Any:
-    """The library. Untyped, for its own types are narrower than what it takes."""
+    """The module wandb. Typed as Any, because its annotations are narrower than the values that it accepts."""
     import wandb
 
     return wandb
 
 
 def init(cfg: Wandb, folder: Path, run_id: str, *, mode: str, **changed: Any) -> Any:
-    """Opens the run `run_id`, new or known, as a `wandb.Run` with the library's files below `folder`/wandb.
+    """Opens the run `run_id`, new or existing, as a `wandb.Run` with the library's files below `folder`/wandb.
 
-    Silent; half of `cfg.timeout_s` is the server's time to answer, and at the end to take all that is left.
+    The library prints nothing. The server has half of `cfg.timeout_s` to answer now, and half of it to receive the rest
+    at the end.
 
     Args:
-        changed: the library's settings, those of `x_...`, and arguments of its `init` that `cfg` does not have.
+        cfg: the section `log.wandb` of the config.
+        folder: the run directory, or a folder in it.
+        run_id: id of the W&B run.
+        mode: `online`, `offline` or `shared`.
+        changed: settings of the library named `x_...`, and arguments of `wandb.init`, which override those from `cfg`.
 
     Raises:
         wandb.Error, TimeoutError, ValueError: the server cannot be reached or refuses, or a variable has a value that
@@ -29,9 +34,10 @@ def init(cfg: Wandb, folder: Path, run_id: str, *, mode: str, **changed: Any) ->
     """
     wandb = load()
     for name in DECIDED:
-        # The library would start no service for `disabled`, and refuse a word that it does not know.
+        # The config replaces these variables. With `disabled` the library would start no service process, and it
+        # refuses unknown values.
         os.environ.pop(name, None)
-    # Also for what the library prints outside of a run. Without info it asks for no key, even on a terminal.
+    # `setup` silences output outside of a run too. Without info the library asks for no API key, even on a terminal.
     quiet = {"quiet": True, "show_info": False, "show_warnings": False, "show_errors": False}
     wandb.setup(wandb.Settings(**quiet))
     settings = wandb.Settings(
@@ -57,28 +63,28 @@ def init(cfg: Wandb, folder: Path, run_id: str, *, mode: str, **changed: Any) ->
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What `init` raises where the server, or a variable of W&B's in the environment, is to blame."""
+    """The exceptions of `init` whose cause is the server or one of W&B's environment variables."""
     return (load().Error, TimeoutError, ValueError)
 
 
 def teardown(exit_code: int = 1) -> None:
-    """Ends the library's service process in good order. May wait."""
+    """Ends the library's service process after it has finished its work, for which it may wait."""
     load().teardown(exit_code=exit_code)
 
 
 def kill() -> None:
-    """Takes away the library's exit hook, which waits without a bound, and its service process, which keeps our
-    standard output open. There is no public way to either; the version of wandb is pinned."""
+    """Removes the library's exit hook, which may wait for ever, and kills its service process, which keeps this
+    process's standard output open. The library has no public function for either; its version is pinned."""
     try:
         service = load().setup().assert_service()
     except (AssertionError, ValueError):
-        # The library has started none, or refuses what its variables in the environment say.
+        # The library has started no service, or refuses the value of one of its environment variables.
         return
     service._cleanup()
     service._proc._process.kill()
 
 
 def describe(error: BaseException) -> str:
-    """One line: the errors of this library span several and end in a full stop."""
+    """An error of the library on one line, with its class and without a full stop at the end."""
     text = " ".join(str(error).split()).rstrip(".")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""One W&B run, opened once: what it is given at its start, while it runs and at its end. It may wait, and raise."""
+"""Sends the data of a run directory to its W&B run. Calls may wait for the server and raise; `sink` handles that."""
 
 import json
 import secrets
@@ -20,7 +20,7 @@ from stack.observe.metrics import StepRecord
 from stack.observe.wandb import library
 from stack.observe.wandb.environment import agents_run_id
 
-#: Folder inside the W&B run. At its top W&B writes a config.yaml of its own.
+#: Folder for our files inside the W&B run, because W&B writes a config.yaml of its own at the top level.
 _FILES_FOLDER = "stack"
 #: Seconds between two updates of the summary while the run goes on.
 _SUMMARY_EVERY_S = 30.0
@@ -28,41 +28,43 @@ _SUMMARY_EVERY_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What W&B is to know of a run directory."""
+    """The data of a run directory that W&B gets."""
 
     folder: Path
-    """The run directory, absolute. The run's W&B id is in `wandb/run_id` there, whichever host writes to it."""
+    """The run directory, absolute. Its file `wandb/run_id` has the id of the W&B run."""
     name: str
+    """Name of the W&B run."""
     metrics: Path
-    """metrics.jsonl, which is all that rows are taken from."""
+    """metrics.jsonl, the only source of rows."""
     checkpoints: Path
-    """Folder in which checkpoints appear."""
+    """Folder of the checkpoints."""
     exports: Path
-    """JSON list of the folders that `stack export` wrote, if there is such a file."""
+    """JSON list of the folders that `stack export` wrote; the file need not exist."""
     files: tuple[Path, ...]
-    """Copied into the W&B run; they must exist."""
+    """Files to copy into the W&B run; they must exist."""
     config: dict[str, Any]
+    """The config of the run, as W&B shows it."""
     started: float
     """Beginning of the first attempt in Unix seconds."""
     attempt: int
-    """This start of the run, the first being 1."""
+    """Number of this start of the run, from 1."""
 
 
 class Session:
-    """Sends metrics.jsonl to the W&B run, each row once.
+    """Sends the rows of metrics.jsonl to the W&B run, each row once.
 
-    A row is known by its (step, attempt). The server says which row it got last; what follows that in metrics.jsonl is
-    sent, also from attempts that never reached the server. Rows go in the order of the file, so there are no gaps.
-    An offline session writes the rows of its own attempt.
+    A row is identified by its (step, attempt). The server says which row it got last, and the rows after that are sent,
+    also those of attempts that never reached the server. Rows are sent in the order of the file, so there are no gaps.
+    An offline session writes only the rows of its own attempt.
     """
 
     def __init__(self, facts: Facts, cfg: Wandb, *, note: Callable[[str], None]) -> None:
         self.facts, self._cfg, self._note = facts, cfg, note
         self.upload_command = f"stack wandb-sync {shlex.quote(str(facts.folder))}"
         self.rows = 0
-        """Rows of metrics.jsonl that were read."""
+        """Number of rows of metrics.jsonl that were read."""
         self.sent = 0
-        """Rows that this session added to the W&B run."""
+        """Number of rows that this session added to the W&B run."""
         self._course = Course(facts.started)
         self._follower = Follower(facts.metrics)
         self._mode = cfg.mode
@@ -72,15 +74,22 @@ class Session:
         self._summary_due = 0.0
 
     def open(self, *, fallback: bool = True) -> None:
-        """Opens the run in the config's mode; where the server cannot be reached or knows no key, offline, unless
-        `fallback` is off: then it raises what the library raised."""
+        """Opens the W&B run in the config's mode, and sends files and missing rows.
+
+        Args:
+            fallback: whether to go on offline if the server cannot be reached or refuses.
+
+        Raises:
+            wandb.Error, TimeoutError: the server cannot be reached or refuses, and `fallback` is off.
+            StackError: W&B has a row that metrics.jsonl does not have.
+        """
         if self._mode != "offline":
             try:
                 self.run = self._open(self._mode)
             except library.failures() as error:
                 if not fallback:
                     raise
-                # Until its service is gone the library holds the run id to be in use.
+                # The library treats the run id as in use until its service process has ended.
                 library.teardown()
                 self._mode = "offline"
                 self._note(f"W&B goes on offline: {library.describe(error)}")
@@ -97,7 +106,7 @@ class Session:
         self._take(known)
 
     def catch_up(self) -> None:
-        """Sends the rows that metrics.jsonl has got since the last call."""
+        """Sends the new rows of metrics.jsonl, new checkpoints and, every 30 s, the summary."""
         new = self._follower.poll()
         self._take(new)
         if any(row.checkpoint_write_s is not None for row in new):
@@ -107,7 +116,7 @@ class Session:
             self.run.summary.update(self._course.summary())
 
     def end(self, exit_code: int) -> None:
-        """Sends what is known only now, and closes the run. Raises as `close`."""
+        """Sends checkpoints, exports, pictures and the final summary, and closes the run. Raises as `close`."""
         self._log_checkpoints()
         self._log_exports()
         self._log_pictures()
@@ -118,15 +127,18 @@ class Session:
         self.close(exit_code)
 
     def close(self, exit_code: int) -> None:
-        """Waits until all is uploaded, at most half of `log.wandb.timeout_s`.
+        """Waits until everything is uploaded, at most half of `log.wandb.timeout_s`, and closes the run.
+
+        Args:
+            exit_code: 0 marks the run as finished, that of `Requeue` as preempted, others as failed.
 
         Raises:
-            TimeoutError: it was not by then.
+            TimeoutError: the upload took longer.
         """
         if exit_code == Requeue.exit_code:
             self.run.mark_preempting()
         self.run.finish(exit_code=exit_code)
-        # Here and under the deadline, not in the library's exit hook.
+        # Called here, where the deadline applies, and not left to the library's exit hook.
         library.teardown(exit_code)
         if self._mode == "offline":
             self._note(f"W&B run is on disk; upload it with: {self.upload_command}")
@@ -144,15 +156,15 @@ class Session:
         )
 
     def _invite(self) -> None:
-        """Tells the other hosts that the run is there."""
+        """Writes the file by which the other hosts find the W&B run."""
         told = {"id": self.run.id, "entity": self.run.entity, "project": self.run.project}
         write_whole(invitation(self.facts), json.dumps(told) + "\n")
 
     def _first_missing(self, rows: list[StepRecord]) -> int:
-        """Number of the first row that the W&B run has not got.
+        """Number of the first row of metrics.jsonl that the W&B run does not have.
 
         Raises:
-            StackError: W&B holds a row that metrics.jsonl has not.
+            StackError: W&B has a row that metrics.jsonl does not have.
         """
         if self._mode == "offline":
             return sum(row.attempt < self.facts.attempt for row in rows)
@@ -176,7 +188,8 @@ class Session:
             self.rows += 1
 
     def _log(self, values: dict[str, Any]) -> None:
-        """W&B's own step is the number of the row. In shared mode only the library and the server number rows."""
+        """Sends one row. W&B's own step is the number of the row, except in shared mode, where the server numbers
+        rows."""
         self.run.log(values, **({} if self._mode == "shared" else {"step": self.rows}))
 
     @staticmethod
@@ -186,7 +199,8 @@ class Session:
         return values | {f"stages/{stage}/busy_s": busy_s for stage, busy_s in enumerate(stages)}
 
     def _save_files(self, files: tuple[Path, ...]) -> None:
-        """Copies, not the links that W&B makes of a path outside: the run's folder is whole, wherever it is moved."""
+        """Copies files into the W&B run. W&B would only link to a path outside of its folder, and the links would break
+        when the run directory is moved."""
         folder = Path(self.run.dir) / _FILES_FOLDER
         folder.mkdir(exist_ok=True)
         for file in files:
@@ -198,7 +212,7 @@ class Session:
         self._save_files(files)
         pictures = {f"pictures/{file.stem}": library.load().Image(str(file)) for file in files}
         if pictures and self.sent and self._mode != "shared":
-            # A row is open until the next one: they become a part of the last.
+            # W&B keeps a row open until the next one begins, so the pictures are added to the last row.
             self.rows -= 1
             self._log(pictures)
             self.rows += 1
@@ -211,13 +225,13 @@ class Session:
         return {"stages": library.load().Table(columns=columns, data=lines)} if lines else {}
 
     def _log_checkpoints(self) -> None:
-        """Those that have appeared, by reference: W&B learns where they are, and gets none of their bytes."""
+        """Logs the new checkpoints as artifacts by reference: W&B gets their paths and none of their bytes."""
         for step in sorted(set(manifest.steps(self.facts.checkpoints)) - self._checkpoints):
             folder = manifest.folder_of(self.facts.checkpoints, step)
             try:
                 about = manifest.read(folder)
             except CheckpointError:
-                # Deleted meanwhile, to make room for a newer one; or damaged, and then no place to send people to.
+                # The checkpoint was deleted meanwhile because newer ones are kept, or it is damaged and of no use.
                 continue
             metadata = {"step": step, "heldout_loss": about.heldout_loss, "bytes": sum(f.bytes for f in about.files)}
             self._log_reference("checkpoint", folder, f"step-{step}", metadata=metadata)
@@ -237,22 +251,22 @@ class Session:
         artifact = library.load().Artifact(
             f"{kind}-{self.run.id}", type=kind, metadata={**metadata, "folder": str(folder)}
         )
-        # Without checksums, which would read every byte: the content has its own in the manifest.
+        # W&B's checksums would read every byte, and the manifest of a checkpoint has hashes already.
         artifact.add_reference(folder.as_uri(), checksum=False)
         self.run.log_artifact(artifact, aliases=["latest", *aliases])
 
 
 def invitation(facts: Facts) -> Path:
-    """Where the first host tells the others that the W&B run of this attempt is there."""
+    """The file by which the first host tells the others the id of the W&B run of this attempt."""
     return facts.folder / "wandb" / f"shared-{facts.attempt}.json"
 
 
 def exports_in(file: Path) -> list[str]:
-    """The folders that `Facts.exports` lists; none where there is no such file.
+    """The folders that the file `Facts.exports` lists; empty where the file does not exist.
 
     Raises:
-        ValueError: it is damaged.
-        OSError: it cannot be read.
+        ValueError: the file is damaged.
+        OSError: the file cannot be read.
     """
     try:
         found = parse_json(read_regular(file))
@@ -268,10 +282,10 @@ def _id_file(folder: Path) -> Path:
 
 
 def run_id(folder: Path) -> str:
-    """The W&B id of the run in `folder`, made at the first call and the same ever after.
+    """The id of the W&B run of the run directory `folder`. The first call makes it and writes it to a file.
 
     Raises:
-        StackError: the file that has it is damaged.
+        StackError: the file is damaged.
     """
     path = _id_file(folder)
     try:
@@ -284,7 +298,8 @@ def run_id(folder: Path) -> str:
     if known:
         return known
     new = agents_run_id() or secrets.token_hex(8)
-    # For the user and the group, as the umask allows: the library notes the user, the host and the command in there.
+    # Only the user, and the group if the umask allows, may read the folder: the library writes the user, the host and
+    # the command into it.
     path.parent.mkdir(mode=0o770, parents=True, exist_ok=True)
     write_whole(path, new + "\n")
     return new

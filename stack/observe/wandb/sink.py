@@ -1,7 +1,7 @@
-"""Weights & Biases as a sink that may fail: training neither waits for it nor learns of its errors.
+"""Sends a run to Weights & Biases so that training neither waits for W&B nor fails with it.
 
-Every call into the library is made by one daemon thread that reads metrics.jsonl, so the import, a slow login or a hang
-costs the training thread nothing.
+One daemon thread reads metrics.jsonl and makes all calls into the library. A slow import or login, or a hang of the
+library, therefore does not delay the training thread.
 """
 
 import queue
@@ -16,18 +16,21 @@ from stack.observe.wandb.session import Facts, Session
 
 
 class WandbSink:
-    """The W&B run of a run directory, from one rank; on other hosts, in shared mode, the metrics of their system.
+    """Sends a run directory to its W&B run, from rank 0. In shared mode, other hosts send their system metrics.
 
-    The run keeps its id in the run directory, so that every attempt continues the same W&B run, on any host. Mode
-    `disabled` imports nothing, and every call returns at once. `note` gets one line for the user on each change of
-    state, always from the thread that calls `advance` or `finish`. Nothing here raises. Call `finish` however the run
-    ends: the exit hook of the library, which it takes the place of, waits for a hanging service without a bound.
+    The id of the W&B run is in the run directory, so every attempt continues the same W&B run, on any host. In mode
+    `disabled` nothing is imported, and every call returns at once. No method raises. Call `finish` however the run
+    ends: it replaces the exit hook of the library, which may wait for ever for a service that hangs.
     """
 
     def __init__(self, facts: Facts, cfg: Wandb, *, note: Callable[[str], None], node: int = 0) -> None:
         """
         Args:
-            node: number of the host, whose W&B this is; 0 is the one with metrics.jsonl.
+            facts: the data of the run directory.
+            cfg: the section `log.wandb` of the config.
+            note: called with a line for the user at each change of state, in the thread that calls `advance` or
+                `finish`.
+            node: number of this host; 0 is the host of rank 0.
         """
         self._metrics, self._timeout_s, self._note = facts.metrics, cfg.timeout_s, note
         self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -49,7 +52,7 @@ class WandbSink:
             self._thread.start()
 
     def advance(self) -> None:
-        """Says that metrics.jsonl has a new row; returns at once."""
+        """Tells the sink that metrics.jsonl has a new row; returns at once."""
         if not self._open:
             return
         self._wake.set()
@@ -58,9 +61,11 @@ class WandbSink:
         self._tell()
 
     def finish(self, *, exit_code: int = 0) -> None:
-        """Ends the W&B run within `log.wandb.timeout_s`, whatever the library does; later calls do nothing.
+        """Ends the W&B run. Returns after at most `log.wandb.timeout_s`, even if the library hangs. Later calls do
+        nothing.
 
-        `exit_code` other than 0 marks the run as failed, that of `Requeue` as preempted.
+        Args:
+            exit_code: 0 marks the run as finished, that of `Requeue` as preempted, others as failed.
         """
         if not self._open:
             return
@@ -79,10 +84,11 @@ class WandbSink:
             self._note(self._notes.get())
 
     def _guard(self, call: Callable[[], None]) -> bool:
-        """Whether `call` went through; the first failure turns the sink off, and it alone is noted."""
+        """Calls `call`, and returns whether it raised nothing. The first failure turns the sink off and is reported;
+        later ones are not."""
         try:
             call()
-        # Whatever a library for pictures of a run does, the run goes on. SystemExit: its teardown calls sys.exit.
+        # No error of the library may end the run. SystemExit is included because the library's teardown calls sys.exit.
         except (Exception, SystemExit) as error:  # noqa: BLE001
             self._fail(library.describe(error))
             return False
@@ -99,7 +105,7 @@ class WandbSink:
         if self._imported:
             library.kill()
 
-    # All below runs in the sink's own thread.
+    # The methods below run in the sink's own thread.
 
     def _run(self) -> None:
         if not self._guard(self._follow):

@@ -12,15 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from stack.config.deepspeed import ds_config
-from stack.config.families import FAMILIES, Family
 from stack.config.kernels import loss_kernel
-from stack.config.model_folder import model_fields
 from stack.config.schema import Config
+from stack.plan.activations import FP32, WIDTH, LayerActivations, layer_activations
 from stack.plan.layout import Plan
 
-#: Bytes of an element of each dtype.
-_WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
-_FP32 = 4
 #: Tokens in a chunk of the chunked loss on a GPU, as in stack/models/loss.py.
 _CHUNK_TOKENS = 1024
 
@@ -96,16 +92,16 @@ def plan_memory(cfg: Config, plan: Plan) -> tuple[RankMemory, ...]:
     return tuple(_rank(cfg, plan, pipe_rank, layer) for pipe_rank in range(plan.pipeline))
 
 
-def _rank(cfg: Config, plan: Plan, pipe_rank: int, layer: "LayerActivations") -> RankMemory:
-    width = _WIDTH[cfg.precision.dtype]
+def _rank(cfg: Config, plan: Plan, pipe_rank: int, layer: LayerActivations) -> RankMemory:
+    width = WIDTH[cfg.precision.dtype]
     tokens = plan.micro_size * plan.seq_len
     stages = plan.stages_of(pipe_rank)
     matrix = max(_largest_matrix(plan, stage, layer.inner) for stage in stages)
-    # The peak of a layer's backward is at its start: the activations saved by its forward (added below), two gradients
-    # of hidden states, two gradients of the MLP's width, and the gradient of a matrix in the compute dtype, and also in
-    # fp32 if that differs.
+    # The peak of a layer's backward is at its start: all activations that its forward saves (added below), two
+    # gradients of hidden states, two gradients of the MLP's width, and the gradient of a matrix in the compute dtype,
+    # and also in fp32 if that differs.
     working = tokens * width * 2 * (plan.shape.hidden + layer.inner) + matrix * (
-        _FP32 if width == _FP32 else width + _FP32
+        FP32 if width == FP32 else width + FP32
     )
     last = plan.stages - 1 in stages
     flight = in_flight(plan, pipe_rank)
@@ -122,13 +118,13 @@ def _rank(cfg: Config, plan: Plan, pipe_rank: int, layer: "LayerActivations") ->
 def _states(cfg: Config, plan: Plan, pipe_rank: int) -> dict[str, Any]:
     """The fields of `RankMemory` for parameters, optimizer state and gradients."""
     parallel, zero = cfg.parallel, plan.zero
-    width, params = _WIDTH[cfg.precision.dtype], plan.rank_params(pipe_rank)
+    width, params = WIDTH[cfg.precision.dtype], plan.rank_params(pipe_rank)
     shard = -(-params // plan.replicas)
     updated = shard if zero else params
-    masters = updated * _FP32 if zero or width < _FP32 else 0
-    moments = updated * _FP32 * (2 if cfg.optim.kind == "adamw" else 1 if cfg.optim.momentum else 0)
-    whole = params * _FP32 if zero == 0 or parallel.reduce == "step" else 0
-    sharded = shard * _FP32 if zero == 3 or (zero and not whole) else 0
+    masters = updated * FP32 if zero or width < FP32 else 0
+    moments = updated * FP32 * (2 if cfg.optim.kind == "adamw" else 1 if cfg.optim.momentum else 0)
+    whole = params * FP32 if zero == 0 or parallel.reduce == "step" else 0
+    sharded = shard * FP32 if zero == 3 or (zero and not whole) else 0
     parameters = (shard if zero == 3 else params) * width
     if parallel.hpz > 1:
         parameters += params * width // parallel.hpz
@@ -140,7 +136,7 @@ def _states(cfg: Config, plan: Plan, pipe_rank: int) -> dict[str, Any]:
         "whole_gradients": whole,
         **_bucket(cfg, plan, whole),
         "gathered": _gathered(cfg, plan, pipe_rank) if zero == 3 else 0,
-        "update": 2 * shard * _FP32 if zero else whole,
+        "update": 2 * shard * FP32 if zero else whole,
         "host": 0,
         "files": 0,
     }
@@ -161,13 +157,13 @@ def _offloaded(cfg: Config, found: dict[str, Any], shard: int, largest: int) -> 
         shard: parameters in the rank's shard.
         largest: elements of the largest parameter.
     """
-    offload, width, three = cfg.parallel.offload, _WIDTH[cfg.precision.dtype], cfg.parallel.zero == 3
+    offload, width, three = cfg.parallel.offload, WIDTH[cfg.precision.dtype], cfg.parallel.zero == 3
     if offload.optimizer != "none":
         found["files" if offload.optimizer == "nvme" else "host"] += found["masters"] + found["moments"]
         twice = offload.optimizer == "cpu" and (three or cfg.parallel.reduce == "microbatch")
-        found["host"] += shard * _FP32 * (2 if twice else 1) + (0 if three else (shard + largest) * width)
+        found["host"] += shard * FP32 * (2 if twice else 1) + (0 if three else (shard + largest) * width)
         found["parameters"] += 0 if three else largest * width
-        reduced = 0 if three else shard * _FP32
+        reduced = 0 if three else shard * FP32
         sums = found["whole_gradients"] or reduced
         found |= {"masters": 0, "moments": 0, "gradients": sums, "update": reduced or shard * width}
     if offload.params == "cpu":
@@ -193,7 +189,7 @@ def _bucket(cfg: Config, plan: Plan, whole: int) -> dict[str, int]:
     largest = plan.largest_rank_params
     # The estimate is for a GPU, which has streams.
     zero = ds_config(cfg, replicas=plan.replicas, rank_params=largest, streams=True)["zero_optimization"]
-    size, one = zero["reduce_bucket_size"] * _FP32, zero["reduce_bucket_size"] >= largest
+    size, one = zero["reduce_bucket_size"] * FP32, zero["reduce_bucket_size"] >= largest
     if plan.zero == 3:
         copies = size + size // plan.replicas
         return {"bucket": size, "reducing": copies - min(size, whole), "within": 0 if whole or one else copies}
@@ -210,7 +206,7 @@ def _gathered(cfg: Config, plan: Plan, pipe_rank: int) -> int:
     """
     if plan.replicas == 1 and cfg.parallel.offload.params == "none":
         return 0
-    width = _WIDTH[cfg.precision.dtype]
+    width = WIDTH[cfg.precision.dtype]
     if cfg.parallel.gather == "step":
         return plan.rank_params(pipe_rank) * width
     stages = [_units(plan, stage) for stage in plan.stages_of(pipe_rank)]
@@ -228,117 +224,6 @@ def _two_in_a_row(units: list[int]) -> int:
     """Parameters of the largest two consecutive units, without the last unit, which the caller counts separately."""
     ahead = units[:-1]
     return max([sum(pair) for pair in itertools.pairwise(ahead)], default=sum(ahead))
-
-
-@dataclass(frozen=True)
-class LayerActivations:
-    """Bytes that autograd saves in a decoder layer for each token of a microbatch."""
-
-    whole: int
-    """In a layer without recomputation."""
-    kept: int
-    """In a layer that `activation.checkpoint` recomputes; equal to `whole` with `none`."""
-    norm: int
-    """For one norm over the hidden size, including its input."""
-    table: int
-    """For the rotary tables and the attention mask, which each stage has once."""
-    inner: int
-    """Width of the MLP in elements, not bytes; summed over the experts that a token is sent to."""
-
-
-def layer_activations(cfg: Config, plan: Plan) -> LayerActivations:
-    """The activations that the layers of the configured model save. Exact for Llama's layer, approximate for norms and
-    MLPs of other families.
-
-    With w bytes per element, hidden size h, queries of width q, keys of width kv, n heads and an MLP of width i, the
-    bytes for each token are:
-
-        norm        4h (input in fp32, counted as a copy) + 4 + w h (normalized) + w h (scaled)
-        attention   w (2q + 2kv) + 4n: queries, keys, values, the output, and the softmax's sum of each head
-        MLP         4 w i: gate, its activation, up, and their product
-
-    torch.compile recomputes pointwise operations. A layer then saves w (4h + 2q + 2kv + 3i) + 4n + 8.
-    """
-    shape, width, family, fields = plan.shape, _WIDTH[cfg.precision.dtype], *_family(cfg)
-    heads, q = fields["num_attention_heads"], shape.attention_width
-    kv = q * (fields.get("num_key_value_heads") or heads) // heads
-    experts = fields[family.experts] if family.experts else 0
-    matrices = 2 if family.classic else 3
-    inner = (shape.layer_weights - shape.hidden * (2 * q + 2 * kv + experts)) // (matrices * shape.hidden)
-    masked = cfg.data.pack or (shape.window is not None and shape.window < plan.seq_len)
-    attention = _attention(cfg.model.attention, q, kv, heads, plan.seq_len, width, masked=masked)
-    norm = _norm(cfg, shape.hidden, width, classic=family.classic)
-    if cfg.precision.compile and cfg.model.attention != "eager":
-        whole = width * (4 * shape.hidden + 3 * inner) + attention + 8
-    else:
-        around = _norm(cfg, q, width, classic=False) + _norm(cfg, kv, width, classic=False)
-        qk_norms = around if family.qk_norm != "none" else 0
-        whole = family.norms * norm + attention + qk_norms + _mlp(cfg, fields, inner) * width
-        if family.experts:
-            whole += 2 * width * shape.hidden * fields["num_experts_per_tok"] + 2 * _FP32 * experts
-    products = width * (2 * shape.hidden + q + 2 * kv + (matrices - 1) * inner)
-    if family.experts:
-        # The results of the second matrix of each expert that a token is sent to, and of the router.
-        products += width * (shape.hidden * (fields["num_experts_per_tok"] - 1) + experts)
-    eager = cfg.model.attention == "eager"
-    products += width * q + (width * heads * plan.seq_len if eager else _FP32 * heads)
-    kept = {"none": whole, "selective": width * shape.hidden + products}
-    return LayerActivations(
-        whole=whole,
-        kept=kept.get(cfg.activation.checkpoint, width * shape.hidden),
-        norm=norm,
-        table=(2 * width * (q // heads) if family.rotary else 0) + (plan.seq_len if masked else 0),
-        inner=inner,
-    )
-
-
-def _family(cfg: Config) -> tuple[Family, dict[str, Any]]:
-    """The model's family, and its fields with their values, defaults included."""
-    given = model_fields(cfg.model)
-    family = FAMILIES[given["model_type"]]
-    return family, {**family.defaults, **given}
-
-
-def _attention(kind: str, q: int, kv: int, heads: int, reach: int, width: int, *, masked: bool) -> int:
-    """Bytes per token that attention saves.
-
-    With a mask, SDPA repeats keys and values for all query heads, and turns the boolean mask into numbers in each
-    layer.
-
-    Args:
-        kind: `model.attention`.
-        q: width of all query heads.
-        kv: width of all key heads.
-        heads: number of query heads.
-        reach: tokens that a query may attend to.
-        width: bytes of an element.
-        masked: whether an attention mask is passed.
-    """
-    if kind == "eager":
-        scores = heads * reach * (_FP32 + (width if width < _FP32 else 0))
-        return width * 4 * q + scores
-    if kind == "sdpa" and masked:
-        return width * (4 * q + reach) + _FP32 * heads
-    return width * (2 * q + 2 * kv) + _FP32 * heads
-
-
-def _norm(cfg: Config, size: int, width: int, *, classic: bool) -> int:
-    """Bytes per token that a norm over `size` elements and the layer after it save. Fused kernels and LayerNorm save
-    their input in the compute dtype, `width` bytes per element."""
-    if classic:
-        return 2 * width * size + 2 * _FP32
-    if cfg.kernels.rms_norm == "liger":
-        return 2 * width * size + _FP32
-    return (_FP32 + 2 * width) * size + _FP32
-
-
-def _mlp(cfg: Config, fields: dict[str, Any], inner: int) -> int:
-    """Elements per token that an MLP of width `inner` saves. Liger's fused gate recomputes the activation.
-    transformers computes the tanh form of GELU in five steps and saves each."""
-    activation = fields.get("activation_function") or fields.get("hidden_act")
-    if FAMILIES[fields["model_type"]].classic:
-        return (5 if activation == "gelu_new" else 2) * inner
-    return (3 if cfg.kernels.swiglu == "liger" else 4) * inner
 
 
 def in_flight(plan: Plan, pipe_rank: int) -> int:
@@ -365,7 +250,7 @@ def in_flight(plan: Plan, pipe_rank: int) -> int:
 def _kept(cfg: Config, plan: Plan, pipe_rank: int, layer: LayerActivations) -> int:
     """Bytes of the activations of all microbatches in flight on a rank."""
     stages, tokens = plan.stages_of(pipe_rank), plan.micro_size * plan.seq_len
-    width, hidden = _WIDTH[cfg.precision.dtype], plan.shape.hidden
+    width, hidden = WIDTH[cfg.precision.dtype], plan.shape.hidden
     every = cfg.activation.every if cfg.activation.checkpoint == "every_k" else 1
 
     def stage_bytes(stage: int) -> int:
@@ -385,8 +270,8 @@ def _kept_by_loss(cfg: Config, plan: Plan) -> int:
     chunked loss the gradient of its input and the fp32 gradient of the head."""
     tokens, shape = plan.micro_size * plan.seq_len, plan.shape
     if loss_kernel(cfg) != "logits":
-        return tokens * shape.hidden * _WIDTH[cfg.precision.dtype] + shape.head_params * _FP32
-    return tokens * shape.vocab * _FP32
+        return tokens * shape.hidden * WIDTH[cfg.precision.dtype] + shape.head_params * FP32
+    return tokens * shape.vocab * FP32
 
 
 def _loss(cfg: Config, plan: Plan) -> int:
@@ -396,13 +281,13 @@ def _loss(cfg: Config, plan: Plan) -> int:
     dtype, together with the head's gradient in the compute dtype and in fp32. With a chunked loss: logits, softmax and
     gradient of one chunk; or later the head's gradient in the compute dtype and in fp32.
     """
-    width, head = _WIDTH[cfg.precision.dtype], plan.shape.head_params
+    width, head = WIDTH[cfg.precision.dtype], plan.shape.head_params
     tokens = plan.micro_size * plan.seq_len
     logits = tokens * plan.shape.vocab
     if loss_kernel(cfg) != "logits":
         chunk = min(tokens, _CHUNK_TOKENS) * plan.shape.vocab
-        return max(chunk * (2 * _FP32 + 2 * width), head * (width + _FP32))
-    return max(2 * _FP32 * logits, (width - _FP32) * logits + head * (width + _FP32))
+        return max(chunk * (2 * FP32 + 2 * width), head * (width + FP32))
+    return max(2 * FP32 * logits, (width - FP32) * logits + head * (width + FP32))
 
 
 def _receive_buffers(cfg: Config, plan: Plan, stages: tuple[int, ...], flight: int) -> int:
@@ -410,7 +295,7 @@ def _receive_buffers(cfg: Config, plan: Plan, stages: tuple[int, ...], flight: i
     gradient of each from the next stage."""
     window = min(plan.pipeline, plan.microbatches) if plan.schedule == "1f1b" else plan.microbatches
     received = sum((stage > 0) + (stage < plan.stages - 1) for stage in stages)
-    hidden = plan.micro_size * plan.seq_len * plan.shape.hidden * _WIDTH[cfg.precision.dtype]
+    hidden = plan.micro_size * plan.seq_len * plan.shape.hidden * WIDTH[cfg.precision.dtype]
     return received * window * hidden if plan.pipeline > 1 and flight else 0
 
 

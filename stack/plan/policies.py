@@ -1,4 +1,4 @@
-"""Which schedule, ZeRO stage and policies go together; each refusal says why and what works."""
+"""Checks which schedules, ZeRO stages and policies can be combined. An error says why not, and what works."""
 
 import glob
 import os
@@ -14,14 +14,15 @@ _DEVICE_FILES = "/dev/nvidia[0-9]*"
 
 @dataclass(frozen=True)
 class ScheduleRules:
-    """What a pipeline schedule asks of a layout."""
+    """Properties of a pipeline schedule that restrict the layout."""
 
     virtual: bool = False
-    """Several stages on each rank of the pipe."""
+    """Each rank holds several stages."""
     folded: bool = False
-    """The second half of the stages runs back up the pipe, so the first and the last stage share a rank."""
+    """The second half of the stages runs through the ranks in reverse order, so that one rank holds the first and the
+    last stage."""
     splits_backward: bool = False
-    """Runs the gradient of the inputs and that of the weights apart."""
+    """The gradients of the inputs and those of the weights are computed at different times."""
 
 
 SCHEDULES = {
@@ -34,10 +35,15 @@ SCHEDULES = {
 
 
 def check_policies(cfg: Config, replicas: int, *, tied: bool) -> None:
-    """Refuses what cannot work together.
+    """Checks that schedule, ZeRO stage, policies and offload can be combined.
+
+    Args:
+        cfg: config of the run.
+        replicas: ranks in a data-parallel group.
+        tied: whether the token embedding and the head share one parameter.
 
     Raises:
-        LayoutError: the schedule, ZeRO stage, policies and offload contradict each other.
+        LayoutError: they cannot.
     """
     _check_schedule(cfg)
     _check_reduce(cfg.parallel)
@@ -50,7 +56,7 @@ def _check_schedule(cfg: Config) -> None:
     rules, virtual = SCHEDULES[parallel.schedule], parallel.virtual_stages
     if rules.virtual and virtual == 1:
         raise LayoutError(
-            f"parallel.schedule={parallel.schedule} runs several stages on each rank of the pipe and "
+            f"parallel.schedule={parallel.schedule} needs several stages on each rank, and "
             "parallel.virtual_stages=1; use parallel.virtual_stages=2"
         )
     if not rules.virtual and virtual > 1:
@@ -60,16 +66,16 @@ def _check_schedule(cfg: Config) -> None:
         )
     if rules.folded and virtual != 2:
         raise LayoutError(
-            f"parallel.virtual_stages={virtual} with parallel.schedule={parallel.schedule}, whose pipe goes down "
-            "and up once; use parallel.virtual_stages=2"
+            f"parallel.virtual_stages={virtual} with parallel.schedule={parallel.schedule}, which folds the "
+            "pipeline once; use parallel.virtual_stages=2"
         )
     if not rules.splits_backward:
         return
     if parallel.zero > 1:
         raise LayoutError(
             f"parallel.schedule={parallel.schedule} with parallel.zero={parallel.zero}: it computes weight gradients "
-            "apart from the backward, where ZeRO-2 and 3 do not see them; use parallel.zero=1 or parallel.schedule="
-            "interleaved_1f1b"
+            "separately from the backward, and ZeRO-2 and 3 reduce those of the backward only; use parallel.zero=1 or "
+            "parallel.schedule=interleaved_1f1b"
         )
     if cfg.precision.dtype == "fp16":
         raise LayoutError(
@@ -78,12 +84,13 @@ def _check_schedule(cfg: Config) -> None:
         )
     if cfg.precision.compile:
         raise LayoutError(
-            f"parallel.schedule={parallel.schedule} with precision.compile=true: a compiled layer has one "
-            "backward and no two parts; use precision.compile=false or parallel.schedule=interleaved_1f1b"
+            f"parallel.schedule={parallel.schedule} with precision.compile=true: the backward of a "
+            "compiled layer cannot be split into two parts; use precision.compile=false or "
+            "parallel.schedule=interleaved_1f1b"
         )
     if liger := liger_parts(cfg):
         raise LayoutError(
-            f"parallel.schedule={parallel.schedule} with kernels.{liger[0]}=liger: its kernels write over "
+            f"parallel.schedule={parallel.schedule} with kernels.{liger[0]}=liger: its kernels overwrite "
             "gradients that the second part of a backward reads again; use "
             f"kernels.{liger[0]}={'chunked' if liger[0] == 'loss' else 'torch'} or parallel.schedule=interleaved_1f1b"
         )
@@ -126,8 +133,8 @@ def _check_offload(parallel: Parallel, *, tied: bool) -> None:
         return
     if parallel.zero < 3:
         raise LayoutError(
-            f"parallel.offload.optimizer=nvme with parallel.zero={parallel.zero}: DeepSpeed would keep it in host "
-            "memory without a word; use offload.optimizer=cpu or parallel.zero=3"
+            f"parallel.offload.optimizer=nvme with parallel.zero={parallel.zero}: DeepSpeed would silently keep it in "
+            "host memory; use offload.optimizer=cpu or parallel.zero=3"
         )
     if offload.folder is None:
         raise LayoutError("parallel.offload.optimizer=nvme needs parallel.offload.folder, for example /local/nvme")
@@ -148,8 +155,9 @@ def _check_zero_plus_plus(parallel: Parallel, replicas: int) -> None:
         )
     if hpz > 1 and (parallel.zero < 3 or parallel.gather == "step"):
         raise LayoutError(
-            f"parallel.hpz={hpz} with parallel.zero={parallel.zero} gather={parallel.gather}: its second copy serves "
-            "gathers again within a step; use parallel.zero=3 gather=microbatch, or parallel.hpz=1"
+            f"parallel.hpz={hpz} with parallel.zero={parallel.zero} gather={parallel.gather}: its second copy is used "
+            "only if parameters are gathered again within a step; use parallel.zero=3 gather=microbatch, or "
+            "parallel.hpz=1"
         )
     if parallel.quantized_weights and parallel.zero < 3:
         raise LayoutError(
@@ -159,13 +167,13 @@ def _check_zero_plus_plus(parallel: Parallel, replicas: int) -> None:
 
 
 def local_devices() -> int:
-    """NVIDIA GPUs this process may use, without importing torch; 0 on a host without any."""
+    """Number of NVIDIA GPUs that this process may use, 0 if the host has none. Does not import torch."""
     return len(visible_devices())
 
 
 def visible_devices() -> list[str]:
-    """Those GPUs by the names that CUDA_VISIBLE_DEVICES has for them. The variable chooses among a host's GPUs: where
-    it is set on a host without any, as by a login shell, there is nothing to choose from."""
+    """The NVIDIA GPUs that this process may use, by their names in CUDA_VISIBLE_DEVICES, or by number without it. Empty
+    on a host without GPUs, even if the variable is set, for example by a login shell."""
     there = [str(number) for number in range(len(glob.glob(_DEVICE_FILES)))]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or not there:
@@ -173,12 +181,13 @@ def visible_devices() -> list[str]:
     return [name for entry in visible.split(",") if (name := entry.strip()) not in ("", "-1")]
 
 
-#: Name of a parameter's fp32 value among its states.
+#: Name of the fp32 master weight among the saved states of a parameter.
 MASTER = "master"
 
 
 def state_names(cfg: Config) -> tuple[str, ...]:
-    """What is saved for each parameter: its master, and the optimizer's tensors by their names in torch."""
+    """Names of the fp32 tensors that a checkpoint holds for each parameter: the master weight, and the optimizer state
+    under torch's names."""
     if cfg.optim.kind == "adamw":
         return (MASTER, "exp_avg", "exp_avg_sq")
     return (MASTER, "momentum_buffer") if cfg.optim.momentum else (MASTER,)

@@ -1,4 +1,4 @@
-"""The model as arithmetic: parameters and FLOPs of each part, from its Hugging Face config, without torch."""
+"""Counts the parameters and FLOPs of each part of a model from its Hugging Face config, without importing torch."""
 
 import math
 from collections.abc import Mapping
@@ -10,37 +10,42 @@ from stack.config.model_folder import model_fields
 from stack.config.schema import Model
 from stack.errors import LayoutError
 
-#: The planner takes a time that grows with their square.
+#: Upper bound of decoder layers: the planner's time grows with their square.
 _MOST_LAYERS = 2000
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a decoder holds and what a token costs in it. Its layers are equal in parameters."""
+    """Sizes of a decoder whose layers all have the same number of parameters."""
 
     layers: int
+    """Number of decoder layers."""
     hidden: int
+    """Hidden size."""
     vocab: int
+    """Vocabulary size of the model."""
     tied: bool
+    """Whether the token embedding and the head share one parameter."""
     embedding_params: int
-    """Tokens, and positions where they are learned."""
+    """Parameters of the token embedding, and of the table of positions if positions are learned."""
     norm_params: int
-    """The norm ahead of the head."""
+    """Parameters of the final norm, before the head."""
     layer_params: int
-    """One decoder layer, all experts counted."""
+    """Parameters of one decoder layer, including all experts."""
     layer_weights: int
-    """Weights of a layer's matrix products for one token; only the experts that it is sent to count."""
+    """Weights of a layer that one token is multiplied with; only the experts that it is sent to are counted."""
     attention_width: int
     """Query heads x head dimension."""
     idle_params: int = 0
     """Parameters of a layer's experts that a token is not sent to."""
     window: int | None = None
-    """Tokens that attention reaches back in the layers with a sliding window, its own included."""
+    """Size of the sliding window in tokens, including the token itself; None without sliding windows."""
     windowed_layers: int = 0
+    """Number of layers with a sliding window."""
 
     @property
     def head_params(self) -> int:
-        """Parameters of the output projection; a tied one is counted here too, since its stage holds a copy."""
+        """Parameters of the output projection. A tied projection counts too, because its stage holds a copy."""
         return self.vocab * self.hidden
 
     @property
@@ -50,14 +55,14 @@ class ModelShape:
 
     @property
     def active_params(self) -> int:
-        """Parameters that one token passes."""
+        """Parameters that take part in the computation of one token: all except those of idle experts."""
         return self.total_params - self.layers * self.idle_params
 
     def layer_flops(self, seq_len: int) -> float:
         """Forward FLOPs of one decoder layer per token, the mean over the layers.
 
-        Two per weight of the matrix products, plus the two attention products over the earlier tokens in reach:
-        causal attention is counted once (PaLM, appendix B, with the causal half left out).
+        Two FLOPs per weight of the matrix products, plus the two attention products over the earlier tokens that a
+        token attends to. Positions masked by causality are not counted, unlike in PaLM, appendix B.
         """
         windowed = self.windowed_layers / self.layers
         reach = (1 - windowed) * _mean_reach(seq_len, None) + windowed * _mean_reach(seq_len, self.window)
@@ -77,7 +82,8 @@ def model_shape(model: Model) -> ModelShape:
     """Sizes of the configured model.
 
     Raises:
-        LayoutError: its numbers do not fit together, or its layers are not equal in parameters.
+        ConfigError: as for `model_fields`.
+        LayoutError: numbers in its config do not fit together, or its layers differ in their number of parameters.
     """
     given = model_fields(model)
     family = FAMILIES[given["model_type"]]
@@ -112,7 +118,11 @@ def model_shape(model: Model) -> ModelShape:
 
 
 def _mlp(fields: Mapping[str, Any], family: Family) -> tuple[int, int, int, int]:
-    """Weights of one MLP and of the router, MLPs in a layer, and those that a token is sent to."""
+    """Four numbers: weights of one MLP, weights of the router, MLPs in a layer, and MLPs that a token is sent to.
+
+    Raises:
+        LayoutError: a token would be sent to more experts than there are.
+    """
     expert = (2 if family.classic else 3) * fields["hidden_size"] * _inner(fields)
     if family.experts is None:
         return expert, 0, 1, 1
@@ -125,13 +135,13 @@ def _mlp(fields: Mapping[str, Any], family: Family) -> tuple[int, int, int, int]
 
 
 def _inner(fields: Mapping[str, Any]) -> int:
-    """Width of an MLP. A mixture that has its own key for it may keep another for dense layers."""
+    """Width of an MLP, or of an expert. A mixture of experts may have one key for experts and one for dense layers."""
     keys = ("moe_intermediate_size", "intermediate_size", "n_inner")
     return next((fields[key] for key in keys if fields.get(key)), 4 * fields["hidden_size"])
 
 
 def _biases(fields: Mapping[str, Any], family: Family, q: int, kv: int) -> int:
-    """Biases of a layer's linear maps. Config files also carry switches that their class does not read."""
+    """Bias parameters of a layer's linear modules. Switches that the model class does not read are ignored."""
     hidden, inner = fields["hidden_size"], _inner(fields)
     on = {key: fields[key] if key in family.fields else family.classic for key in ("attention_bias", "mlp_bias")}
     attention = q + 2 * kv + hidden if on["attention_bias"] else q + 2 * kv if family.qkv_bias else 0
@@ -145,7 +155,11 @@ def _qk_norms(fields: Mapping[str, Any], family: Family, q: int, kv: int, head_d
 
 
 def _windows(fields: Mapping[str, Any], family: Family) -> tuple[int | None, int]:
-    """The sliding window and how many layers have it."""
+    """The size of the sliding window (None without) and the number of layers that have it.
+
+    Raises:
+        LayoutError: layer_types asks for sliding windows and their size is not set.
+    """
     if family.slides is None:
         return None, 0
     window = fields["sliding_window"] if fields.get("use_sliding_window", True) else None
@@ -153,7 +167,7 @@ def _windows(fields: Mapping[str, Any], family: Family) -> tuple[int | None, int
     if types and window is None and "sliding_attention" in types:
         switch = " and use_sliding_window=true" if "use_sliding_window" in family.fields else ""
         raise LayoutError(
-            f"model.config.layer_types has sliding_attention and there is no window; set sliding_window{switch}"
+            f"model.config.layer_types has sliding_attention, but no window is set; set sliding_window{switch}"
         )
     if window is None:
         return None, 0
@@ -201,7 +215,7 @@ def _check_heads(fields: Mapping[str, Any], family: Family, kv_heads: int) -> No
 
 
 def _mean_reach(seq_len: int, window: int | None) -> float:
-    """Earlier tokens that a token attends to, the mean over a sequence."""
+    """Number of tokens that a token attends to, as the mean over a sequence."""
     if window is None or window >= seq_len:
         return seq_len / 2
     return window - window * window / (2 * seq_len)
@@ -212,6 +226,6 @@ def _nearest_divisor(number: int, wanted: int) -> int:
 
 
 def divisors(number: int) -> list[int]:
-    """Of a positive number, the smallest first. Takes a time that grows with its root: numbers are bounded by then."""
+    """Divisors of a positive number in ascending order. The time grows with its square root, so callers bound it."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})

@@ -61,6 +61,6 @@ def test_data_refuses_to_learn_a_vocabulary_for_pretrained_weights(settings, tmp
     words = ["model=folder", f"model.name={model}", "model.init=pretrained", "optim.lr=1e-5", "data.tokenizer=bpe"]
     assert main(["data", *settings, *words]) == 5
     told = capsys.readouterr().err
-    assert told.startswith("DataError: data.tokenizer=bpe learns a new vocabulary, and the weights know another")
+    assert told.startswith("DataError: data.tokenizer=bpe learns a new vocabulary, and the weights need their own")
     assert told.count("\n") == 1
     assert not (tmp_path / "data").exists()

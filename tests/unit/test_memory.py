@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from stack.config.compose import compose
+from stack.plan.activations import layer_activations
 from stack.plan.layout import make_plan
-from stack.plan.memory import in_flight, layer_activations, plan_memory
+from stack.plan.memory import in_flight, plan_memory
 from stack.plan.report import render
 from tests.helpers.tiny import FAMILIES, replica_batch, tiny_config
 

@@ -146,4 +146,7 @@ def test_a_mistake_is_one_line(make, capsys, monkeypatch, words, message):
 def test_a_model_folder_is_no_run_and_the_line_says_what_it_is_for(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     assert main(["resume", str(tmp_path)]) == 2
-    assert "it is a model folder; to train it: stack train experiment=finetune model.name=FOLDER" in capsys.readouterr().err
+    assert (
+        "it is a model folder; to train it: stack train experiment=finetune model.name=FOLDER"
+        in capsys.readouterr().err
+    )

@@ -8,7 +8,7 @@ _POOLS: dict[int, RankPool] = {}
 
 @pytest.fixture(scope="session")
 def ranks():
-    """`ranks(n)` is a pool of n gloo ranks, shared by the whole session."""
+    """`ranks(n)` returns a pool of n gloo ranks, which all tests of the session share."""
 
     def get(world_size: int) -> RankPool:
         if world_size not in _POOLS or not _POOLS[world_size].alive:
@@ -31,7 +31,7 @@ def _zygotes():
 
 @pytest.fixture
 def zygote(_zygotes):
-    """Forks ranks: see tests/helpers/forked.py. One for the whole session, as long as it lives."""
+    """A process that forks ranks (tests/helpers/forked.py). The session shares one; a dead one is replaced."""
     if not _zygotes or not _zygotes[-1].alive:
         _zygotes.append(Zygote())
     return _zygotes[-1]

@@ -1,4 +1,4 @@
-"""A rank's receive buffers do not grow with the microbatches of a step."""
+"""Under 1F1B the number of a rank's receive buffers does not grow with the number of microbatches."""
 
 from datetime import timedelta
 
@@ -6,7 +6,7 @@ from tests.helpers.tiny import replica_batch, tiny_config
 
 
 def count_buffers() -> tuple[int, int, int]:
-    """Distinct receive buffers of hidden states and of gradients after a step, and its microbatches."""
+    """Number of distinct receive buffers for hidden states and for gradients after a step, and of microbatches."""
     import torch.distributed as dist
 
     from stack.parallel.engine import Engine

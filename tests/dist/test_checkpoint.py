@@ -1,4 +1,4 @@
-"""A checkpoint is the logical state: any layout saves the same thing, and any layout loads it."""
+"""A checkpoint does not depend on the layout: every layout saves the same state, and every layout can load it."""
 
 import functools
 from pathlib import Path
@@ -25,7 +25,8 @@ def run(ranks: Any, layout: str, model: str, root: Path, **about: Any) -> list[d
 
 @pytest.fixture(scope="module")
 def origin(ranks, tmp_path_factory):
-    """`origin(model)`: where (pp2, dp2, zero3) has saved after two steps, its state, and how it went on."""
+    """`origin(model)` returns a folder with a checkpoint of the layout `_HOME` after two steps, its state, and the
+    results of two further steps in that layout."""
 
     @functools.cache
     def made(model: str):
@@ -51,6 +52,6 @@ def test_another_layout_loads_the_same_state_and_goes_on_with_the_same_losses(ra
     for got, expected in zip(there[0]["steps"], onwards[0]["steps"], strict=True):
         assert got == pytest.approx(expected, rel=1e-5)
     assert there[0]["heldout"] == pytest.approx(onwards[0]["heldout"], rel=1e-5)
-    # And back.
+    # The checkpoint that the other layout saved is loaded back.
     again = run(ranks, _HOME, model, tmp_path, step=_STEPS, until=_STEPS + 2, load=True)
     assert again[0]["steps"] == onwards[0]["steps"]

@@ -1,4 +1,4 @@
-"""Damage is found by every rank before a parameter changes, and the checkpoint before it is used."""
+"""Every rank finds damage of a checkpoint before a parameter changes, and the checkpoint before that one is used."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from tests.helpers.saved import logical_state, run_from
 
 
 def find_on_rank(root: Path, step: int | str = "auto") -> tuple[int | None, list[str], str]:
-    """One rank's part: the step of what was found, the lines for the user, and the error's words."""
+    """Called on every rank: the step of the found checkpoint or None, the lines for the user, and the error message."""
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -44,8 +44,8 @@ def find_on_rank(root: Path, step: int | str = "auto") -> tuple[int | None, list
 
 
 def find_beside_a_slow_disk(root: Path, disk_timeout_s: float) -> str:
-    """What a rank meets where rank 1 reads its share of the files for two seconds; the collectives of training wait
-    for half a second."""
+    """Called on every rank: rank 1 takes two seconds to read its share of the files, and collectives of training have a
+    timeout of half a second. Returns the result of `find`, or its error."""
     import time
     from datetime import timedelta
     from unittest.mock import patch
@@ -70,7 +70,7 @@ def find_beside_a_slow_disk(root: Path, disk_timeout_s: float) -> str:
 
 @pytest.fixture(scope="module")
 def saved(ranks, tmp_path_factory) -> Path:
-    """Two checkpoints, of steps 1 and 2, by two ranks."""
+    """Two checkpoints, of steps 1 and 2, saved by two ranks."""
     root = tmp_path_factory.mktemp("saved")
     ranks(2).run(functools.partial(run_from, step=0, until=1, save=root), {}, root)
     ranks(2).run(functools.partial(run_from, step=1, until=2, load=True, save=root), {}, root)
@@ -92,7 +92,7 @@ def files_of(root: Path, step: int = 2) -> list[Path]:
 
 
 def fault_of(root: Path, step: int = 2) -> str:
-    """What a reader of the whole checkpoint has to say; empty where it is whole."""
+    """The fault that a reader of the whole checkpoint finds; empty where it is whole."""
     folder = manifests.folder_of(root, step)
     try:
         manifest = manifests.read(folder)
@@ -104,7 +104,7 @@ def fault_of(root: Path, step: int = 2) -> str:
 
 
 def passed_over(ranks: Any, root: Path) -> str:
-    """The line on step 2, which every rank passes over for step 1."""
+    """Checks that every rank passes over step 2 and takes step 1; returns the line for the user about step 2."""
     answers = ranks(2).run(find_on_rank, root)
     assert [answer[0] for answer in answers] == [1, 1]
     assert answers[0][1] == answers[1][1]
@@ -175,7 +175,7 @@ def test_a_planted_pickle_is_refused_and_not_executed(ranks, root, tmp_path):
     planted.write_bytes(bomb)
     assert "is not in the manifest" in passed_over(ranks, root)
     planted.unlink()
-    # In the place of a shard, with a manifest that was made to fit.
+    # A pickle in the place of a shard, with a manifest that has its size and hash.
     shard = files_of(root)[-1]
     shard.write_bytes(bomb)
     rewrite(root, shard)
@@ -184,7 +184,7 @@ def test_a_planted_pickle_is_refused_and_not_executed(ranks, root, tmp_path):
 
 
 def rewrite(root: Path, path: Path, **changes: Any) -> None:
-    """Makes the manifest of step 2 fit a file that was changed, and changes other fields."""
+    """Gives the manifest of step 2 the size and hash of a changed file, and changes other fields."""
     folder = manifests.folder_of(root, 2)
     manifest = manifests.read(folder) if not path.exists() else manifests.Manifest.from_json(
         (folder / manifests.MANIFEST).read_bytes()
@@ -259,7 +259,7 @@ def test_saving_what_was_loaded_gives_the_same_files(ranks, root, tmp_path):
 
 
 def test_torch_itself_reads_the_files(root):
-    """DCP's reader of safetensors knows our slices, so a checkpoint can be used without us."""
+    """DCP's own reader of safetensors can read the slices, so a checkpoint can be used without `stack`."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 

@@ -1,4 +1,4 @@
-"""A corpus that is damaged while ranks read it ends the run with the exit code for data, and names the file."""
+"""A corpus that is damaged while ranks read it ends the run with exit code 5 and the name of the file."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from tests.helpers.forked import tiny_run
 
 def test_ids_that_no_token_has_are_a_fault_of_the_data(zygote, tmp_path):
     run = tiny_run(tmp_path, {"parallel.pipeline": 1, "launch.ranks_per_node": 1})
-    # A copy: the corpus is that of the whole session.
+    # A copy, because all tests of the session share the corpus.
     corpus = Path(shutil.copytree(run.corpus, tmp_path / "corpus"))
     shard = corpus / "train/tokens-00000.bin"
     shard.write_bytes(b"\xff" * shard.stat().st_size)

@@ -1,4 +1,4 @@
-"""What a rank does when it fails between other ranks."""
+"""A rank that fails inside a step raises its error without waiting for other ranks."""
 
 import contextlib
 import time
@@ -12,7 +12,7 @@ _LEFT_OPEN: list[contextlib.ExitStack] = []
 
 
 def fail_on_rank_0_after_a_backward(zero_stage: int) -> float:
-    """Seconds that rank 0 takes from its error to the caller, while its neighbour never leaves the step."""
+    """Called on every rank: seconds from an error on rank 0 until the caller has it, while rank 1 stays in the step."""
     import torch
     import torch.distributed as dist
 

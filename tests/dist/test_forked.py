@@ -1,4 +1,4 @@
-"""The zygote: whole runs and single functions on forked ranks, which may be killed."""
+"""Tests of tests/helpers/forked.py: runs and functions on forked ranks, which may be killed."""
 
 import os
 import signal
@@ -48,8 +48,8 @@ def test_a_run_ends_well_and_goes_on(zygote, tmp_path):
 
 
 def bare(zygote, tmp_path, **settings: object) -> tuple[list[int], RunDir | None]:
-    """Codes and run directory of ranks without a driver."""
-    tiny_run(tmp_path)  # the corpus
+    """Runs ranks without a driver; returns their exit codes, and their run directory if they made one."""
+    tiny_run(tmp_path)  # prepares the corpus
     overrides = {**tiny_settings(), "run.root": tmp_path / "bare", **settings}
     codes = zygote.run([f"{key}={value}" for key, value in overrides.items()], 2, env={AGENT_PID: None})
     return codes, next(map(RunDir, tmp_path.glob("bare/*/*")), None)
@@ -125,7 +125,7 @@ def test_a_function_on_fresh_ranks(zygote):
 
 
 def lose(number: int) -> str:
-    """Ends rank 1 by a signal; what rank 0 then hears."""
+    """Called on every rank: rank 1 sends itself a signal; rank 0 returns whether it noticed."""
     import torch.distributed as dist
 
     dist.barrier()

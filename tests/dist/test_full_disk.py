@@ -1,4 +1,4 @@
-"""A disk that is full under run.root, or a metrics.jsonl that somebody damages, ends no healthy run."""
+"""Neither a full disk under run.root nor damage to metrics.jsonl ends a healthy run."""
 
 import os
 import subprocess
@@ -16,8 +16,8 @@ from stack.observe.jsonl import read
 from stack.train.rundir import RunDir, read_json
 from tests.helpers.forked import tiny_again, tiny_run
 
-#: Steps that take rank 0 a second, and leave time for what happens to the disk. The page of metrics.jsonl that is there
-#: when the disk becomes full takes some ten rows more.
+#: Steps in which rank 0 sleeps for a second, so that the test can change the disk meanwhile. The disk page in which
+#: metrics.jsonl ends when the disk becomes full still has room for about ten rows.
 _SLOW = (4, 24)
 _STEPS = 28
 _SLEEPS = ";".join(f"sleep:rank=0,step={step},phase=save.stage,seconds=1" for step in _SLOW)
@@ -36,7 +36,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> Path:
-    """Leaves no byte free."""
+    """Fills the disk with a file until no byte is free; returns the file."""
     filler = folder / "filler"
     with filler.open("ab", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 1):
@@ -89,7 +89,7 @@ def test_a_full_disk_costs_lines_and_not_the_run(zygote, small_disk, tmp_path, r
     else:
         filler.unlink()
         assert "Traceback" not in log(run)
-        # What is there is a run that goes on.
+        # The run directory on the full disk can be resumed.
         assert zygote.run(["--config", str(tiny_again(run, {"train.steps": _STEPS + 2}).config)], 2) == [0, 0], log(run)
         assert read_json(run.done)["step"] == _STEPS + 2
 
@@ -119,5 +119,5 @@ def test_a_damaged_metrics_file_costs_a_line_and_not_the_run(zygote, tmp_path, d
     assert run.curve.exists()
     notes = run.notes.read_text()
     assert str(run.metrics) in notes
-    # A fault that a stray variable brings into a run is told.
+    # The run says that faults of tests are active, since the variable may be set by mistake.
     assert f"{FAULT}={_SLEEPS}: faults of tests will happen in this run" in notes

@@ -1,4 +1,4 @@
-"""Values go from rank to rank as JSON, whatever their length."""
+"""Ranks exchange values of any length as JSON."""
 
 from typing import Any
 

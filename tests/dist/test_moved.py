@@ -1,4 +1,4 @@
-"""A fine-tuned run whose base folder, corpus and texts were moved, and the evaluation ahead of the first step."""
+"""A fine-tuned run whose base folder, corpus and texts were moved; and the evaluation before the first step."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def _log(run: RunDir) -> str:
 
 
 def losses(run: RunDir) -> list[tuple[int, str, float | None]]:
-    """Step, loss to the last bit, and held-out loss of the run as it went in the end."""
+    """(step, loss with all bits, held-out loss) of each step that counts."""
     return [(row.step, row.loss.hex(), row.heldout_loss) for row in latest(read(run.metrics))]
 
 
@@ -41,7 +41,7 @@ def evaluated(zygote, evaluation: RunDir) -> float:
 
 @pytest.fixture(scope="module")
 def project(zygote_of_module, tmp_path_factory) -> Path:
-    """A folder with texts, a base model and a run that was tuned from it."""
+    """A folder with texts, a base model and a run that was fine-tuned from the base model."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copytree(str(tiny_settings()["data.paths"])[1:-1], folder / "texts")
     data = {"data.paths": f"[{folder / 'texts'}]", "data.root": folder / "prepared"}
@@ -66,11 +66,11 @@ def zygote_of_module(_zygotes):
 
 @pytest.fixture
 def moved(project, tmp_path) -> RunDir:
-    """The run after its whole project was moved, and base, corpus and texts deleted."""
+    """The run, moved to another folder, without its base model, corpus and texts."""
     shutil.copytree(project / "runs", tmp_path / "moved" / "runs")
     [config] = (tmp_path / "moved").glob("runs/*/*/config.yaml")
     text = config.read_text()
-    # Nothing at the old place can be reached any more.
+    # All paths in the config lead to a folder that does not exist.
     config.write_text(text.replace(str(project), str(tmp_path / "gone")))
     run = RunDir(config.parent)
     rundir.write_json(run.path / "corpus.json", {"folder": str(tmp_path / "gone" / run.corpus.name)})
@@ -93,7 +93,7 @@ def test_it_is_evaluated_on_text_in_a_new_place(zygote, project, moved, tmp_path
     cfg = config_of(moved, [f"data.paths=[{tmp_path / 'texts'}]", f"data.root={tmp_path / 'data'}"])
     plan = make_plan(cfg)
     cfg, corpus = of_run(moved, cfg, plan)
-    # Made again, as it was: text and tokenizer have moved, and are the same.
+    # The corpus is prepared again under the same name, because text and tokenizer are the same.
     assert corpus == tmp_path / "data" / moved.corpus.name
     made = rundir.create_evaluation(
         moved.evaluations, cfg, plan, corpus=corpus, checkpoints=moved.path / "checkpoints"
@@ -102,7 +102,7 @@ def test_it_is_evaluated_on_text_in_a_new_place(zygote, project, moved, tmp_path
 
 
 def test_it_goes_on_where_it_was(zygote, project, moved):
-    # To the same end from the same place, with base and texts and without: a corpus is all that the ranks read.
+    # The ranks need the corpus, but neither the base model nor the texts.
     [original] = project.glob("runs/*/*/config.yaml")
     rundir.write_json(moved.path / "corpus.json", {"folder": str(RunDir(original.parent).corpus)})
     start(zygote, tiny_again(moved, {"train.steps": 3}))
@@ -143,7 +143,7 @@ def test_an_evaluation_ahead_of_the_first_step_is_step_0_and_changes_no_other(zy
     first, *others = read(run.metrics)
     assert (first.step, first.tokens_total, first.attempt) == (0, 0, 1)
     assert losses(run)[1:] == losses(without)
-    # Of 300 tokens the untrained model knows nothing.
+    # About log(300), since the untrained model gives 300 tokens nearly equal probabilities.
     assert first.heldout_loss == pytest.approx(5.7, abs=0.1)
     assert first.heldout_loss > others[-1].heldout_loss
     assert "dtypes: " in _log(run)

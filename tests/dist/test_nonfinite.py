@@ -1,4 +1,4 @@
-"""A gradient that is not finite updates nothing, whichever kernel the update would have used."""
+"""With a gradient that is not finite the update is skipped, with the fused kernel and without."""
 
 import math
 from datetime import timedelta
@@ -11,7 +11,8 @@ from tests.helpers.tiny import replica_batch, tiny_config
 
 
 def step_with_nan(settings: dict[str, Any]) -> tuple[float, float, bool, bool]:
-    """Gradient norms of a poisoned step and of the next one, and whether each changed this rank's masters."""
+    """Called on every rank: gradient norms of a step whose loss is NaN and of the next step, and for both steps whether
+    they changed this rank's masters."""
     import torch.distributed as dist
 
     from stack.parallel.engine import Engine

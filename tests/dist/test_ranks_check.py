@@ -1,4 +1,4 @@
-"""What ranks find out about each other, and that a layout whose numbers are wrong is found."""
+"""The checks of hosts and network among ranks, and the comparison of a layout with one process (`stack doctor`)."""
 
 import json
 import os
@@ -17,7 +17,7 @@ _BOUND_S = 3.0
 
 
 def checked(fault: str) -> str:
-    """What `check_ranks` says on this rank, of four of which rank 1 has the fault."""
+    """Called on every rank: the result or error of `check_ranks`, where rank 1 has the fault."""
     import torch
 
     from stack.errors import StackError
@@ -39,7 +39,7 @@ def checked(fault: str) -> str:
 
 
 def missed() -> str:
-    """The same where rank 1 does not come.."""
+    """Called on every rank: the result of `check_ranks`, where rank 1 does not join it."""
     if os.environ["RANK"] == "1":
         time.sleep(3 * _BOUND_S)
         return ""
@@ -77,7 +77,8 @@ def test_what_arrives_is_compared_with_what_was_sent(zygote):
 
 
 def parity(folder: str, lr_scale: float) -> str:
-    """What `check` says on this rank where an update is `lr_scale` of what it should be."""
+    """Called on every rank: the result or error of `check`, where every update uses `lr_scale` times the learning
+    rate."""
     from stack.config.compose import from_yaml
     from stack.errors import NumericsError
     from stack.parallel.zero import ZeroEngine

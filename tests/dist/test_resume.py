@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if it never had been, whatever it was doing."""
+"""A run that was killed at any moment resumes bit for bit as if it had never been killed."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.helpers.forked import tiny_again, tiny_run
 from tests.helpers.tiers import in_ci_unless
 
 _STEPS = 6
-#: Dropout, a corpus of a few steps, and padding: whatever could go another way.
+#: Has dropout and a corpus of few steps, so that an error in restoring either shows.
 _RUN = {
     "train.steps": _STEPS,
     "checkpoint.every": 2,
@@ -30,7 +30,7 @@ Curve = list[tuple[int, str, str, int, str]]
 
 
 def curve(run: RunDir) -> Curve:
-    """Each step as it went in the end, floats with all their bits."""
+    """(step, loss, gradient norm, tokens, held-out loss) of each step that counts; floats with all bits."""
     rows = latest(read(run.metrics))
     return [(r.step, r.loss.hex(), r.grad_norm.hex(), r.tokens_total, (r.heldout_loss or 0.0).hex()) for r in rows]
 
@@ -66,7 +66,7 @@ _KILLS = [
     *((rank, phase) for rank in (0, 1) for phase in ("stage", "before_shard", "half_shard", "before_manifest")),
     (0, "before_rename"),
 ]
-#: Each phase once.
+#: The cases of `make test`, which have each phase once.
 _FAST = [
     (0, "stage", True), (1, "before_shard", True), (0, "half_shard", False), (1, "before_manifest", False),
     (0, "before_rename", True),
@@ -86,7 +86,7 @@ def test_killed_in_any_phase_of_a_save_a_run_goes_on_bit_for_bit(
     codes = start(zygote, run, **{FAULT: fault})
     assert codes[rank] == -9
     root = run.path / "checkpoints"
-    # A rank that is killed after it has handed over its part takes nothing away from the others.
+    # If the rank was killed after it had delivered its part, the checkpoint may be whole.
     assert manifests.steps(root) in ([2], [2, _SAVED_LAST])
     assert start(zygote, tiny_again(run)) == [0, 0], log(run)
     assert curve(run) == expected(zygote)
@@ -201,7 +201,7 @@ def test_damage_is_passed_over_with_a_warning(zygote, tmp_path, expected):
     assert start(zygote, tiny_again(run)) == [0, 0], log(run)
     assert "checkpoint of step 6 is passed over" in run.notes.read_text()
     assert curve(run) == expected(zygote)
-    # The damaged one is kept out of the way, and the new one is whole.
+    # The damaged checkpoint was renamed, and the new one is whole.
     assert manifests.read(manifests.folder_of(root, 6)).step == 6
     assert (root / "step-00000006.left-by-attempt-2").is_dir()
 
@@ -263,7 +263,7 @@ def test_fp16_starts_with_its_own_loss_scale_whatever_saved_the_checkpoint(zygot
     assert start(zygote, run) == [0, 0]
     assert start(zygote, tiny_again(run, {"train.steps": 4, "precision.dtype": "fp16"})) == [0, 0], log(run)
     assert read(run.metrics)[2].loss_scale == 2.0**16
-    # And back: fp32 multiplies by nothing.
+    # The run goes back to fp32, which has no loss scale.
     assert start(zygote, tiny_again(run, {"train.steps": 6, "precision.dtype": "fp32"})) == [0, 0], log(run)
     assert manifests.read(manifests.folder_of(run.path / "checkpoints", 6)).scaling is None
 
@@ -278,7 +278,7 @@ def test_a_start_from_zero_after_the_first_is_said(zygote, tmp_path):
 def test_a_bare_launcher_goes_on_by_itself(zygote, tmp_path, expected):
     run = tiny_run(tmp_path, _RUN)
     assert -9 in start(zygote, run, **{FAULT: f"kill:rank=1,step={_SAVED_LAST},phase=save.stage"})
-    # As a job that the queue starts again: nobody has cleared anything.
+    # As when a queue starts the job again: the run directory is as the killed run left it.
     assert zygote.run(["--config", str(run.config)], 2, env={"STACK_AGENT_PID": None}) == [0, 0], log(run)
     assert curve(run) == expected(zygote)
     assert json.loads((run.path / "attempts" / "1" / "plan.json").read_text())["world_size"] == 2

@@ -1,4 +1,4 @@
-"""Copies of a tied embedding that no longer agree end the run."""
+"""A difference between the two copies of a tied embedding ends the run."""
 
 from datetime import timedelta
 
@@ -8,7 +8,8 @@ from tests.helpers.tiny import tiny_config
 
 
 def part_the_copies(zero_stage: int, changed: bool) -> None:
-    """Compares the two copies of a tied embedding, one of which may be off by a last bit on one rank."""
+    """Called on every rank: compares the two copies of a tied embedding. With `changed`, one element of rank 0's copy
+    differs in its last bit."""
     import torch
     import torch.distributed as dist
 

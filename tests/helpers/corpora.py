@@ -1,4 +1,4 @@
-"""A small corpus of one jsonl file, and what it was prepared to."""
+"""Makes configs of small corpora, each from one jsonl file."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ SEED = 7
 
 
 def corpus(folder: Path, documents: list[str], **fields) -> Data:
-    """A config whose source is one jsonl file of `documents`; the prepared corpus goes to `folder`/data."""
+    """A config whose source is one jsonl file of `documents`, and whose prepared corpus goes to `folder`/data."""
     raw = folder / "raw"
     raw.mkdir(exist_ok=True)
     (raw / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))

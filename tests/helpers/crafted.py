@@ -1,4 +1,4 @@
-"""A small whole checkpoint that no ranks have saved, and manifests that claim what cannot be."""
+"""Makes a small whole checkpoint without a run, and crafted manifests with impossible content."""
 
 import json
 import os
@@ -18,7 +18,7 @@ _STATES = ("master", "exp_avg")
 
 
 def whole_checkpoint(root: Path, step: int) -> Path:
-    """Parameters `w` [2, 3], in two files, and `b` [4], each with two states."""
+    """Writes a checkpoint with the parameters `w` [2, 3], in two files, and `b` [4], each with two states."""
     folder = manifests.folder_of(root, step)
     folder.mkdir(parents=True)
     parts: list[dict[str, int]] = [{"w": 4}, {"w": 2, "b": 4}]
@@ -38,7 +38,7 @@ def whole_checkpoint(root: Path, step: int) -> Path:
 
 
 def _content(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
-    """Changes what a manifest says, and gives it the checksum of that."""
+    """A function that changes the content of a manifest and gives it a valid checksum."""
 
     def craft(path: Path) -> None:
         content = json.loads(path.read_text())
@@ -85,7 +85,7 @@ def _folder(path: Path) -> None:
     path.mkdir()
 
 
-#: What becomes of manifest.json, by a name; each must be passed over.
+#: Name of a case -> a function that crafts manifest.json. A load must refuse each of these checkpoints.
 CRAFTED: dict[str, Callable[[Path], object]] = {
     "no files": _content(lambda content: content.pop("files")),
     "files are text": _field("files", "rank-00000.safetensors"),

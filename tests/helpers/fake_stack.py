@@ -1,15 +1,15 @@
-"""A stand-in for `stack train` and `stack resume`: makes a run directory and trains nothing, so that what a sweep does
-around its jobs is tested in milliseconds. Imports nothing of stack; what it needs to know is in $FAKE_STACK.
+"""A stand-in for `stack train` and `stack resume` in tests of sweeps. It makes a run directory and trains nothing, so a
+job takes milliseconds. It imports nothing of stack; the file $FAKE_STACK has its settings.
 
-The job's held-out loss is its optim.lr, and its act is looked up by it:
+The held-out loss of a job is its optim.lr. By its optim.lr a job may also have an act:
     fail       exit code 7, no checkpoint
     crash      a checkpoint, then exit code 9
-    interrupt  a checkpoint, then Ctrl-C to whoever runs the sweep, and waits to be stopped
-    wait       waits to be stopped, without a checkpoint
-    save       a checkpoint, then SIGTERM to whoever runs the sweep, and saves on the one that it gets itself
-    unevaluated  ends well, and the optim.lr is its training loss
-    nan        ends well, with a held-out loss that is not a number
-Each act is for `train`; `resume` goes well.
+    interrupt  a checkpoint, then sends Ctrl-C to the sweep, and waits until it is stopped
+    wait       waits until it is stopped, without a checkpoint
+    save       a checkpoint, then sends SIGTERM to the sweep, and saves when it gets SIGTERM itself
+    unevaluated  succeeds; the optim.lr is its training loss
+    nan        succeeds, with a held-out loss that is not a number
+Acts apply to `train`; `resume` always succeeds.
 """
 
 import json
@@ -66,7 +66,7 @@ def _act(act: str | None, run: Path) -> None:
 
 
 def _meet(plan: dict) -> None:
-    """Goes on once so many jobs have begun as are to be seen beside each other."""
+    """Waits until as many jobs have begun as the test wants to run at the same time."""
     deadline = time.monotonic() + _PATIENCE_S
     while len(re.findall('"began"', Path(plan["journal"]).read_text())) < plan["together"]:
         if time.monotonic() > deadline:

@@ -1,4 +1,5 @@
-"""Runs whose ranks are forks of one process that has imported everything: a second a run, and a rank may be killed.
+"""Runs whose ranks are forks of one process, the zygote, which has imported everything. A run takes about a second, and
+a rank may be killed.
 
 run = tiny_run(tmp_path, {"train.steps": 5})
 assert zygote.run(["--config", str(run.config)], world_size=2) == [0, 0]
@@ -36,7 +37,8 @@ from tests.helpers.pool import CASE_TIMEOUT_S, free_port
 
 #: Two layers, 38 thousand parameters.
 _SHAPE = "{hidden_size:32,intermediate_size:64,num_hidden_layers:2,num_attention_heads:2,num_key_value_heads:1}"
-#: What the ranks of a run import; the last three come late, and cost each rank more than the run.
+#: Modules that the ranks of a run import. A run imports the last three only late, which would take longer than the rest
+#: of a tiny run.
 _IMPORTS = (
     "torch",
     "deepspeed",
@@ -58,26 +60,27 @@ _POLL_S = 0.01
 
 @dataclass(frozen=True)
 class Killed:
-    """In place of a rank's result: the signal that ended it."""
+    """Takes the place of the result of a rank that a signal ended."""
 
     signal: int
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What the zygote is asked for. Each rank unpickles `call`, (function, arguments), and runs it after the fork."""
+    """A request to the zygote to fork ranks."""
 
     call: bytes
+    """Pickle of (function, arguments), which each rank loads and calls after the fork."""
     world_size: int
     environment: Mapping[str, str | None]
     timeout_s: float
     output: str
-    """A file that takes what the ranks print."""
+    """File for the output of the ranks."""
 
 
 @dataclass
 class _Ranks:
-    """Forked ranks until all have ended."""
+    """The forked ranks of one request."""
 
     pids: list[int]
     codes: dict[int, int] = field(default_factory=dict)
@@ -86,16 +89,16 @@ class _Ranks:
 
 
 class Zygote:
-    """A process with torch, DeepSpeed, transformers and the worker in its memory, and no thread but its own."""
+    """A process that has imported torch, DeepSpeed, transformers and the worker, and has a single thread."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
         self._process = context.Process(target=_serve, args=(there,), daemon=True)
-        # Ahead of all its imports: numpy starts threads.
+        # Set before the imports of the process, because numpy would start threads.
         with patch.dict(os.environ, _ENVIRONMENT):
             self._process.start()
-        # Else the end of the zygote would not be the end of the pipe.
+        # With this end open here too, the pipe would not end when the zygote ends.
         there.close()
         assert self._pipe.poll(_START_S), f"the zygote did not start within {_START_S} s"
         self.pid: int = self._pipe.recv()
@@ -107,20 +110,23 @@ class Zygote:
         env: Mapping[str, str | None] | None = None,
         timeout_s: float = 60.0,
     ) -> list[int]:
-        """`python -m stack.train ARGV` on `world_size` ranks, as the driver starts it, until all have ended.
+        """Runs `python -m stack.train ARGV` on `world_size` ranks, as the driver would, and waits until all have ended.
 
         Args:
-            env: variables beside the rank's own; None takes one away. The driver is the zygote: without
-                STACK_AGENT_PID ranks make their run directory by themselves.
-            timeout_s: after which those that are left are killed; also 5 s after the first that failed.
+            argv: arguments of the ranks.
+            world_size: number of ranks.
+            env: further environment variables; None removes a variable. STACK_AGENT_PID names the zygote, which takes
+                the place of the driver; without the variable the ranks make their run directory themselves.
+            timeout_s: seconds after which the remaining ranks are killed; they are also killed 5 s after the first rank
+                has failed.
 
         Returns:
-            Exit codes by rank, -9 for one that was killed.
+            The exit codes of the ranks; -9 for a rank that was killed.
         """
         environment = {AGENT_PID: str(self.pid), **(env or {})}
         with tempfile.NamedTemporaryFile("r") as output:
             ranks = self._fork(_run_worker, (list(argv),), world_size, environment, timeout_s, output.name)
-            # pytest shows it where the test fails.
+            # pytest shows the output if the test fails.
             print(output.read(), end="")
         if ranks.overdue:
             print(f"killed, since they did not end: ranks {ranks.overdue}")
@@ -129,11 +135,11 @@ class Zygote:
     def run_function(
         self, function: Callable[..., Any], args: Sequence[Any], world_size: int, timeout_s: float = CASE_TIMEOUT_S
     ) -> list[Any]:
-        """Calls `function(*args)` on fresh ranks of one process group; returns the results by rank, and `Killed` for a
-        rank that a signal has ended.
+        """Calls `function(*args)` on new ranks of one process group. Returns the results of the ranks, with `Killed`
+        for a rank that a signal ended.
 
         Raises:
-            AssertionError: a rank raised (its traceback is the message), or left without a result or not in time.
+            AssertionError: a rank raised (its traceback is the message), ended without a result, or took too long.
         """
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder, "output")
@@ -158,7 +164,7 @@ class Zygote:
             self._pipe.send(_Request(pickle.dumps((function, args)), world_size, environment, timeout_s, output))
             return self._pipe.recv()
         except BaseException:
-            # A test that was broken off: the answer would be taken for the next one's.
+            # The test was interrupted, and its answer would be taken for the answer to the next request.
             self.close()
             raise
 
@@ -167,7 +173,7 @@ class Zygote:
         return self._process.is_alive()
 
     def close(self) -> None:
-        """Ends the zygote, and with it what it has forked."""
+        """Ends the zygote and the ranks that it forked."""
         self._pipe.close()
         self._process.join(_AFTER_FAILURE_S)
         self._process.kill()
@@ -175,14 +181,14 @@ class Zygote:
 
 
 def _answer(folder: Path, rank: int, code: int) -> tuple[bool, Any]:
-    """Whether the rank has a result, and the result or what is known of its failure."""
+    """(True, the result of a rank) or (False, the reason of its failure)."""
     file = folder / f"{rank}.pickle"
     if file.exists():
         return pickle.loads(file.read_bytes())
     return (True, Killed(-code)) if code < 0 else (False, f"ended with {code} and without a result")
 
 
-# In the zygote.
+# Code of the zygote.
 
 
 def _serve(pipe: Connection) -> None:
@@ -195,7 +201,7 @@ def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"a fork takes one thread along, and here are {len(threads)}"
-    # What is here stays; a collection in a rank would copy all its pages.
+    # Excludes the present objects from garbage collection: a collection in a forked rank would copy all their pages.
     gc.collect()
     gc.freeze()
     pipe.send(os.getpid())
@@ -212,16 +218,17 @@ def _serve(pipe: Connection) -> None:
 
 
 def _wait(ranks: _Ranks, timeout_s: float, pipe: Connection) -> None:
-    """Until all have ended, of themselves or killed.
+    """Waits until all ranks have ended, and kills them if they take too long.
 
     Raises:
-        EOFError: whoever asked is gone.
+        EOFError: the test that made the request has ended.
     """
     deadline = time.monotonic() + timeout_s
     while len(ranks.codes) < len(ranks.pids):
         for rank, pid in enumerate(ranks.pids):
             if rank not in ranks.codes and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                # Before its id is free for another: also what it has started and left behind.
+                # Also kills processes that the rank started and left behind. This happens before `waitpid` frees the
+                # rank's process id for another process.
                 _kill_session(pid)
                 ranks.codes[rank] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 if ranks.codes[rank]:
@@ -240,13 +247,13 @@ def _kill(ranks: _Ranks) -> None:
 
 
 def _kill_session(leader: int) -> None:
-    # A rank that has just been forked leads no group yet.
+    # A rank that has just been forked is not the leader of a process group yet, hence `kill` too.
     for end in (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError):
             end(leader, signal.SIGKILL)
 
 
-# In a rank.
+# Code of a forked rank.
 
 
 def _fork_rank(request: _Request, rank: int, port: int, pipe: Connection) -> int:
@@ -266,7 +273,7 @@ def _fork_rank(request: _Request, rank: int, port: int, pipe: Connection) -> int
         function, args = pickle.loads(request.call)
         function(*args)
         code = 0
-    except BaseException:  # noqa: BLE001 - nothing of a rank may get back into the zygote's loop
+    except BaseException:  # noqa: BLE001 - a rank must not return into the zygote's loop
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -286,7 +293,7 @@ def _own_streams(output: str) -> None:
 
 
 def _run_worker(argv: list[str]) -> None:
-    """Ends as a rank ends."""
+    """Runs `python -m stack.train`, which ends the process."""
     sys.argv = ["stack.train", *argv]
     runpy.run_module("stack.train", run_name="__main__")
 
@@ -304,7 +311,7 @@ def _run_function(folder: str, function: Callable[..., Any], *args: Any) -> None
     made.rename(Path(folder, f"{os.environ['RANK']}.pickle"))
 
 
-# Runs, made in the test's process.
+# Code of the test's process.
 
 
 @functools.cache
@@ -314,7 +321,8 @@ def _session_folder() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def tiny_settings() -> dict[str, object]:
-    """Overrides of a tiny run of two ranks, pp2, and of its corpus, which is written once a session."""
+    """Overrides of a tiny run on two ranks in two pipeline stages. The first call writes the texts of its corpus, once
+    for the session."""
     folder = Path(_session_folder().name)
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(200)]
@@ -340,10 +348,11 @@ def tiny_settings() -> dict[str, object]:
 
 
 def tiny_run(folder: Path, overrides: Mapping[str, object] | None = None) -> RunDir:
-    """A run below `folder`, as the driver leaves it to the ranks: made, its corpus prepared, nothing started.
+    """Makes a run directory below `folder` and prepares its corpus, as the driver does before it starts ranks.
 
     Args:
-        overrides: of `tiny_settings`, as {"key": value}.
+        folder: the run is below `folder`/runs.
+        overrides: changes of `tiny_settings`, as {"key": value}.
     """
     settings = {**tiny_settings(), "run.root": folder / "runs", **(overrides or {})}
     cfg = compose([f"{key}={value}" for key, value in settings.items()])
@@ -352,7 +361,7 @@ def tiny_run(folder: Path, overrides: Mapping[str, object] | None = None) -> Run
 
 
 def tiny_again(run: RunDir, overrides: Mapping[str, object] | None = None) -> RunDir:
-    """The same run, made ready for another attempt as `stack resume` does."""
+    """Makes a run directory ready for another attempt, as `stack resume` does."""
     cfg = from_yaml(run.config, [f"{key}={value}" for key, value in (overrides or {}).items()])
     rundir.begin_again(run, cfg, make_plan(cfg), corpus=run.corpus)
     return run

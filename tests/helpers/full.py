@@ -1,4 +1,4 @@
-"""A disk that takes no more, without root."""
+"""Simulates a full disk by a limit on the size of files, which needs no root."""
 
 import contextlib
 import resource
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def no_room_beyond(size: int) -> Iterator[None]:
-    """No file of this process grows beyond `size` bytes; the last write that would fit in part is made in part."""
+    """Inside the `with` block no file of this process grows beyond `size` bytes. A write that fits only in part is done
+    in part."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

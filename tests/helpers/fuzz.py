@@ -1,5 +1,5 @@
-"""Random command lines for `stack plan`: legal and illegal values of every key, model folders and hostfiles of every
-kind, sizes beyond reason. The same seed gives the same lines."""
+"""Random command lines for `stack plan`, with legal and illegal values of every key, huge sizes, and whole and damaged
+model folders, hostfiles and recipes. The same seed gives the same lines."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from stack.config.values import Spec
 
 _LEAVES = dict(leaves(schema_tree()))
 _GROUPS = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in conf_folder().glob("*/")}
-#: Values that fit no key, or only by accident; each goes behind a `=`.
+#: Values that are wrong for most keys.
 _ODD = (
     *("", "null", "true", "???", "auto", "nan", "inf", "-inf", "-0.0", "1e400", "0x10", "1_000", "0.1.2"),
     *("-1", "0", "1", "2", "3", "7", "1000000000000000003", "1000000000000000000", "99999999999999999999", "9" * 5000),
@@ -35,7 +35,7 @@ _ODD = (
     *("/dev/zero", "/dev/stdin", "/proc/self/environ", "~nobody/x", "a/b", "..", ".", "a.yaml", "/nowhere/a.yaml"),
 )
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 97, 127, 128, 256, 360, 1000, 1009, 4096, 65536, 2**20, 2**24)
-#: Keys that the layout is made of.
+#: Keys that affect the layout; they are chosen more often than others.
 _LAYOUT = (
     *("parallel.pipeline", "parallel.virtual_stages", "parallel.schedule", "parallel.zero", "parallel.reduce"),
     *("parallel.gather", "parallel.hpz", "parallel.offload.optimizer", "parallel.offload.params", "parallel.split"),
@@ -49,14 +49,14 @@ _LAYOUT = (
 
 
 class Fuzz:
-    """Lines of overrides, and the files that they name."""
+    """Makes lines of overrides, and the files that they name."""
 
     def __init__(self, folder: Path, seed: int):
         self._rng = random.Random(seed)
         self._models, self._hostfiles, self._recipes = models(folder), hostfiles(folder), recipes(folder)
 
     def lines(self) -> Iterator[list[str]]:
-        """One command line after another, without end."""
+        """An endless sequence of command lines, each as its words."""
         while True:
             yield self._line()
 
@@ -115,7 +115,7 @@ class Fuzz:
 
 
 def models(folder: Path) -> list[str]:
-    """Model folders, whole and damaged."""
+    """Writes model folders, whole and damaged ones; returns values for `model.name`."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 5000}
     good: dict[str, Any] = {"model_type": "llama", "intermediate_size": 128, "max_position_embeddings": 512, **sizes}
     values: tuple[Any, ...] = (-5, 0, "96", None, [], {}, True, 1.5, 10**18, 10**30, "x" * 2000)
@@ -148,7 +148,7 @@ def models(folder: Path) -> list[str]:
 
 
 def hostfiles(folder: Path) -> list[str]:
-    """Hostfiles, whole and damaged."""
+    """Writes hostfiles, whole and damaged ones; returns values for `launch.hostfile`."""
     contents = {
         "one": "a slots=8\n",
         "four": "".join(f"node-{number} slots=8\n" for number in range(4)),
@@ -175,7 +175,7 @@ def hostfiles(folder: Path) -> list[str]:
 
 
 def recipes(folder: Path) -> list[str]:
-    """Files for `experiment=` and other groups, whole and damaged."""
+    """Writes files for `experiment=` and other groups, whole and damaged ones; returns their paths."""
     laughs = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" if i else "a0: &a0 [x]" for i in range(12))
     contents = {
         "good": "optim: {lr: 0.001}\n",
@@ -199,7 +199,8 @@ def recipes(folder: Path) -> list[str]:
 
 
 def _not_files(folder: Path, name: str) -> list[str]:
-    """A FIFO, which whoever opens it waits for, and a folder; of config.json, the folders that hold them."""
+    """Makes a FIFO, which blocks a process that opens it, and a folder, in the place of a file. For config.json,
+    returns the two folders that contain them."""
     inner: Callable[[str], Path] = lambda kind: folder / f"{kind}-{name}"  # noqa: E731
     if name == "config.json":
         for kind, make in (("fifo", os.mkfifo), ("folder", os.mkdir)):

@@ -1,4 +1,4 @@
-"""Runs the tiny model in one layout on the ranks of a pool, and brings back all that the parity tests compare."""
+"""Runs the tiny model in a layout on the ranks of a pool, and returns the values that the parity tests compare."""
 
 from datetime import timedelta
 from typing import Any
@@ -9,12 +9,17 @@ from tests.helpers.tiny import STEPS, replica_batch, tiny_config
 
 
 def run_layout(settings: dict[str, Any], kind: str) -> dict[str, Any]:
-    """One rank's part: called on every rank of a `RankPool`.
+    """Trains in a layout. Called on every rank of a `RankPool`.
+
+    Args:
+        settings: arguments of `tiny_config`.
+        kind: as in `global_batch`.
 
     Returns:
-        steps: (loss, grad_norm) of each step; gradients: full gradients of the first step of this rank's stage, fp32;
-        parameters: full fp32 masters after the last step; heldout: token loss sum of a batch after the last step;
-        dtypes: the engine's table; bubble: bubble fractions.
+        steps: (loss, grad_norm) of each step; skipped: whether each step skipped its update; bubble: bubble fraction of
+        each step; gradients: whole fp32 gradients of this rank's stages in the first step; parameters: their whole
+        fp32 masters after the last step; heldout: sum of the token losses of a batch after the last step; dtypes:
+        `Engine.dtypes`.
     """
     import torch.distributed as dist
 
@@ -53,8 +58,8 @@ def run_layout(settings: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _refuse_hidden_gathers() -> None:
-    """A weight that a forward reads before it is gathered is gathered by DeepSpeed's dictionary of parameters, which
-    costs a blocking collective in each microbatch and changes no number. Here that is an error."""
+    """Makes it an error that a forward reads a weight before it is gathered. DeepSpeed would gather such a weight when
+    it is read, by a blocking collective in each microbatch, and no result would change."""
     from deepspeed.runtime.zero import parameter_offload
 
     def refuse(module: Any, _parameter: Any) -> None:

@@ -1,6 +1,6 @@
-"""Liger's kernels without a GPU, by Triton's interpreter: the kernels' own code, run on arrays of numpy.
+"""Runs Liger's kernels without a GPU, by Triton's interpreter, which runs the kernels' code on arrays of numpy.
 
-Neither liger-kernel nor Triton is among the test dependencies. In an environment that has both:
+Neither liger-kernel nor Triton is among the test dependencies. In an environment that has both, run
 `TRITON_INTERPRET=1 python -m pytest tests/unit/test_kernels.py tests/numerics/test_kernels.py`.
 """
 
@@ -16,16 +16,16 @@ from stack.config.families import FAMILIES
 _INSTALLED = importlib.util.find_spec("liger_kernel") is not None
 needs_liger = pytest.mark.skipif(not _INSTALLED, reason="liger-kernel not installed")
 needs_interpreter = pytest.mark.skipif(
-    # Triton reads it when it is imported.
+    # Triton reads the variable when it is imported.
     not _INSTALLED or os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs liger-kernel and TRITON_INTERPRET=1",
 )
 
 
 def interpret(patch: pytest.MonkeyPatch) -> None:
-    """Gives the interpreter what it lacks for these kernels: floats that are cast, CUDA's rsqrt, and a choice among
-    configurations without a device to time them on. When `patch` is undone, all classes have the rotary functions
-    back that Liger replaces for a process."""
+    """Adds to the interpreter what these kernels need: casts of floats, CUDA's rsqrt, and a choice of a configuration
+    without timing on a device. When `patch` is undone, the model classes also get back the rotary functions that Liger
+    replaces for the whole process."""
     from triton.runtime import autotuner
     from triton.runtime import interpreter as interpreted
 

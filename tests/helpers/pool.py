@@ -1,4 +1,7 @@
-"""Gloo ranks that are started once per world size and reused: imports cost seconds a rank, a test case milliseconds."""
+"""Gloo ranks that are started once for each world size and reused by many test cases.
+
+The imports of a rank take seconds, and a test case takes milliseconds.
+"""
 
 import contextlib
 import multiprocessing
@@ -11,7 +14,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-#: Seconds a case may take before the pool is given up.
+#: Seconds that a case may take before the pool is killed.
 CASE_TIMEOUT_S = 40
 _AFTER_FAILURE_S = 2
 
@@ -52,11 +55,11 @@ class RankPool:
             for pipe in wait(waiting, timeout=left):
                 answers[self._pipes.index(pipe)] = pipe.recv()
             if any(not ok for ok, _ in answers.values()):
-                # The other ranks may wait for the failed one in a collective: they get a moment to fail too.
+                # The other ranks may wait for the failed rank in a collective, so they get a little time to fail too.
                 deadline = min(deadline, time.monotonic() + _AFTER_FAILURE_S)
         failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
         if failed or len(answers) < len(self._pipes):
-            # A fresh pool is the only sure state.
+            # After a failure the state of the ranks is unknown, so the next case gets a new pool.
             self.close()
             missing = f"ranks that did not answer: {sorted(set(range(len(self._pipes))) - set(answers))}"
             raise AssertionError("\n".join([*failed, missing]))

@@ -1,4 +1,4 @@
-"""The dense run: one process, plain transformers forward, plain torch, no code of ours but the initial weights."""
+"""Trains a model in one ordinary process with plain transformers and torch. Only the initial weights are `stack`'s."""
 
 import copy
 from dataclasses import dataclass
@@ -16,18 +16,22 @@ from tests.helpers.tiny import STEPS, global_batch
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run gave: per step loss and norm before clipping, the gradients of the first step, parameters at the end,
-    and the two names of a tied embedding's one tensor: the one that the others go by, and the head's."""
+    """The results of a run."""
 
     losses: list[float]
+    """Mean token loss of each step, in nats."""
     norms: list[float]
+    """Gradient norm of each step, before clipping."""
     gradients: dict[str, torch.Tensor]
+    """Hugging Face name -> gradient of the first step, before clipping."""
     parameters: dict[str, torch.Tensor]
+    """Hugging Face name -> parameter after the last step."""
     tied: tuple[str, str] | None
+    """The two names of a tied weight: the embedding's, under which the other fields have it, and the head's."""
 
 
 def initial_weights(cfg: Config) -> dict[str, torch.Tensor]:
-    """fp32 weights of the whole model by Hugging Face name."""
+    """Hugging Face name -> initial fp32 weight, for the whole model."""
     one = copy.deepcopy(cfg)
     one.parallel = type(cfg.parallel)(pipeline=1, zero=0)
     one.precision = type(cfg.precision)(dtype="fp32")
@@ -47,9 +51,9 @@ def dense_model(cfg: Config) -> transformers.PreTrainedModel:
 
 
 def dense_run(cfg: Config, kind: str) -> Curve:
-    """Trains the transformers model as any tutorial would: whole batch at once, clipped gradients, torch's optimizer.
+    """Trains the transformers model with a plain loop: the whole batch at once, clipped gradients, torch's optimizer.
 
-    A mixture of experts goes microbatch by microbatch, since its auxiliary loss is one of a microbatch.
+    A mixture of experts gets one microbatch after another, because its auxiliary loss is defined for a microbatch.
     """
     model = dense_model(cfg)
     optimizer = _optimizer(model, cfg)
@@ -65,7 +69,7 @@ def dense_run(cfg: Config, kind: str) -> Curve:
             total += cross_entropy.item() / targets.item()
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        # In fp64: clip_grad_norm_ on a CPU is off by 1e-5 for a million elements.
+        # In fp64, because clip_grad_norm_ on a CPU has an error of 1e-5 for a million elements.
         norm = torch.stack([p.grad.double().norm() for p in model.parameters()]).norm().float()
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.optim.grad_clip or float("inf"), norm)
         norms.append(norm.item())

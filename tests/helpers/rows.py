@@ -1,4 +1,4 @@
-"""Rows of metrics.jsonl that no run wrote."""
+"""Makes rows of metrics.jsonl without a run."""
 
 from typing import Any
 

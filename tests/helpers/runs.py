@@ -1,4 +1,4 @@
-"""Real commands as a user starts them, each in a process of its own, and every process that one leaves behind."""
+"""Starts real commands as a user does, each in a process of its own, and finds all processes that come from them."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from stack.observe.metrics import StepRecord
 
 STACK = str(Path(sys.executable).with_name("stack"))
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
-#: Every process of a command inherits this variable, also one that has left its session or lost its parent.
+#: Every process that comes from a command inherits this variable, even if it left the session or lost its parent.
 _MARK = "STACK_TEST_COMMAND"
 _WANDB_S = 10
 _PATIENCE_S = 120
@@ -28,12 +28,14 @@ _T = TypeVar("_T")
 
 
 class Command:
-    """A started command. It writes into `folder`: its output, and its runs below `runs/`."""
+    """A started command. Its output is in `folder`, and its runs are below `folder`/runs."""
 
     def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None):
         """
         Args:
-            environment: in addition to this process's own, which it gets without what is for W&B.
+            command: the words of the command.
+            folder: folder for the output; made if needed.
+            environment: variables in addition to those of this process, from which W&B's variables are removed.
         """
         self.folder, self._mark = folder, uuid.uuid4().hex
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +61,7 @@ class Command:
         return self._output("stderr").read_text()
 
     def wait_for(self, probe: Callable[[], _T | None], what: str) -> _T:
-        """What `probe` returns, once that is not empty. Fails when the command has ended without it."""
+        """Waits until `probe` returns a value that is not empty, and returns it. Fails if the command ends before."""
         deadline = time.monotonic() + _PATIENCE_S
         while not (found := probe()):
             ended = self.process.poll() is not None
@@ -71,22 +73,22 @@ class Command:
         return found
 
     def wait(self, timeout_s: float = _PATIENCE_S) -> int:
-        """The exit code, once it has ended by itself."""
+        """Waits until the command has ended, and returns its exit code."""
         return self.process.wait(timeout_s)
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    # Its processes.
+    # The processes of the command.
 
     def processes(self) -> list[psutil.Process]:
-        """All live processes that come from this command, itself included; `info` has their name and cmdline."""
+        """All live processes that come from this command, itself included; `info` of each has name and cmdline."""
         found = psutil.process_iter(["name", "cmdline", "environ", "status"])
         alive = [process for process in found if process.info["status"] != psutil.STATUS_ZOMBIE]
         return [process for process in alive if (process.info["environ"] or {}).get(_MARK) == self._mark]
 
     def find(self, word: str) -> psutil.Process:
-        """The first process of this command with `word` in its command line; waits for it."""
+        """Waits for a process of this command with `word` in its command line, and returns it."""
 
         def search() -> list[psutil.Process]:
             return [process for process in self.processes() if word in " ".join(process.info["cmdline"])]
@@ -97,7 +99,8 @@ class Command:
         return psutil.Process(self.wait_for(lambda: self.json(f"ranks/{rank}/rank.json"), f"rank {rank}")["pid"])
 
     def assert_nothing_left(self, *, within_s: float) -> None:
-        """Every process is gone within `within_s` seconds; W&B's own ones see some seconds later that theirs is."""
+        """Fails unless every process has ended after `within_s` seconds. W&B's own processes have some seconds more, to
+        notice that their parent has ended."""
         self._assert_gone(within_s, apart_from="wandb-")
         self._assert_gone(_WANDB_S, apart_from="nothing")
 
@@ -108,7 +111,7 @@ class Command:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """Ends whatever is still there."""
+        """Kills all processes that are left."""
         while left := self.processes():
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -116,16 +119,16 @@ class Command:
             time.sleep(0.1)
         self.process.wait()
 
-    # Its run directory.
+    # The run directory of the command.
 
     @property
     def run(self) -> Path:
-        """The one run directory below `runs/`; waits for it."""
+        """Waits for the single run directory below `runs/`, and returns it."""
         [run] = self.wait_for(lambda: list(self.folder.glob("runs/*/*/")), "the run directory")
         return run
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """The object in a file of the run directory, or None where there is no such file."""
+        """The content of a JSON file in the run directory, or None where the file does not exist."""
         with contextlib.suppress(FileNotFoundError):
             return json.loads((self.run / name).read_text())
         return None

@@ -1,4 +1,4 @@
-"""Runs the tiny model, saves and loads it in any layout, on the ranks of a pool."""
+"""Trains, saves and loads the tiny model in any layout, on the ranks of a pool."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +10,7 @@ from stack.config.schema import Config
 from stack.plan.layout import Plan
 from tests.helpers.tiny import replica_batch, tiny_config
 
-#: (ranks, settings) of the layouts that checkpoints are carried between.
+#: (number of ranks, settings) of the layouts between which checkpoints are exchanged.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2 dp2 zero3": (4, {}),
     "pp1 dp1 zero0": (1, {"parallel__pipeline": 1, "parallel__zero": 0}),
@@ -43,18 +43,20 @@ def run_from(
     save: Path | None = None,
     save_loaded: Path | None = None,
 ) -> dict[str, Any]:
-    """One rank's part: called on every rank of a pool.
+    """Trains from `step` to `until`. Called on every rank of a pool.
 
     Args:
-        root: of checkpoints.
-        step: to begin at.
-        until: to train to.
-        load: the checkpoint of `step` in `root` first.
-        save: a checkpoint of `until` into this root.
-        save_loaded: a checkpoint of `step` into this root, written in the background while the first step trains.
+        settings: arguments of `tiny_config`.
+        root: folder of checkpoints to load from.
+        step: finished steps at the beginning.
+        until: finished steps at the end.
+        load: load the checkpoint of `step` from `root` first.
+        save: folder into which a checkpoint of `until` is saved.
+        save_loaded: folder into which a checkpoint of `step` is saved, in the background while the first step runs.
 
     Returns:
-        steps: (loss, grad_norm) of each step, as hexadecimal; heldout: token loss sum at the end.
+        steps: (loss, grad_norm) of each step; heldout: sum of the token losses of a batch at the end; dtypes:
+        `Engine.dtypes`.
     """
     import torch.distributed as dist
 
@@ -82,7 +84,7 @@ def run_from(
     if save:
         saver = _save(save, until, engine, cfg, plan)
         if cfg.checkpoint.async_save and results:
-            # What is saved is the state of this step, whatever training does while it is being written.
+            # Trains another step while the save runs, which must not change the saved state.
             engine.train_batch(batch, lr=cfg.optim.lr)
         saver.close()
     held = replica_batch(cfg, 99, replica=mesh.replica, replicas=mesh.replicas, kind="padded")
@@ -94,7 +96,7 @@ def run_from(
 
 
 def _save(root: Path, step: int, engine: Any, cfg: Config, plan: Plan) -> Any:
-    """Begins a checkpoint of `step`; returns the Saver, whose `close` waits for it."""
+    """Begins to save a checkpoint of `step`. Returns the Saver; its `close` waits for the save."""
     from stack.checkpoint.save import Saver
     from stack.models.build import parameter_shapes
 
@@ -113,7 +115,7 @@ def _save(root: Path, step: int, engine: Any, cfg: Config, plan: Plan) -> Any:
 
 
 def logical_state(root: Path, step: int) -> dict[str, torch.Tensor]:
-    """All that a checkpoint holds of its parameters, by `<state>/<name>`, each whole."""
+    """Name `<state>/<Hugging Face name>` -> whole tensor, for everything in a checkpoint."""
     from stack.checkpoint import manifest as manifests
     from stack.checkpoint.storage import whole
 

@@ -1,4 +1,4 @@
-"""A model of some thousand parameters, its batches, and the dense process that every layout must equal."""
+"""The tiny model of the tests, with some thousand parameters, and its batches."""
 
 import functools
 from typing import Any
@@ -20,7 +20,8 @@ SHAPE = {
 STEPS = 3
 
 _MIXTURE = {"shape__num_experts_per_tok": 2, "shape__router_aux_loss_coef": 0.1}
-#: What each family's tiny model has beside `SHAPE`, so that every part which it does not share with Llama is at work.
+#: Settings of each family's tiny model in addition to `SHAPE`, so that all parts in which it differs from Llama are
+#: used.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"shape__sliding_window": 6},
@@ -51,25 +52,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def family_settings(family: str, *, tied: bool) -> dict[str, Any]:
-    """Settings of `tiny_config` for the tiny model of a family. Tying is always said: the classes differ in it."""
+    """Settings of `tiny_config` for the tiny model of a family. `tied` is required, since classes have different
+    defaults."""
     return {"model__name": family, "shape__tie_word_embeddings": tied, **FAMILIES[family]}
 
 
 def tiny_config(**settings: Any) -> Config:
-    """The tiny run; settings are dotted paths with `__` for the dot, e.g. parallel__zero=1."""
+    """The config of the tiny run. A setting is the path of a key with `__` for each dot, e.g. parallel__zero=1."""
     cfg = Config()
     cfg.model.config = dict(SHAPE)
     cfg.data.seq_len, cfg.data.vocab_size, cfg.data.tokenizer = 16, SHAPE["vocab_size"], "bpe"
     cfg.batch.global_size, cfg.batch.micro_size = 8, 1
     cfg.optim.lr, cfg.optim.grad_clip = 3e-3, 0.5
-    # Near the size of the gradients: AdamW then shows a wrong scale, and does not blow rounding up where they are ~0.
+    # About the size of the gradients. With a smaller eps AdamW would hide a wrong scale of the gradients, and amplify
+    # rounding where they are nearly 0.
     cfg.optim.eps = 1e-3
     cfg.log.wandb.mode = "disabled"
     for path, value in settings.items():
         section, key = path.split("__", 1)
         if section == "shape":
             if value is None:
-                # A key that the family does not have.
+                # None removes a key that the family does not have.
                 del cfg.model.config[key]
             else:
                 cfg.model.config[key] = value
@@ -80,10 +83,10 @@ def tiny_config(**settings: Any) -> Config:
 
 
 def global_batch(cfg: Config, step: int, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids, shifted labels and positions, each int64 [global_size, seq_len], of a step.
+    """Token ids, shifted labels and positions of a step, each int64 [global_size, seq_len].
 
-    `full`: every position has a target. `padded`: sequences end anywhere. `packed`: documents begin anywhere, and
-    the last token of each has no target.
+    `kind` is one of: `full`, every position has a target; `padded`, sequences have random lengths; `packed`, documents
+    begin at random places, and the last token of a document has no target.
     """
     rng = np.random.default_rng([7, step])
     size, length = cfg.batch.global_size, cfg.data.seq_len
@@ -105,7 +108,7 @@ def global_batch(cfg: Config, step: int, kind: str) -> tuple[np.ndarray, np.ndar
 
 
 def replica_batch(cfg: Config, step: int, *, replica: int, replicas: int, kind: str) -> Batch:
-    """A replica's contiguous part of the global batch, cut into microbatches."""
+    """The contiguous part of a replica of the global batch, cut into microbatches."""
     whole = global_batch(cfg, step, kind)
     size = cfg.batch.global_size
     part = slice(replica * size // replicas, (replica + 1) * size // replicas)

@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind, and texts in which they differ."""
+"""Small tokenizers of many kinds, and texts that they tokenize differently."""
 
 import random
 import tempfile
@@ -17,7 +17,7 @@ GPT4O = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-#: As published, with line feeds that are not escaped.
+#: As published, with unescaped line feeds.
 DEEPSEEK = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
     "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
@@ -58,7 +58,7 @@ TRAINING = texts(0, 150)
 
 
 def build(model: str, *, normalizer=None, pre_tokenizer=None, added=(), **fields) -> Tokenizer:
-    """A tokenizer learnt from `TRAINING`, with special tokens of every flag."""
+    """A tokenizer learnt from `TRAINING`, with special and added tokens that use each flag."""
     specials = ["<unk>", "<s>", "</s>", "<sep>"]
     if model == "unigram":
         backend = Tokenizer(models.Unigram())
@@ -98,9 +98,9 @@ def metaspace(scheme: str, *, split: bool = True) -> pre.PreTokenizer:
 
 
 def legacy_llama() -> Tokenizer:
-    """A BPE over the whole text, whose normalizer begins it with a blank."""
+    """A BPE over the whole text, with a normalizer that adds a blank at its beginning."""
     blanks = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    # Learnt by words, as sentencepiece does: no token has a blank after a letter.
+    # The BPE is learnt from single words, as sentencepiece does, so that no token has a blank after a letter.
     backend = build("bpe", pre_tokenizer=metaspace("always"), unk_token="<unk>", fuse_unk=True)
     backend.normalizer, backend.pre_tokenizer = blanks, None
     return backend
@@ -120,10 +120,10 @@ def llama() -> Tokenizer:
 
 
 def sentencepiece(folder: Path, model_type: str) -> Path:
-    """A `tokenizer.model` alone, with special tokens spelled as pieces."""
+    """Writes a tokenizer.model without other files; its special tokens are ordinary pieces too."""
     from sentencepiece import SentencePieceTrainer
 
-    # Each line is a sentence to the trainer.
+    # The trainer treats each line as a sentence.
     lines = [" ".join(text.split()) for text in TRAINING]
     with open(folder / "tokenizer.model", "wb") as file:
         SentencePieceTrainer.train(
@@ -139,7 +139,7 @@ def sentencepiece(folder: Path, model_type: str) -> Path:
 
 
 def precompiled() -> Tokenizer:
-    """With sentencepiece's own normalizer, whose rules are for graphemes, as T5 has it."""
+    """A tokenizer with sentencepiece's own normalizer, which maps graphemes, as in T5."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()
@@ -150,7 +150,7 @@ def precompiled() -> Tokenizer:
     return build("unigram", normalizer=normalizers.Sequence(normal), pre_tokenizer=metaspace("always"))
 
 
-#: Name -> tokenizer, and whether its documents are cut.
+#: Name -> (function that makes the tokenizer, whether its documents are cut into pieces).
 KINDS: dict[str, tuple[Callable[[], Tokenizer], bool]] = {
     "gpt2": (lambda: build("bpe", pre_tokenizer=pre.ByteLevel(add_prefix_space=False)), True),
     "gpt2 with a space ahead": (lambda: build("bpe", pre_tokenizer=pre.ByteLevel(add_prefix_space=True)), True),

@@ -1,7 +1,7 @@
-"""A stand-in for the W&B server on loopback: as much of it as the real client asks for.
+"""A stand-in for the W&B server on loopback, with the requests that the real client makes.
 
-It keeps what runs send it as the real one does: history lines by their offset, so that a line that is sent twice is
-there once; summary, config, files and artifacts by name. On request it stalls or fails.
+Like the real server, it keeps history lines by their offset, so that a line that is sent twice is stored once, and
+summary, config, files and artifacts by name. A test can make it stall or fail.
 """
 
 import gzip
@@ -19,12 +19,12 @@ KEY = "a" * 40
 
 @dataclass
 class Run:
-    """What the server knows of one run."""
+    """The data that the server has of one run."""
 
     rows: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """History by line."""
+    """Number of a history line -> its values."""
     events: list[dict[str, Any]] = field(default_factory=list)
-    """System metrics; in shared mode their names end in the label of their client."""
+    """System metrics; in shared mode a name ends with the label of the client that sent it."""
     summary: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
@@ -39,9 +39,10 @@ class Run:
 
 
 class WandbServer(ThreadingHTTPServer):
-    """`with WandbServer() as server:` serves until it is left.
+    """`with WandbServer() as server:` serves inside the block.
 
-    `fault` is None, an HTTP status that every request gets, or "stall": no request is answered until it is changed.
+    `fault` is None, an HTTP status with which every request is answered, or "stall", with which no request is answered
+    until `fault` is changed.
     """
 
     daemon_threads = True
@@ -51,9 +52,9 @@ class WandbServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.runs: dict[str, Run] = defaultdict(Run)
         self.artifacts: dict[str, dict[str, Any]] = {}
-        """What the client said of each, with its manifest's entries, by id."""
+        """Id of an artifact -> the fields that the client sent, with the entries of its manifest."""
         self.requests: list[tuple[str, bytes]] = []
-        """Path and body of each request, in the order they came."""
+        """(path, body) of each request, in order."""
         self._fault: int | str | None = None
         self._changed = threading.Condition()
 
@@ -63,7 +64,7 @@ class WandbServer(ThreadingHTTPServer):
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client needs to come here."""
+        """The environment variables with which a client connects to this server."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false"}
 
     @property
@@ -77,13 +78,13 @@ class WandbServer(ThreadingHTTPServer):
             self._changed.notify_all()
 
     def settled(self) -> int | None:
-        """The status of a failure, or None, once the server does not stall."""
+        """Waits until the server does not stall; returns the HTTP status of `fault`, or None."""
         with self._changed:
             self._changed.wait_for(lambda: self._fault != "stall")
             return self._fault if isinstance(self._fault, int) else None
 
     def handle_error(self, *_: object) -> None:
-        """A client that hung up is no failure of a test."""
+        """Ignores clients that close their connection."""
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -144,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         if sent.get("complete"):
             run.exits.append(sent["exitcode"])
 
-    # GraphQL, by the names of the client's operations.
+    # One method for each GraphQL operation of the client, by its name.
 
     _PROJECT = {"id": "p", "name": "stack-test", "entity": {"id": "e", "name": "us"}, "entityName": "us"}
 
@@ -186,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _on_Viewer(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"viewer": {"id": "v", "username": "us", "entity": "us", "flags": "{}", "teams": {"edges": []}}}
 
-    # A new artifact of a content that is there already is that one, as on the real server.
+    # As on the real server, a new artifact whose content exists already is the existing artifact.
 
     def _on_CreateArtifact(self, asked: dict[str, Any]) -> dict[str, Any]:
         about = asked["input"]
@@ -207,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {"createArtifactManifest": {"artifactManifest": {"id": asked["artifactID"], "file": file}}}
 
     def _on_CreateArtifactFiles(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Files whose bytes go into an artifact: those of tables."""
+        """Answers for artifacts whose files are uploaded: tables."""
         nodes = []
         for spec in asked["input"]["artifactFiles"]:
             url = f"{self.server.url}/artifact/{spec['artifactID']}/{spec['name']}"

@@ -1,4 +1,4 @@
-"""How far a run is from its reference, tensor by tensor; and the worst of the session, for the summary at its end."""
+"""Compares a run with its reference, tensor by tensor, and remembers the largest differences for a summary."""
 
 import functools
 from collections.abc import Iterable, Iterator
@@ -10,29 +10,29 @@ from tests.helpers.reference import Curve, dense_run
 from tests.helpers.tiny import tiny_config
 from tests.numerics.matrix import Case
 
-#: fp32 against a dense process: the largest difference of a tensor over its largest magnitude.
+#: Tolerance for fp32 against a dense process: the largest difference in a tensor over its largest magnitude.
 FP32 = 1e-5
-#: bf16 against the same run on one rank, where hidden states and microbatch gradients are the same bits: what remains
-#: is the order of the fp32 sums.
+#: Tolerance for bf16 against the same run on one rank. Hidden states and gradients of microbatches have the same bits
+#: there, and only the order of the fp32 sums differs.
 BF16 = 1e-5
-#: The same after an update: a master that differs in its last bits may round to the next bf16, 2**-8 from the other,
-#: and one such weight moves the norm.
+#: Tolerance for bf16 after an update. A master that differs in its last bits may round to the neighbouring bf16 number,
+#: which differs by 2**-8, and one such weight changes the norm.
 BF16_UPDATED = 1e-3
 
 
 class Difference(NamedTuple):
-    """A relative difference, and what differs; infinite where the two cannot be compared at all."""
+    """A relative difference, infinite where the two values cannot be compared, and the name of the value."""
 
     size: float
     what: str
 
 
-#: Worst difference of each compared run of this session, by what it was compared for and the run's name.
+#: Group of comparisons -> name of a run -> its largest difference, for all runs of this session.
 COMPARED: dict[str, dict[str, Difference]] = {}
 
 
 def record(group: str, name: str, differences: Iterable[Difference]) -> Difference:
-    """The worst of the differences, remembered for the summary."""
+    """Returns the largest of the differences, and remembers it for the summary."""
     worst = max(differences)
     COMPARED.setdefault(group, {})[name] = worst
     return worst
@@ -44,8 +44,8 @@ def _dense(settings: tuple[tuple[str, Any], ...], kind: str) -> Curve:
 
 
 def dense_of(case: Case) -> Curve:
-    """The dense run of a case. Cases that a dense process cannot tell apart share it: microbatches matter only to the
-    auxiliary loss of a mixture of experts."""
+    """The dense run of a case. Cases that are equal for a dense process share a run: the microbatch size matters only
+    for the auxiliary loss of a mixture of experts."""
     settings = case.model_settings
     if "shape__router_aux_loss_coef" not in settings:
         del settings["batch__micro_size"]
@@ -53,8 +53,14 @@ def dense_of(case: Case) -> Curve:
 
 
 def against_dense(results: list[dict[str, Any]], dense: Curve) -> Iterator[Difference]:
-    """Everything a rank reports against the dense process: losses, norms before clipping, gradients of the first step
-    before clipping, parameters after the last step. Every replica's copy, and both copies of a tied embedding."""
+    """Compares all values that ranks report with the dense process: losses, norms before clipping, gradients of the
+    first step before clipping, and parameters after the last step, on every replica, and both copies of a tied
+    embedding.
+
+    Args:
+        results: of `run_layout`, one for each rank.
+        dense: the dense run.
+    """
     for result in results:
         losses, norms = zip(*result["steps"], strict=True)
         for step in range(len(losses)):
@@ -69,7 +75,7 @@ def against_dense(results: list[dict[str, Any]], dense: Curve) -> Iterator[Diffe
             copies = [value for name, value in found if name in dense.tied]
             if not all(np.array_equal(copy, copies[0]) for copy in copies):
                 yield Difference(np.inf, f"{what}: copies of the tied embedding differ")
-            # A stage that holds both has one tensor, by the embedding's name.
+            # A stage that holds both has one tensor, under the embedding's name.
             names.add(head)
         if names != expected.keys():
             yield Difference(np.inf, f"{what}: names {sorted(names ^ expected.keys())}")
@@ -81,8 +87,8 @@ def against_dense(results: list[dict[str, Any]], dense: Curve) -> Iterator[Diffe
 def against_run(
     results: list[dict[str, Any]], single: dict[str, Any], *, steps: int | None = None
 ) -> Iterator[Difference]:
-    """Losses and norms, of the first `steps` or of all, and gradients of the first step against the same run on one
-    rank."""
+    """Compares losses and norms, of the first `steps` steps or of all, and the gradients of the first step with those
+    of the same run on one rank."""
     for result in results:
         for step, (found, expected) in enumerate(zip(result["steps"], single["steps"], strict=True)):
             if step == steps:
@@ -94,7 +100,7 @@ def against_run(
 
 
 def _difference(found: Any, expected: Any, what: str) -> Difference:
-    """Largest difference over the largest magnitude; a value that is not finite is infinitely far."""
+    """Largest difference over the largest magnitude; infinite for another shape or a value that is not finite."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     if found.shape != expected.shape or not np.isfinite(found).all():
         return Difference(np.inf, f"{what}: shape or value")

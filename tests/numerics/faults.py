@@ -1,7 +1,7 @@
-"""Deliberate faults, each with a case that must show it: the matrix is worth what it finds.
+"""Deliberate faults, each with a case of the parity matrix that must find it.
 
-A fault is a patch of `stack` inside the ranks. It leaves out or repeats one thing that is easy to get wrong and that no
-exception tells of.
+A fault patches `stack` inside the ranks. It leaves out or repeats one thing that is easy to get wrong, and that raises
+no exception.
 """
 
 import dataclasses
@@ -21,11 +21,13 @@ _Change = Callable[[pytest.MonkeyPatch], None]
 
 @dataclass(frozen=True)
 class Fault:
-    """`change` is made on every rank; `case` shows it, run with `settings` that would otherwise be refused."""
+    """A fault and the case that finds it."""
 
     change: _Change
+    """Makes the fault; called on every rank."""
     case: Case
     settings: dict[str, Any] = field(default_factory=dict)
+    """Further settings of the run, which the plan may refuse without the fault."""
 
 
 FAULTS: dict[str, Fault] = {}
@@ -49,7 +51,7 @@ _BASE = Case(
 
 
 def run_with_fault(name: str, settings: dict[str, Any], kind: str) -> dict[str, Any]:
-    """`run_layout` with the fault, on this rank."""
+    """`run_layout` with the fault `name`. Called on every rank."""
     with pytest.MonkeyPatch.context() as patch:
         FAULTS[name].change(patch)
         return run_layout(settings, kind)
@@ -64,7 +66,7 @@ def _shown_by(*, settings: dict[str, Any] | None = None, **values: Any) -> Calla
 
 
 def _wrap(patch: pytest.MonkeyPatch, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Has `wrapper(real, *args, **kwargs)` called in the place of a function or method."""
+    """Replaces a function or method by `wrapper(real, *args, **kwargs)`, which gets the original as `real`."""
     real = getattr(owner, name)
     patch.setattr(owner, name, lambda *args, **kwargs: wrapper(real, *args, **kwargs))
 
@@ -77,7 +79,7 @@ def _after_init(patch: pytest.MonkeyPatch, owner: Any, change: Callable[[Any], N
     _wrap(patch, owner, "__init__", init)
 
 
-# The global norm, and what is clipped by it.
+# The global norm and clipping.
 
 
 @_shown_by(zero=2)
@@ -133,7 +135,8 @@ def clipped_by_the_norm_of_one_rank(patch: pytest.MonkeyPatch) -> None:
 
 @_shown_by(schedule="gpipe", reduce="microbatch")
 def backward_seen_flag_not_cleared(patch: pytest.MonkeyPatch) -> None:
-    # GPipe runs all its backwards in a row; the two in a row that end a shallow 1F1B happen to add.
+    # GPipe runs all its backwards in a row. The last two backwards of a shallow 1F1B are in a row too, but there the
+    # gradients happen to be added correctly.
     from stack.parallel.zero import ZeroEngine
 
     def backward(real: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -182,7 +185,7 @@ def one_backward_skipped(patch: pytest.MonkeyPatch) -> None:
     skipped: list[bool] = []
 
     def backward(real: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-        # On the first stage, which owes nobody a gradient.
+        # On the first stage, because no other stage waits for its gradient.
         if self.stages[0].first and not skipped:
             skipped.append(True)
         else:
@@ -218,7 +221,7 @@ def tied_gradients_not_added(patch: pytest.MonkeyPatch) -> None:
     from stack.parallel.rank_engine import RankEngine
 
     patch.setattr(RankEngine, "sum_tied", lambda *_: None)
-    # The engine would notice by itself.
+    # Without this the engine itself would notice the fault.
     patch.setattr(RankEngine, "check_tied", lambda _: None)
 
 
@@ -259,7 +262,7 @@ def norms_and_biases_decayed(patch: pytest.MonkeyPatch) -> None:
     _wrap(patch, replicated, "make_optimizer", make_optimizer)
 
 
-# What a family's forward does once, and must not do on every stage.
+# Parts of a family's forward that must happen on one stage only.
 
 
 @_shown_by(family="granite")
@@ -274,7 +277,7 @@ def positions_added_on_each_stage(patch: pytest.MonkeyPatch) -> None:
     from stack.models import build
 
     def table(_self: Any, positions: torch.Tensor) -> torch.Tensor:
-        # As large as the entries of the real one. A shift of all features alike would be lost in the next norm.
+        # Values as large as those of the real table. An equal shift of all features would disappear in the next norm.
         return 0.02 * (positions[..., None] * torch.arange(1.0, 1 + SHAPE["hidden_size"])).sin()
 
     patch.setattr(build._Nothing, "forward", table)
@@ -338,7 +341,7 @@ def sums_in_bf16(patch: pytest.MonkeyPatch) -> None:
             parameter.grad_dtype = parameter.dtype
 
     _after_init(patch, RankEngine, lower)
-    # The engine would notice by itself.
+    # Without this the engine itself would notice the fault.
     patch.setattr("stack.parallel.engine._check_dtypes", lambda *_: None)
 
 

@@ -1,8 +1,9 @@
-"""The parity matrix: which layouts of which models are held against a dense process.
+"""The parity matrix: the layouts and models that are compared with a dense process.
 
-The full product of the axes has a million cases. Most faults need one value or two together to show, so the cases cover
-every pair of values, and every three values of the axes that decide how gradients travel (`CORE`). Whether values go
-together is asked of the product itself, `make_plan`: what it refuses is no case, and what it accepts must be exact.
+The full product of the axes has a million cases. Most faults show with one value or with two values together. Therefore
+the cases cover every pair of values, and every three values of the axes that decide how gradients travel (`CORE`).
+`make_plan` decides whether values fit together: a combination that it refuses is no case, and one that it accepts must
+be exact.
 """
 
 import functools
@@ -20,7 +21,7 @@ from stack.plan.layout import make_plan
 from stack.plan.policies import SCHEDULES
 from tests.helpers.tiny import FAMILIES, SHAPE, family_settings, tiny_config
 
-#: What decides whether a layout is legal comes first: a search then finds soon that it is not.
+#: The axes that decide whether a layout is legal. They come first, so that a search rejects illegal layouts early.
 LAYOUT: dict[str, tuple[Any, ...]] = {
     "schedule": ("1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"),
     "zero": (3, 2, 1, 0),
@@ -40,9 +41,9 @@ AXES: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adamw", "sgd"),
     "clip": (0.5, 0.0),
 }
-#: Every legal three values of these are in some case.
+#: Axes of which every legal combination of three values is in some case.
 CORE = ("schedule", "zero", "pipeline", "ranks", "reduce", "gather", "tied")
-#: Cases that `make test` runs.
+#: Number of cases that `make test` runs.
 FAST = 25
 
 #: Values of some axes: (axis, value) pairs in the order of `AXES`.
@@ -90,7 +91,7 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """For `tiny_config`."""
+        """Arguments of `tiny_config`."""
         virtual = 2 if SCHEDULES[self.schedule].virtual else 1
         stages = self.pipeline * virtual
         return {
@@ -101,14 +102,15 @@ class Case:
             "parallel__reduce": self.reduce,
             "parallel__pipeline": self.pipeline,
             "parallel__gather": self.gather,
-            # One layer a stage and the rest on the last: `auto` spares the last one, which has the head.
+            # One layer on each stage and the rest on the last. This differs from `auto`, which gives the last stage
+            # fewer layers because it has the head.
             "parallel__split": "auto" if self.split == "auto" else list(range(stages)),
             "activation__checkpoint": self.checkpoint,
         }
 
     @property
     def model_settings(self) -> dict[str, Any]:
-        """Those settings that a dense process knows too."""
+        """The settings that a dense process has too."""
         layers = SHAPE["num_hidden_layers"]
         stages = self.pipeline * (2 if SCHEDULES[self.schedule].virtual else 1)
         return {
@@ -121,13 +123,13 @@ class Case:
         }
 
     def combinations(self, axes: tuple[str, ...], size: int) -> Iterator[Values]:
-        """All `size` values of this case on the given axes."""
+        """All combinations of `size` values of this case on the given axes."""
         return itertools.combinations([(axis, getattr(self, axis)) for axis in axes], size)
 
 
 @functools.cache
 def legal(case: Case) -> bool:
-    """Whether the product accepts the case."""
+    """Whether `make_plan` accepts the case."""
     try:
         make_plan(tiny_config(**case.settings), case.ranks)
     except LayoutError:
@@ -138,11 +140,12 @@ def legal(case: Case) -> bool:
 def completion(values: Values, shuffle: random.Random | None = None) -> Case | None:
     """A legal case with these values, or None where there is none.
 
-    All layouts are searched. For the other axes one value each stands for all: the product's refusals are about
-    layouts, and a case is asked for itself in the end.
+    All layouts are searched. Of each other axis only one value is tried, because `make_plan` refuses only layouts.
 
     Args:
-        shuffle: the order of the search, so that cases made one after another differ; else the order of `AXES`.
+        values: the values that the case must have.
+        shuffle: makes the order of the search random, so that different calls give different cases; None for the order
+            of `AXES`.
     """
     fixed = dict(values)
     choices = []
@@ -153,7 +156,7 @@ def completion(values: Values, shuffle: random.Random | None = None) -> Case | N
 
 
 def legal_combinations(axes: tuple[str, ...], size: int) -> list[Values]:
-    """Every `size` values of different axes that are together in some legal case."""
+    """All combinations of `size` values of different axes that occur in a legal case."""
     return [
         values
         for chosen in itertools.combinations(axes, size)
@@ -164,14 +167,15 @@ def legal_combinations(axes: tuple[str, ...], size: int) -> list[Values]:
 
 @functools.cache
 def cases() -> tuple[Case, ...]:
-    """The matrix, in an order that never changes."""
+    """All cases of the matrix, in the same order in every session."""
 
     @functools.cache
     def extends(prefix: tuple[Any, ...]) -> bool:
         return completion(tuple(zip(AXES, prefix, strict=False))) is not None
 
     found = [Case(*row) for row in AllPairs(OrderedDict(AXES), filter_func=lambda prefix: extends(tuple(prefix)))]
-    # AllPairs ends at the first row that would add nothing, which among refusals can be too early.
+    # AllPairs ends at the first row that adds no pair. With illegal combinations that may be too early, so the missing
+    # combinations are added here.
     goals = [*legal_combinations(tuple(AXES), 2), *legal_combinations(CORE, 3)]
     covered = {values for case in found for values in _covered(case)}
     for goal in goals:
@@ -189,7 +193,7 @@ def _covered(case: Case) -> set[Values]:
 
 @functools.cache
 def fast_cases() -> tuple[Case, ...]:
-    """`FAST` cases with every value of every axis, and as many pairs as they can have."""
+    """`FAST` cases, chosen greedily: together they have every value of every axis, and many pairs of layout values."""
     chosen: list[Case] = []
     seen: set[Values] = set()
     pairs: set[Values] = set()

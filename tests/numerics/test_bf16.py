@@ -1,5 +1,7 @@
-"""In bf16 a layout equals the same run on one rank, bit for bit but for the order of fp32 sums: loss, norm and
-gradients of the first step within `BF16`, and losses and norms after updates within `BF16_UPDATED`."""
+"""In bf16 a layout equals the same run on one rank, except for the order of fp32 sums.
+
+Loss, norm and gradients of the first step agree within `BF16`, losses and norms after updates within `BF16_UPDATED`.
+"""
 
 import functools
 import itertools
@@ -22,7 +24,7 @@ _SCHEDULES: dict[str, dict[str, Any]] = {
     "zbv": {"parallel__virtual_stages": 2, "activation__checkpoint": "none"},
 }
 _FAMILIES = ("llama", "gpt2", "mixtral")
-#: What `make test` runs: each schedule, each ZeRO stage and each family at least once.
+#: The cases of `make test`, with each schedule, each ZeRO stage and each family at least once.
 _FAST = (
     ("llama", 3, "step", "step", "1f1b"),
     ("gpt2", 2, "microbatch", "step", "gpipe"),
@@ -48,7 +50,7 @@ def _cases():
     policies = itertools.product(range(4), ("step", "microbatch"), ("step", "microbatch"))
     for family, (zero, reduce, gather), schedule in itertools.product(_FAMILIES, policies, _SCHEDULES):
         case = (family, zero, reduce, gather, schedule)
-        # Only ZeRO-3 gathers.
+        # parallel.gather matters only for ZeRO-3.
         if (gather == "step" or zero == 3) and _legal(case):
             name = f"{family}-zero{zero}-{schedule}-reduce_{reduce}-gather_{gather}"
             yield pytest.param(case, id=name, marks=() if case in _FAST else pytest.mark.slow)
@@ -78,7 +80,7 @@ def test_bf16_keeps_all_but_the_parameters_in_fp32_and_does_not_depend_on_the_la
     assert worst.size < BF16, worst.what
     worst = record("bf16 against one rank", name, against_run(results, single))
     assert worst.size < BF16_UPDATED, worst.what
-    # GPT-2 has a table of learned positions instead.
+    # GPT-2 has learned positions and no rotary tables.
     rotary = {} if case[0] == "gpt2" else {"rotary tables": "float32"}
     assert results[0]["dtypes"] == {
         "parameters": "bfloat16",

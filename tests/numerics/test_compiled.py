@@ -1,4 +1,4 @@
-"""Compiled decoder layers are the same layers, under ZeRO-3's hooks and recomputation too."""
+"""Compiled decoder layers give the same results, also with ZeRO-3's hooks and recomputation."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The matrix's own check finds each of the deliberate faults, by ten times its tolerance and more."""
+"""The check of the parity matrix finds each of the deliberate faults, with at least ten times its tolerance."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.numerics.matrix import legal
 
 _DENSE = [name for name, fault in FAULTS.items() if "precision__dtype" not in fault.settings]
 _BF16 = [name for name in FAULTS if name not in _DENSE]
-#: Worst difference of each case without a fault, found once: several faults are shown by one case.
+#: Case -> its largest difference without a fault, computed once because several faults use the same case.
 _SOUND: dict[object, Difference] = {}
 
 

@@ -1,4 +1,4 @@
-"""fp16: one loss scale and one decision about an overflow for all stages, whatever shards their states."""
+"""In fp16 all stages have the same loss scale and skip the same steps, in every ZeRO stage."""
 
 import functools
 import math
@@ -26,15 +26,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "shape__router_aux_loss_coef": 0.1,
     },
 }  # fmt: skip
-#: Weights are rounded to fp16 after each update, so a last bit of a master can become one of fp16 (2**-11).
+#: Tolerance for weights. They are rounded to fp16 after each update, so a difference in the last bit of a master may
+#: become one in the last bit of fp16 (2**-11).
 WEIGHTS = 2**-10
 
 
 def run_with_overflow(settings: dict[str, Any], pipe_rank: int | None) -> dict[str, Any]:
-    """`run_layout` with an infinite gradient on one replica of one stage in the second step; DeepSpeed finds no fp16
-    on some CPUs that torch computes it on."""
+    """`run_layout` with an infinite gradient on one replica of the stage `pipe_rank` in the second step (on none with
+    None)."""
     from deepspeed.accelerator import get_accelerator
 
+    # DeepSpeed refuses fp16 on CPUs without instructions for it, although torch computes it there.
     scales: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _self: True)
@@ -94,6 +96,6 @@ def test_an_overflow_on_one_stage_is_everybodys(ranks, zero_stage, pipe_rank):
         assert math.isfinite(first)
         assert math.isnan(second) or math.isinf(second)
         assert math.isfinite(third)
-        # The second update was left out, and the third step started from the weights of the first.
+        # The second update was skipped, so the third step started from the weights after the first.
         assert result["skipped"] == [False, True, False]
         assert loss != expected["steps"][2][0]

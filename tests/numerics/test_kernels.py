@@ -1,4 +1,4 @@
-"""The loss in chunks trains as the dense process does, whatever gathers, shards, splits or recomputes around it."""
+"""Training with the chunked loss equals the dense process, in layouts that gather, shard, split and recompute."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ _ZERO_BUBBLE = {
     "parallel__zero": 0, "parallel__virtual_stages": 2, "activation__checkpoint": "none",
     "parallel__schedule": "interleaved_zero_bubble",
 }  # fmt: skip
-#: Settings of the layout, and of the model.
+#: Name -> (settings of the layout, settings of the model).
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "zero3": ({}, {}),
     "zero3, each microbatch, tied": (_EACH, family_settings("llama", tied=True)),
@@ -34,7 +34,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def run_in_chunks(settings: dict[str, Any], kind: str, *, scaled: bool = True) -> dict[str, Any]:
-    """`run_layout` with several chunks in a microbatch, of unequal size."""
+    """`run_layout` with several chunks of unequal size in a microbatch. Without `scaled`, the backward of the loss
+    ignores its upstream gradient."""
     from stack.models import loss
 
     with pytest.MonkeyPatch.context() as patch:
@@ -99,7 +100,7 @@ def run_with_liger(settings: dict[str, Any], kind: str) -> dict[str, Any]:
 def test_liger_equals_a_dense_process(ranks, name):
     layout, model = LAYOUTS[name]
     model = {**model, "batch__global_size": 4, "shape__num_hidden_layers": 4}
-    # Refused: the kernel writes over what is kept, and gradients are far off.
+    # `selective` refuses rope=liger: the kernel overwrites saved results, which makes gradients wrong.
     parts = {"loss", "rms_norm", "rope", "swiglu"} - ({"rope"} if "selective" in name else set())
     liger = {f"kernels__{part}": "liger" for part in parts}
     results = ranks(4).run(run_with_liger, {**layout, **model, **liger}, "padded", timeout_s=280)

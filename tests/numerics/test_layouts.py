@@ -1,4 +1,4 @@
-"""What a layout must leave alone beside the training curve, and what it does change: the bubble."""
+"""The held-out loss does not depend on the layout, and the bubble does; gathers are never hidden inside DeepSpeed."""
 
 import functools
 from typing import Any
@@ -9,7 +9,7 @@ from tests.helpers.layouts import run_layout
 from tests.helpers.tiers import each_in_turn
 from tests.helpers.tiny import family_settings
 
-#: (ranks, settings); together every schedule, and both ways that ZeRO-3 gathers.
+#: (number of ranks, settings). Together they have every schedule, and both values of parallel.gather.
 _LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3": (4, {}),
     "zero3 gathered each microbatch": (4, {"parallel__pipeline": 4, "parallel__gather": "microbatch"}),
@@ -57,18 +57,18 @@ def test_one_stage_has_no_bubble_and_a_deeper_pipe_a_larger_one(ranks):
     def bubble(pipeline: int) -> float:
         return ranks(4).run(run_layout, {"parallel__pipeline": pipeline}, "full")[0]["bubble"][-1]
 
-    # 8 sequences of one: two microbatches for each of four replicas, eight for one.
+    # The batch has 8 sequences, in microbatches of one: two microbatches for each of four replicas, eight for one.
     assert bubble(1) < 0.05 < bubble(4) < 1
 
 
 def read_ungathered(settings: dict[str, Any]) -> str:
-    """The error of a rank that gathers nothing."""
+    """Called on every rank: the error of a step in which no unit is gathered."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stack.parallel.gathering.Gathers.ask", lambda *_: None)
         try:
             run_layout(settings, "full")
         except RuntimeError as error:
-            # torch's schedule wraps what a stage raises.
+            # torch's schedule wraps the exception of a stage.
             return str(error.__cause__)
     return ""
 

@@ -1,6 +1,7 @@
-"""Every layout of every family equals one dense process: loss, every gradient, the norm, parameters after three steps.
+"""The parity matrix: loss, every gradient, the norm, and the parameters after three steps equal those of a dense
+process.
 
-The cases are those of `tests.numerics.matrix`; `make test` runs the fast ones and `make test-all` all.
+The cases are those of `tests.numerics.matrix`. `make test` runs the fast ones, `make test-all` all of them.
 """
 
 import itertools
@@ -47,7 +48,8 @@ def test_each_legal_triple_of_what_moves_gradients_is_in_a_case():
 
 
 def test_only_layouts_are_illegal():
-    """Else one value of each other axis could not stand for all in the search for legal cases."""
+    """`completion` tries one value only for each axis outside of `LAYOUT`, so these axes must never be the reason of a
+    refusal."""
     for first, second in itertools.combinations(AXES, 2):
         for one, other in itertools.product(AXES[first], AXES[second]):
             if not {first, second} <= LAYOUT.keys():

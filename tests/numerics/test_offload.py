@@ -1,4 +1,4 @@
-"""States that are elsewhere between uses are the same states: host memory, files, a second copy of the parameters."""
+"""Offloading states to host memory or files, and hpZ's second copy of the parameters, do not change results."""
 
 import functools
 import shutil
@@ -64,7 +64,7 @@ def test_bf16_is_offloaded_with_sums_in_fp32(ranks, zero_stage, reduce):
 
 
 def build_async_io() -> float:
-    """Compiles DeepSpeed's op for files, on one rank; the others find it made."""
+    """Compiles DeepSpeed's operator for files on rank 0; other ranks find it in the cache. Returns the seconds."""
     import torch.distributed as dist
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -75,7 +75,7 @@ def build_async_io() -> float:
 
 
 def has_async_io() -> bool:
-    """Whether this host could compile it."""
+    """Whether this host can compile the operator."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     return AsyncIOBuilder().is_compatible(verbose=False)
@@ -88,7 +88,7 @@ def test_an_optimizer_in_files(ranks, tmp_path):
     if not (shutil.which("ninja") and shutil.which("g++") and all(pool.run(has_async_io))):
         pytest.skip("DeepSpeed's async_io op needs g++, ninja and libaio-dev")
     pool.run(build_async_io, timeout_s=1000)
-    # DeepSpeed keeps sub-groups under a MiB in memory.
+    # The model is larger than tiny, because DeepSpeed keeps sub-groups smaller than a MiB in memory.
     large = {"shape__hidden_size": 128, "shape__intermediate_size": 2048}
     nvme = {"parallel__offload__optimizer": "nvme", "parallel__offload__folder": str(tmp_path)}
 

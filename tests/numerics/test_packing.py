@@ -1,6 +1,6 @@
-"""Documents that are packed into one sequence do not see each other, on any stage of any family.
+"""Attention stays inside a document when several documents are packed into a sequence, on every stage of every family.
 
-What one document's tokens are must not change the logits of another one in the same sequence.
+A change of one document's tokens must not change the logits of another document in the same sequence.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from stack.plan.layout import make_plan
 from tests.helpers.tiny import FAMILIES, family_settings, tiny_config
 
 _TOLERANCE = 1e-6
-#: Where the second document begins in each sequence, and the third, which must not see the second either.
+#: For each sequence the first tokens of its second and third document. The third must not see the second either.
 _STARTS = ((5, 11), (9, 12))
 _CASES = [
     (family, attention)
@@ -27,7 +27,7 @@ _CASES = [
 
 
 class _Row:
-    """The stages of a model in a row, in one process."""
+    """The three pipeline stages of a model, run one after another in one process."""
 
     def __init__(self, family: str, attention: str):
         settings = {**family_settings(family, tied=False), "model__attention": attention, "kernels__loss": "logits"}
@@ -49,10 +49,11 @@ class _Row:
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, positions: torch.Tensor, *, told: bool = False) -> torch.Tensor:
-        """[sequences, seq_len, vocabulary] as the model's own forward gives them to the loss.
+        """The logits [sequences, seq_len, vocabulary] of the model's own forward, before the loss.
 
         Args:
-            told: the stages know the documents from the host, as in a run.
+            tokens, positions: int64 [sequences, seq_len].
+            told: whether the stages get the bounds of documents from the host, as in a run.
         """
         documents = Documents.of(positions.numpy()[None]) if told else None
         bounds = torch.from_numpy(documents.bounds) if documents else None
@@ -68,8 +69,8 @@ class _Row:
 
 
 def _largest_change(row: _Row, changed: int, *, packed: bool) -> float:
-    """How far the logits after document `changed` of each sequence move, over the largest, when all of its tokens are
-    others."""
+    """Replaces all tokens of document number `changed` in each sequence. Returns the largest change of logits after the
+    document, over the largest logit."""
     tokens, positions = row.tokens(), row.positions(packed=packed)
     others = tokens.clone()
     for sequence, starts in enumerate(_STARTS):
@@ -88,7 +89,7 @@ def test_a_document_does_not_change_the_next_one(family, attention):
     row = _Row(family, attention)
     for changed in range(2):
         assert _largest_change(row, changed, packed=True) < _TOLERANCE
-        # Where the positions say that it is one document, the same tokens are seen.
+        # If the positions say that the sequence is one document, later tokens do see the changed ones.
         assert _largest_change(row, changed, packed=False) > 100 * _TOLERANCE
 
 
@@ -120,7 +121,7 @@ def _variable_length(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    """flash_attn_varlen_func by its definition: causal attention of [tokens, heads, head_dim] inside each document."""
+    """The definition of flash_attn_varlen_func: causal attention of [tokens, heads, head_dim] inside each document."""
     assert causal
     assert dropout_p == 0
     assert torch.equal(cu_seqlens_q, cu_seqlens_k)
@@ -139,12 +140,12 @@ def _variable_length(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flash_attention_is_told_where_documents_begin(family, monkeypatch):
-    """The real path through transformers, down to the kernel, in the place of which is its definition."""
+    """Runs the real code of transformers for flash attention, with the kernel replaced by its definition."""
 
     def missing(*_args, **_options):
         raise AssertionError("documents would see each other")
 
-    # The kernel has no fp32; transformers would look for a half-precision weight to cast to.
+    # The real kernel does not support fp32, so transformers would look for a half-precision dtype to cast to.
     monkeypatch.setattr(flash_attention, "get_target_dtype", lambda *_: None)
     monkeypatch.setattr(flash, "_loaded_implementation", None)
     monkeypatch.setattr(flash, "_lazy_imports", lambda *_, **__: (missing, _variable_length, None, missing, missing))

@@ -1,7 +1,7 @@
-"""The quickstart at its real size trains in its real layout as one rank does.
+"""The quickstart, at its real size and in its real layout, trains as on one rank.
 
-The tiny models of the parity matrix cannot show an error that grows with the number of elements: torch's fp32 norm on a
-CPU is right for thousands of them and off by 1e-5 for a million.
+The tiny models of the parity matrix cannot show an error that grows with the number of elements. torch's fp32 norm on a
+CPU, for example, is right for thousands of elements and has an error of 1e-5 for a million.
 """
 
 from datetime import timedelta
@@ -14,12 +14,12 @@ from tests.helpers.tiny import replica_batch
 _STEPS = 5
 _TIMEOUT_S = 150
 _TOLERANCE = 1e-6
-#: From the second step on, weights have moved by a whole learning rate.
+#: With this warm-up the full learning rate is used from the second step on.
 _RECIPE = ["experiment=quickstart", "schedule.warmup_steps=1"]
 
 
 def train(overrides: list[str]) -> list[tuple[float, float]]:
-    """One rank's part: (loss, grad_norm) of each step. Called on every rank of a pool."""
+    """Called on every rank of a pool: (loss, grad_norm) of each step."""
     import torch.distributed as dist
 
     from stack.config.compose import compose

@@ -1,5 +1,8 @@
-"""ZeRO-3 with several DeepSpeed sub-groups in one parameter group. DeepSpeed begins a new sub-group after 1e9 elements
-of a rank, which a rank of a 70B model has; here sub-groups are small, so that the tiny model has several."""
+"""ZeRO-3 with several DeepSpeed sub-groups in one parameter group.
+
+DeepSpeed begins a new sub-group after 1e9 elements of a rank, as many as a rank of a 70B model has. Here sub-groups are
+small, so that the tiny model has several.
+"""
 
 import functools
 import shutil
@@ -17,7 +20,7 @@ from tests.helpers.tiny import tiny_config
 from tests.numerics.compare import FP32, against_dense, record
 from tests.numerics.test_offload import build_async_io, has_async_io
 
-#: Elements of a sub-group of a rank.
+#: Number of elements of a rank in a sub-group.
 _SMALL = 1000
 
 CASES: dict[str, dict[str, Any]] = {
@@ -31,10 +34,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def in_small_sub_groups(call: Callable[..., Any], size: int, *args: Any, **options: Any) -> Any:
-    """`call` on this rank, where a sub-group has about `size` elements.
+    """Calls `call` on this rank, with sub-groups of about `size` elements.
 
     Raises:
-        AssertionError: no parameter group has more than one sub-group, so that nothing would be tested.
+        AssertionError: no parameter group has more than one sub-group, so nothing would be tested.
     """
     from stack.parallel import zero
 
@@ -62,7 +65,8 @@ def in_small_sub_groups(call: Callable[..., Any], size: int, *args: Any, **optio
 def test_equals_the_run_it_is_compared_with(ranks, name):
     settings = CASES[name]
     if "precision__dtype" in settings:
-        # In bf16 a dense process differs by more than rounding of fp32 sums: compared with one sub-group a group.
+        # In bf16 a dense process differs by more than the rounding of fp32 sums. The comparison is with a run that has
+        # one sub-group in each group.
         expected = ranks(4).run(run_layout, settings, "padded")
         results = ranks(4).run(in_small_sub_groups, run_layout, _SMALL, settings, "padded")
         for result, single in zip(results, expected, strict=True):
@@ -99,7 +103,7 @@ def test_several_sub_groups_in_files(ranks, tmp_path):
     if not (shutil.which("ninja") and shutil.which("g++") and all(pool.run(has_async_io))):
         pytest.skip("DeepSpeed's async_io op needs g++, ninja and libaio-dev")
     pool.run(build_async_io, timeout_s=1000)
-    # DeepSpeed keeps sub-groups under a MiB in memory, so each of them has more.
+    # Sub-groups are larger than a MiB, because DeepSpeed keeps smaller ones in memory.
     large, small = {"shape__hidden_size": 128, "shape__intermediate_size": 2048}, 300_000
     nvme = {**large, "parallel__offload__optimizer": "nvme", "parallel__offload__folder": str(tmp_path / "swapped")}
     there, home = tmp_path / "there", tmp_path / "home"

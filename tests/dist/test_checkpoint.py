@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from stack.checkpoint import manifest as manifests
 from tests.helpers.saved import LAYOUTS, logical_state, run_from
 from tests.helpers.tiers import each_in_turn
 from tests.helpers.tiny import family_settings

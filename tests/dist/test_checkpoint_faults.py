@@ -186,13 +186,13 @@ def test_a_planted_pickle_is_refused_and_not_executed(ranks, root, tmp_path):
 def rewrite(root: Path, path: Path, **changes: Any) -> None:
     """Gives the manifest of step 2 the size and hash of a changed file, and changes other fields."""
     folder = manifests.folder_of(root, 2)
-    manifest = manifests.read(folder) if not path.exists() else manifests.Manifest.from_json(
-        (folder / manifests.MANIFEST).read_bytes()
+    manifest = (
+        manifests.read(folder)
+        if not path.exists()
+        else manifests.Manifest.from_json((folder / manifests.MANIFEST).read_bytes())
     )
     now = digest(path)
-    files = tuple(
-        File(path.name, now.bytes, now.xxh3) if file.path == path.name else file for file in manifest.files
-    )
+    files = tuple(File(path.name, now.bytes, now.xxh3) if file.path == path.name else file for file in manifest.files)
     (folder / manifests.MANIFEST).write_text(dataclasses.replace(manifest, files=files, **changes).to_json())
 
 

@@ -95,9 +95,7 @@ def test_it_is_evaluated_on_text_in_a_new_place(zygote, project, moved, tmp_path
     cfg, corpus = of_run(moved, cfg, plan)
     # The corpus is prepared again under the same name, because text and tokenizer are the same.
     assert corpus == tmp_path / "data" / moved.corpus.name
-    made = rundir.create_evaluation(
-        moved.evaluations, cfg, plan, corpus=corpus, checkpoints=moved.path / "checkpoints"
-    )
+    made = rundir.create_evaluation(moved.evaluations, cfg, plan, corpus=corpus, checkpoints=moved.path / "checkpoints")
     assert evaluated(zygote, made) == pytest.approx(read(moved.metrics)[-1].heldout_loss, rel=1e-6)
 
 

@@ -27,11 +27,15 @@ def checked(fault: str) -> str:
         if fault == "stuck":
             ranks._ring = lambda *_: time.sleep(600)
         if fault == "corrupt":
-            ranks._message = lambda rank: [rank]* ranks._RING
+            ranks._message = lambda rank: [rank] * ranks._RING
         if fault == "version":
             facts = ranks._facts
             versions = {"torch": "2.12.0"}
-            ranks._facts = lambda device: {**(own := facts(device)), "versions": own["versions"] | versions, "host": "b"}
+            ranks._facts = lambda device: {
+                **(own := facts(device)),
+                "versions": own["versions"] | versions,
+                "host": "b",
+            }
     try:
         return str(ranks.check_ranks(torch.device("cpu"), timeout_s=60.0 if fault in ("none", "version") else _BOUND_S))
     except (StackError, RuntimeError) as error:

@@ -50,7 +50,7 @@ def straight(zygote: Any, folder: Path, settings: dict[str, Any], ranks: int = 2
 
 
 @pytest.fixture(scope="module")
-def expected(_zygotes, request, tmp_path_factory):
+def expected(_zygotes, tmp_path_factory):
     """The curve of `_RUN` without a fault."""
     made: list[Curve] = []
 

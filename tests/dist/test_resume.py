@@ -102,7 +102,7 @@ _LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3 pp2 dp2": (4, {"parallel.zero": 3, "launch.ranks_per_node": 4}),
     "bf16": (2, {"precision": "bf16"}),
     "fp16": (2, {"precision": "fp16"}),
-    "sgd": (2, {"optim": "sgd"}),
+    "sgd": (2, {"optim": "sgd", "optim.lr": 0.1}),
     "unpacked": (2, {"data.pack": "false"}),
     "zbv": (
         2,

@@ -1,4 +1,4 @@
-"""One small corpus and one tiny model for all end-to-end runs."""
+"""Fixtures of the end-to-end tests, which share one small corpus and one tiny model."""
 
 import signal
 import subprocess
@@ -15,14 +15,14 @@ Start = Callable[..., Command]
 
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c():
-    # In the background of a shell Ctrl-C is ignored, and the commands would inherit that.
+    # A process in the background of a shell ignores Ctrl-C, and the commands would inherit that.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def tiny() -> dict[str, object]:
-    """Overrides of a tiny run on a prepared corpus, two ranks, pp2."""
+    """Overrides of a tiny run on a prepared corpus, on two ranks in two pipeline stages."""
     overrides = {**tiny_settings(), "log.wandb.mode": "offline"}
     subprocess.run([STACK, "data", *as_overrides(overrides)], check=True, capture_output=True)
     return overrides
@@ -34,7 +34,8 @@ def as_overrides(settings: dict[str, object]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def start_in(tiny: dict[str, object]) -> Iterator[Start]:
-    """`start_in(folder, {"key": value})` starts `stack train` on the tiny run; another `command` may replace it."""
+    """`start_in(folder, {"key": value})` starts `stack train` with the tiny run; `command` may replace `stack
+    train`."""
     started: list[Command] = []
 
     def start(folder: Path, settings: dict[str, object] | None = None, command: tuple[str, ...] = (STACK, "train")):
@@ -49,5 +50,5 @@ def start_in(tiny: dict[str, object]) -> Iterator[Start]:
 
 @pytest.fixture
 def start(start_in: Start, tmp_path: Path) -> Start:
-    """`start_in` this test's own folder."""
+    """`start_in` with the test's own folder."""
     return lambda *arguments: start_in(tmp_path, *arguments)

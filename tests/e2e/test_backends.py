@@ -1,7 +1,7 @@
-"""Every backend ends in the same run; Slurm's through stand-ins for srun and scontrol.
+"""Every backend gives the same run. Slurm's backend is tested with stand-ins for srun and scontrol.
 
-All of it in a folder with modules of the names that stack imports, with the variables of an outer launcher set, and on
-a terminal that knows ASCII alone.
+The commands run in a folder that has modules with the names of packages that stack imports, with the variables of an
+outer launcher set, and with an output that can only encode ASCII.
 """
 
 import os
@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-#: Starts the tasks of a step as srun does: one environment each, signals passed on, the highest exit code at the end.
+#: A stand-in for srun. It gives each task an environment of its own, passes signals on, and ends with the highest exit
+#: code.
 SRUN = """#!{python}
 import itertools, os, signal, subprocess, sys
 options = list(itertools.takewhile(lambda word: word.startswith("--"), sys.argv[1:]))
@@ -27,7 +28,7 @@ sys.exit(max(abs(task.wait()) for task in tasks))
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """An allocation of two hosts, both of them this one."""
+    """A Slurm allocation of two hosts, both of which are this host."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, text in {"srun": SRUN.format(python=sys.executable), "scontrol": "#!/bin/sh\necho localhost\n"}.items():
@@ -44,7 +45,7 @@ OUTER = {"LOCAL_WORLD_SIZE": "3", "LOCAL_SIZE": "3", "RANK": "7", "WORLD_SIZE": 
 
 @pytest.fixture(scope="module", autouse=True)
 def hostile(tmp_path_factory):
-    """The folder and the environment that the commands of this file run in."""
+    """The folder and the environment in which the commands of this file run."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "stack").mkdir()
     for name in ("psutil", "deepspeed", "torch", "transformers"):

@@ -1,4 +1,4 @@
-"""`stack doctor` as a user types it."""
+"""The command `stack doctor` on one host."""
 
 import subprocess
 from pathlib import Path

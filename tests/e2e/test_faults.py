@@ -1,4 +1,4 @@
-"""Whatever ends a run early: the exit code and FAILED.json say why, and no process is left."""
+"""When a run ends early, the exit code and FAILED.json say why, and no process is left."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ from tests.helpers.runs import STACK
 
 pytestmark = pytest.mark.ci
 
-#: Longer than any test waits.
+#: A run that is longer than any test waits.
 ENDLESS = {
     "train.steps": 1_000_000,
     "schedule.kind": "constant",
@@ -82,7 +82,7 @@ def test_a_run_directory_that_is_removed_ends_its_ranks(running):
 def test_a_rank_that_raises_is_named(start):
     command = start(ENDLESS)
     command.wait_for((command.run / "ranks/1").is_dir, "the folder of rank 1")
-    (command.run / "ranks/1/log.txt").mkdir()  # where it wants to write its log
+    (command.run / "ranks/1/log.txt").mkdir()  # the rank cannot write its log into a folder
 
     command.wait()
     assert_failed(command, 9, "IsADirectoryError", "log.txt", rank=1)
@@ -121,7 +121,7 @@ def test_a_rank_that_hangs_is_a_hang(running):
 
 def test_ctrl_c_again_and_again_leaves_nothing_behind(running):
     command = running({"launch.grace_s": 2, "checkpoint.every": 2, "checkpoint.async_save": False})
-    command.rank(1).suspend()  # does not see SIGTERM: only SIGKILL ends it
+    command.rank(1).suspend()  # a suspended process does not react to SIGTERM; only SIGKILL ends it
     for _ in range(5):
         command.send(signal.SIGINT)
         time.sleep(0.3)

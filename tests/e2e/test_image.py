@@ -1,4 +1,4 @@
-"""What launch/Dockerfile copies is enough to install `stack` from; its base image is not needed to see that."""
+"""The files that launch/Dockerfile copies are enough to install `stack`. The test does not need the base image."""
 
 import re
 import shutil
@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-#: Without the current folder as a place of modules.
+#: -P: Python does not import modules from the current folder.
 PYTHON = [sys.executable, "-P"]
 
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """The working folder of the image after the COPY lines."""
+    """A copy of the image's working folder, made by the COPY lines of the Dockerfile."""
     image = tmp_path / "image"
     for line in re.findall(r"^COPY (.*)$", (ROOT / "launch" / "Dockerfile").read_text(), re.MULTILINE):
         *names, place = line.split()
         for name in names:
             if (ROOT / name).is_dir():
-                # COPY copies what is in a folder, not the folder.
+                # COPY copies the content of a folder, not the folder itself.
                 shutil.copytree(ROOT / name, image / place, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 (image / place).mkdir(parents=True, exist_ok=True)

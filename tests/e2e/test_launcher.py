@@ -1,4 +1,4 @@
-"""The bare DeepSpeed launcher, without the driver."""
+"""A run that the `deepspeed` launcher starts, without `stack`'s driver."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The README's commands on a fresh clone, from every folder that a user may be in; only pip's cache is shared."""
+"""Runs the README's commands on a fresh clone, from several current folders. Only pip's cache is shared."""
 
 import os
 import re
@@ -24,8 +24,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *command: str) -> str:
-    """Runs a command as a user does, without this test's own environment, to its good end; returns its output."""
-    # `make test` may be what runs this test, and its own MAKELEVEL and MAKEFLAGS change what make prints.
+    """Runs a command without this test's own environment, checks that it succeeds, and returns its output."""
+    # If `make test` runs this test, its MAKELEVEL and MAKEFLAGS would change the output of make.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("VIRTUAL_ENV", "PYTHONPATH", "MAKE"))}
     done = subprocess.run(
         command, check=False, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -48,11 +48,11 @@ def test_make_train_then_make_test_on_a_fresh_clone(clone, tmp_path):
     assert re.search(r"^\s*2/2\s", output, re.MULTILINE), output
     [done] = clone.glob("runs/quickstart/*/DONE.json")
     assert (done.parent / "curve.png").exists()
-    # With two steps of training in it. Setting up, preparing the corpus and starting are the rest.
+    # The time contains installation, preparing the corpus, starting the ranks, and two steps of training.
     print(f"fresh clone to a finished run of two steps: {seconds:.0f} s")
     assert seconds < 360
     assert " passed" in run(clone, "make", "test", "TESTS=tests/unit/test_lr.py tests/unit/test_house.py")
-    # From other folders; the parent has a folder `stack` that is not the package.
+    # The commands also run from other folders. The parent folder contains a folder `stack` that is not the package.
     assert "ZeRO stage" in run(clone.parent, "make", "-C", clone.name, "plan")
     tiny = ["train.steps=1", "train.eval_every=0", "schedule.warmup_steps=0", "launch.ranks_per_node=2"]
     tiny.append(f"data.root={clone / 'data'}")

@@ -1,4 +1,4 @@
-"""What cannot work is refused in one line, before anything is started or made."""
+"""A wrong command is refused with one line, before a process is started or a file is written."""
 
 import resource
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.runs import STACK
 
-#: Overrides, exit code, words of the line. All are refused without torch, so in little time.
+#: Name -> (overrides, exit code, words of the message). All are refused before torch is imported.
 CASES = {
     "unknown key": ({"optim.lrr": 1}, 3, "did you mean optim.lr?"),
     "impossible layout": ({"parallel.pipeline": 3, "launch.ranks_per_node": 4}, 4, "does not divide 4 ranks"),
@@ -44,6 +44,6 @@ def test_a_closed_output_is_no_mistake(start):
 
 
 def _cpu_seconds() -> float:
-    """Of the finished children: what a command costs, however busy the machine is."""
+    """CPU time of the finished child processes, which does not depend on how busy the machine is."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

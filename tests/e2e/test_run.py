@@ -51,7 +51,7 @@ def test_a_run_leaves_all_its_files_and_no_process(pp2_dp2):
 def test_metrics_have_every_step_with_every_field(pp2_dp2):
     lines = (pp2_dp2.run / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    # Neither a mixture of experts nor fp16.
+    # The run has no mixture of experts and no fp16, so the fields of these are absent.
     always = {field.name for field in dataclasses.fields(StepRecord)} - {
         "heldout_loss", "router_aux_loss", "loss_scale", "checkpoint_stall_s", "checkpoint_write_s",
     }  # fmt: skip
@@ -101,7 +101,7 @@ def test_a_slow_end_of_rank_0_is_no_failure(start):
     command = start()
     rank = command.rank(1)
     wandb = command.find("wandb-core")
-    wandb.suspend()  # as an upload that takes its time
+    wandb.suspend()  # like an upload that takes long
     command.wait_for(lambda: not is_alive(rank), "the end of rank 1")
     with pytest.raises(subprocess.TimeoutExpired):
         command.wait(2)

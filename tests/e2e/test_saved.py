@@ -1,4 +1,4 @@
-"""A run that is asked to end saves first, ends with 75, and goes on where it was."""
+"""A run that is asked to end saves first, ends with exit code 75, and can be resumed from that step."""
 
 import os
 import re
@@ -18,9 +18,10 @@ from tests.helpers.pool import free_port
 from tests.helpers.runs import DEEPSPEED, STACK, Command
 
 SBATCH = Path(__file__).parents[2] / "launch" / "slurm" / "train.sbatch"
-#: Only what is asked for is saved.
+#: Checkpoints are so rare that only a request to end saves one.
 SELDOM = {**ENDLESS, "checkpoint.every": 1_000_000}
-#: Enough of Slurm for the script: tasks on one host, signals passed on, the highest exit code at the end.
+#: A stand-in for srun with the features that the script uses: it starts tasks on one host, passes signals on, and ends
+#: with the highest exit code.
 SRUN = """#!{python}
 import itertools, os, signal, subprocess, sys
 options = list(itertools.takewhile(lambda word: word.startswith("--"), sys.argv[1:]))
@@ -33,7 +34,7 @@ sys.exit(max(abs(task.wait()) for task in tasks))
 
 
 def assert_saved(command, run, *, last_s=30):
-    """The run's last row is of the step that was saved; returns that step."""
+    """Checks that the command ended after a save, and that the last row is of the saved step; returns the step."""
     assert command.wait(last_s) == 75, command.stdout + command.stderr
     command.assert_nothing_left(within_s=1)
     return step_saved(run)
@@ -127,7 +128,7 @@ def test_ranks_without_a_driver_save_too(running, tmp_path):
     master = ("--master_addr", "127.0.0.1", "--master_port", str(free_port()))
     bare = ("--hostfile", str(hostfile), "--no_ssh_check", *master, "--no_local_rank", "--module", "stack.train")
     command = running(command=(DEEPSPEED, *bare))
-    # The launcher of the host, which passes it on as when the host is to go away.
+    # SIGTERM goes to the launcher of the host, which passes it on to the ranks, as when the host is shut down.
     command.find("deepspeed.launcher.launch").terminate()
 
     command.wait(30)
@@ -152,7 +153,7 @@ def test_a_job_of_slurm_is_requeued_and_goes_on(tiny, tmp_path, monkeypatch):
 
     job = Command([*script, *as_overrides({**tiny, **SELDOM})], tmp_path)
     job.wait_for_step(3)
-    # As Slurm does ahead of the time limit: to the tasks, not to the script.
+    # Before a time limit Slurm sends the signal to the tasks, not to the script.
     for rank in (0, 1):
         job.rank(rank).terminate()
     step = assert_saved(job, job.run)

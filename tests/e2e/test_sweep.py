@@ -1,4 +1,4 @@
-"""A sweep of real runs: stopped in the middle, gone on with, and repeated."""
+"""A sweep of real runs is stopped, resumed and repeated."""
 
 import json
 import signal
@@ -11,7 +11,7 @@ from stack.observe.jsonl import read
 from tests.helpers.runs import STACK
 
 SWEEP = (STACK, "train", "-m")
-#: Long enough that Ctrl-C comes in the middle, however it is timed.
+#: Runs are so long that Ctrl-C reaches the sweep before they end.
 SETTINGS = {
     "optim.lr": "0.1,0.01",
     "train.steps": 100,
@@ -44,7 +44,7 @@ def test_a_sweep_is_stopped_gone_on_with_and_then_done(start, tmp_path):
     command.assert_nothing_left(within_s=5)
     ended = {row["job"]: row for row in rows(tmp_path)}
     assert {row["state"] for row in ended.values()} == {"done"}
-    # The slower one may have had no checkpoint yet.
+    # The slower job may have had no checkpoint when the sweep was stopped; then it starts again.
     assert {job for job, row in ended.items() if row["how"] == "resumed"} == kept
     assert all(ended[job]["run"] == stopped[job]["run"] for job in kept)
     for job, row in ended.items():

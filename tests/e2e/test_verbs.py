@@ -1,4 +1,4 @@
-"""The verbs on a finished run, one after another as a user comes to need them."""
+"""The verbs of `stack` on a finished run, in the order in which a user needs them."""
 
 import math
 import os
@@ -33,7 +33,7 @@ def heldout(output: str) -> float:
 
 @pytest.fixture(scope="module")
 def run(start_in, tmp_path_factory) -> Path:
-    """A finished run of four steps, and an export of it beside it."""
+    """A finished run of four steps, whose export is in `out(run)`."""
     command: Command = start_in(
         tmp_path_factory.mktemp("verbs"), {"train.steps": 4, "train.eval_every": 2, "checkpoint.every": 2}
     )
@@ -170,7 +170,7 @@ def test_a_run_at_work_is_left_alone_and_goes_on_after_a_kill(start, tmp_path):
     done = stack(tmp_path, "resume", command.run)
     assert done.returncode == 2
     assert f"is in use by process {command.process.pid} on host" in done.stderr
-    # The driver, with no time to say anything.
+    # SIGKILL ends the driver before it can tell the ranks.
     command.send(signal.SIGKILL)
     command.assert_nothing_left(within_s=10)
     steps = command.records()[-1].step

@@ -1,4 +1,4 @@
-"""Whatever W&B's server does, the run trains as if there were none, and is whole there in the end."""
+"""A run trains in the same way whatever the W&B server does, and `stack wandb-sync` uploads missing rows later."""
 
 import json
 import time
@@ -12,13 +12,13 @@ from tests.helpers.wandb_server import KEY, WandbServer
 
 TIMEOUT_S = 10
 ONLINE = {"log.wandb.mode": "online", "log.wandb.timeout_s": TIMEOUT_S, "log.wandb.project": "stack-test"}
-#: Training has ended long before W&B has had all of `TIMEOUT_S`, so that this is what a run takes longer with it.
+#: Seconds that a run with W&B may take longer than one without, in addition to `TIMEOUT_S`.
 SLACK_S = 15
 
 
 @pytest.fixture(scope="module")
 def launch(tiny, tmp_path_factory):
-    """`launch(settings, environment)` runs `stack train` and returns it with the seconds that it took."""
+    """`launch(settings, environment)` runs `stack train`, and returns the command and the seconds that it took."""
     commands = []
 
     def run(settings, environment=None):

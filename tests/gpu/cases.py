@@ -1,4 +1,4 @@
-"""What the ranks of the GPU tests run."""
+"""The functions that the ranks of the GPU tests run."""
 
 import warnings
 from datetime import timedelta
@@ -24,7 +24,7 @@ def engine_of(settings: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
 
 
 def run(settings: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Some steps: what `tests.numerics.compare` reads, and the bubble fractions."""
+    """Trains some steps. Returns the values that `tests.numerics.compare` reads, bubble fractions and the device."""
     cfg, _, mesh, engine = engine_of(settings)
     update, gradients = engine.rank_engine.step, {}
 
@@ -56,7 +56,8 @@ def _full(engine: Any, read: Any) -> dict[str, np.ndarray]:
 
 
 def peak(settings: dict[str, Any]) -> tuple[int, dict[str, int]]:
-    """Largest memory of two steps, without what was there before, and the plan's phases."""
+    """Peak GPU memory of the second of two steps, minus the memory that was allocated before, in bytes; and the memory
+    of each phase in the plan."""
     import gc
 
     import torch
@@ -75,7 +76,8 @@ def peak(settings: dict[str, Any]) -> tuple[int, dict[str, int]]:
 
 
 def waits(settings: dict[str, Any]) -> list[str]:
-    """Where the host waits for the device in the forwards and backwards of a step, as torch reports it."""
+    """The places (file:line) at which the host waits for the device in the forwards and backwards of a step, as torch
+    reports them."""
     import torch
 
     cfg, _, mesh, engine = engine_of(settings)
@@ -102,8 +104,8 @@ def waits(settings: dict[str, Any]) -> list[str]:
 
 
 def loss_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """Loss and gradients of one microbatch through the whole model as one stage, beside F.cross_entropy of the logits
-    that transformers' own forward gives."""
+    """Loss and gradients of one microbatch, once with the whole model as one stage (`ours`), once by F.cross_entropy of
+    the logits of transformers' own forward (`theirs`)."""
     import torch
     import torch.nn.functional as F
 

@@ -1,4 +1,4 @@
-"""What needs a GPU, skipped with the reason where there is none. `STACK_TEST_DEVICE=cpu` runs on the CPU what can."""
+"""Skips the GPU tests on a host without a GPU. `STACK_TEST_DEVICE=cpu` runs those that can run on a CPU."""
 
 import os
 from pathlib import Path
@@ -36,7 +36,7 @@ def device_ranks():
 
     def get(world_size: int) -> DevicePool:
         if world_size not in pools or not pools[world_size].alive:
-            # Only one at a time: each rank holds a CUDA context.
+            # Only one pool at a time, because each rank holds a CUDA context.
             for other in pools.values():
                 other.close()
             pools.clear()

@@ -1,4 +1,4 @@
-"""Ranks for the GPU tests: one on the GPU alone through NCCL, or several that share it through the staged group."""
+"""Ranks for the GPU tests: a single rank uses NCCL, several ranks share the GPU and use the staged group."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ from tests.helpers.pool import CASE_TIMEOUT_S, RankPool
 
 
 class DevicePool(RankPool):
-    """As `RankPool`, on `device`: `cuda`, or `cpu` to try the tests themselves."""
+    """A `RankPool` on `device`: `cuda`, or `cpu` to try the tests themselves."""
 
     def __init__(self, world_size: int, device: str):
         served = pool._serve
-        # The base class starts its processes with the function of that name.
+        # The base class starts its processes with the function `pool._serve`.
         pool._serve = _serve_cuda if device == "cuda" else _serve_cpu
         try:
             super().__init__(world_size)
@@ -36,7 +36,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, environment:
     os.environ.update(
         environment,
         RANK=str(rank),
-        # All on the first GPU.
+        # All ranks use the first GPU.
         LOCAL_RANK="0",
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",

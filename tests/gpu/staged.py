@@ -1,7 +1,7 @@
-"""A process group for several ranks on one GPU: NCCL refuses that, so each tensor goes through the host to gloo.
+"""A process group for several ranks on one GPU. NCCL refuses that, so each tensor is copied to the host for gloo.
 
-Nothing in `stack` knows of it: it is the default group before `zero.init_distributed`, which then keeps it. On a CPU
-it does the same copies, so that what it does is tested without a GPU.
+`stack` itself needs no change: the tests make this the default group before `zero.init_distributed`, which keeps an
+existing group. On a CPU the group makes the same copies, so that it is tested without a GPU.
 """
 
 from datetime import timedelta
@@ -15,7 +15,7 @@ NAME = "staged"
 
 
 def register() -> None:
-    """Makes the name known to torch in this process."""
+    """Registers the backend `staged` with torch in this process."""
     if not hasattr(dist.Backend, NAME.upper()):
         dist.Backend.register_backend(NAME, _make, devices=["cpu", "cuda"])
 
@@ -25,7 +25,7 @@ def _make(store: dist.Store, rank: int, size: int, timeout: timedelta) -> "Stage
 
 
 class _Done(dist._Work):
-    """A transfer that `finish` completes: for a receive, it brings the tensor to its place."""
+    """A transfer. `wait` calls `finish`, which for a receive copies the received data into the tensor."""
 
     def __init__(self, finish: Any = None):
         super().__init__()
@@ -48,7 +48,7 @@ class _Done(dist._Work):
 
 
 class StagedGroup(dist.ProcessGroup):
-    """Each collective copies its inputs to the host, runs there, waits, and copies its outputs back."""
+    """Each collective copies its inputs to the host, runs there with gloo, waits, and copies the outputs back."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
         super().__init__(rank, size)
@@ -119,7 +119,7 @@ class StagedGroup(dist.ProcessGroup):
             self._reduce_scatter_base(output, tensor, *options)
         return _Done()
 
-    # What torch 2.13 calls them.
+    # The names of these collectives in torch 2.13.
     all_gather_single = _allgather_base
     reduce_scatter_single = _reduce_scatter_base
     all_gather_single_coalesced = allgather_into_tensor_coalesced
@@ -132,7 +132,7 @@ class StagedGroup(dist.ProcessGroup):
     def send(self, tensors: list[torch.Tensor], to: int, tag: int) -> _Done:
         hosts = [tensor.detach().cpu().contiguous() for tensor in tensors]
         work = self._gloo.send(hosts, to, tag)
-        # The copies live until they have arrived.
+        # The copies are kept until the send is done.
         return _Done(lambda: (work.wait(), hosts.clear()))
 
     def recv(self, tensors: list[torch.Tensor], source: int, tag: int) -> _Done:

@@ -1,4 +1,4 @@
-"""A state on a device is saved from pinned copies while training goes on, and loaded bit for bit."""
+"""The state on a device is saved through pinned copies while training goes on, and loaded bit for bit."""
 
 import functools
 from typing import Any

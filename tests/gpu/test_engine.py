@@ -1,4 +1,4 @@
-"""The engine on a device: parity with one dense process, several ranks on it, its clock, its waits and its memory."""
+"""The engine on a device: parity with a dense process, several ranks on one device, clock, waits and peak memory."""
 
 import dataclasses
 from typing import Any
@@ -12,11 +12,11 @@ from tests.helpers.reference import dense_run
 from tests.helpers.tiny import tiny_config
 from tests.numerics.compare import BF16, against_dense, against_run
 
-#: fp32 on a GPU against a dense process on the CPU: other kernels add in another order.
+#: Tolerance for fp32 on a GPU against a dense process on the CPU, whose kernels add in another order.
 FP32 = 1e-4
-#: Losses in bf16 against those in fp32: 2**-8 a rounding.
+#: Tolerance for losses in bf16 against those in fp32; each rounding is up to 2**-8.
 ROUNDED = 2e-2
-#: Enough memory that the tiny parts of a run do not count.
+#: A model that needs so much memory that small buffers of a run do not matter.
 LARGE = {
     "shape__hidden_size": 1024, "shape__intermediate_size": 2816, "shape__num_hidden_layers": 8,
     "shape__num_attention_heads": 16, "shape__num_key_value_heads": 4, "shape__vocab_size": 16384,
@@ -98,7 +98,7 @@ def test_the_peak_is_the_planned_one(device_ranks, settings):
 
 
 def kernels_of() -> list[dict[str, Any]]:
-    """Each setting of the loss and of the fused kernels."""
+    """Each value of each key in the section `kernels`, as settings of `tiny_config`."""
     section = dataclasses.fields(Config().kernels)
     choices = {field.name: field.metadata.get("choices", ()) for field in section}
     return [{f"kernels__{name}": choice} for name, all_of in choices.items() for choice in all_of]

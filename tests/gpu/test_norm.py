@@ -1,4 +1,4 @@
-"""The gradient norm on a device is that of fp64, and makes no copy of a gradient in fp64."""
+"""The gradient norm on a device equals the norm in fp64, and no gradient is copied to fp64."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Skips with the reason where two hosts cannot be made; with STACK_REQUIRE_MULTINODE=1 that fails."""
+"""Skips these tests where two hosts cannot be made, and says why. With STACK_REQUIRE_MULTINODE=1 they fail instead."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from tests.helpers.runs import DEEPSPEED, STACK, Command
 from tests.multinode.hosts import Hosts, two_hosts, why_not
 
 Start = Callable[..., Command]
-#: One rank on each.
+#: Slots of a hostfile with one rank on each host.
 BOTH = {"host-a": 1, "host-b": 1}
 
 
@@ -26,9 +26,9 @@ def _able() -> None:
 
 @pytest.fixture(scope="session")
 def tiny() -> dict[str, object]:
-    """Overrides of a tiny run on a prepared corpus, two ranks, pp2, that pass through the shell of another host."""
+    """Overrides of a tiny run on a prepared corpus, on two ranks in two stages, safe in the shell of another host."""
     settings = tiny_settings()
-    # bash would expand the braces, and nothing but a space makes the launcher quote a word.
+    # DeepSpeed's launcher quotes only words with a space, so bash on the other host would expand the braces.
     shape = str(settings.pop("model.config")).strip("{}").split(",")
     settings |= {f"model.config.{name}": value for name, value in (field.split(":") for field in shape)}
     subprocess.run([STACK, "data", *as_overrides(settings)], check=True, capture_output=True)
@@ -48,7 +48,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 @pytest.fixture
 def start(hosts: Hosts, tiny: dict[str, object], tmp_path: Path) -> Iterator[Start]:
-    """`start({"key": value})` starts `stack train` on host-a: the tiny run, one stage on each host."""
+    """`start({"key": value})` starts `stack train` on host-a: the tiny run with one stage on each host."""
     started: list[Command] = []
 
     def start(settings: dict[str, object] | None = None) -> Command:
@@ -65,7 +65,7 @@ def start(hosts: Hosts, tiny: dict[str, object], tmp_path: Path) -> Iterator[Sta
 
 @pytest.fixture
 def start_bare(hosts: Hosts, tiny: dict[str, object], tmp_path: Path) -> Iterator[Start]:
-    """`start_bare({"host-a": 1, "host-b": 1}, {"key": value})` starts DeepSpeed's own command on host-a."""
+    """`start_bare({"host-a": 1, "host-b": 1}, {"key": value})` starts the `deepspeed` launcher itself on host-a."""
     started: list[Command] = []
 
     def start(slots: dict[str, int], settings: dict[str, object] | None = None) -> Command:

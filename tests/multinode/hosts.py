@@ -1,11 +1,11 @@
-"""Two hosts on this machine: each has its own network, name, processes and sshd; they share its files and its cores.
+"""Two hosts on this machine, each with its own network, host name, processes and sshd. They share files and cores.
 
 with two_hosts(folder) as hosts:
     hosts.run("host-a", ["ssh", "host-b", "hostname"])
 
-A host is a process, the first of its own process namespace, and has no name outside: when that process ends, or whoever
-started it, the kernel ends every process of the host and takes its network away. The machine's own network, sshd and
-files are never touched; ssh finds its settings, and programs the names of hosts, in mounts that only the hosts see.
+A host is a set of namespaces whose first process the test starts. When this process or the test ends, the kernel ends
+every process of the host and removes its network. The network, sshd and files of the machine itself are not changed:
+the settings of ssh and the names of hosts are in files that are mounted inside the hosts only.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import psutil
 
-#: Of a network that is reserved for examples.
+#: Addresses in the network 192.0.2.0/24, which is reserved for examples.
 ADDRESSES = {"host-a": "192.0.2.1", "host-b": "192.0.2.2"}
-#: The end of the cable, on both hosts.
+#: Name of the network interface that connects the hosts, on both of them.
 WIRE = "wire0"
 _PACKAGES = {
     "ip": "iproute2",
@@ -33,9 +33,10 @@ _PACKAGES = {
     "hostname": "hostname",
 }
 _NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid")
-#: setpriv: no host outlives the process that made it, however that ends.
+#: setpriv makes the kernel end a host when the process that made it ends in any way.
 _UNSHARE = ("setpriv", "--pdeathsig", "KILL", "unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc")
-#: The first process of a host. It takes in children that lost their parent, and ends with its standard input.
+#: The script of a host's first process. It adopts processes that lost their parent, and ends when its standard input is
+#: closed.
 _INIT = """
 set -e
 mount -t tmpfs tmpfs /run
@@ -75,7 +76,7 @@ _START_S = 20
 
 
 def why_not() -> str | None:
-    """What is missing here for two hosts, in words; None where nothing is."""
+    """Why two hosts cannot be made on this machine; None where they can."""
     missing = [package for tool, package in _PACKAGES.items() if not shutil.which(tool)]
     if missing:
         return f"two hosts need {', '.join(missing)}: apt-get install -y --no-install-recommends {' '.join(missing)}"
@@ -90,26 +91,26 @@ def why_not() -> str | None:
 
 @dataclass
 class Hosts:
-    """`host-a` and `host-b`, joined by one cable."""
+    """`host-a` and `host-b`, connected by one network cable (a veth pair)."""
 
     folder: Path
     _init: dict[str, psutil.Process] = field(default_factory=dict)
-    """The first process of each host, as it is seen from outside."""
+    """Name of a host -> its first process, with the process id that it has outside of the host."""
 
     @property
     def names(self) -> list[str]:
         return list(ADDRESSES)
 
     def on(self, host: str, command: Sequence[str], cwd: Path | None = None) -> list[str]:
-        """The command line that starts `command` on a host, in `cwd` or the folder of the hosts."""
+        """The command line that starts `command` on a host, in the folder `cwd`, or else in `folder`."""
         enter = ["nsenter", f"--target={self._init[host].pid}", *_NAMESPACES]
         return [*enter, "env", f"--chdir={cwd or self.folder}", *command]
 
     def run(self, host: str, command: Sequence[str], *, timeout_s: float = 20) -> str:
-        """Runs a command on a host to its end; returns what it printed.
+        """Runs a command on a host and returns its output.
 
         Raises:
-            AssertionError: it failed; what it printed is the message.
+            AssertionError: the command failed; the message has its output.
         """
         done = subprocess.run(
             self.on(host, command),
@@ -124,19 +125,19 @@ class Hosts:
         return done.stdout
 
     def hostfile(self, slots: Mapping[str, int]) -> Path:
-        """A hostfile of DeepSpeed's, {"host-a": 1, "host-b": 1}."""
+        """Writes a hostfile with these slots, such as {"host-a": 1, "host-b": 1}, and returns its path."""
         path = self.folder / "hostfile"
         path.write_text("".join(f"{host} slots={number}\n" for host, number in slots.items()))
         return path
 
     def write_names(self, names: Mapping[str, str]) -> None:
-        """Gives both hosts an /etc/hosts with these names and addresses, and no others."""
+        """Gives both hosts an /etc/hosts that has localhost and these names with their addresses."""
         lines = "".join(f"{address} {name}\n" for name, address in {"localhost": "127.0.0.1", **names}.items())
-        # The same file as before, since that one is mounted.
+        # Overwritten in place, because this very file is mounted.
         (self.folder / "hosts").write_text(lines)
 
     def processes(self, host: str, word: str = "") -> list[psutil.Process]:
-        """Live processes of a host, with `word` in their command line; without its first process and sshd."""
+        """The live processes of a host that have `word` in their command line, without its first process and sshd."""
         init, found = self._init[host], []
         for process in psutil.process_iter(["name", "cmdline", "status"]):
             with contextlib.suppress(OSError):
@@ -147,27 +148,27 @@ class Hosts:
         return found
 
     def start_sshd(self, host: str) -> None:
-        """Returns once it listens."""
+        """Starts sshd on a host, and waits until it listens."""
         config, pid_file = self.folder / f"{host}.sshd_config", self.folder / f"{host}.pid"
         config.write_text(_SSHD_CONFIG.format(address=ADDRESSES[host], folder=self.folder, name=host))
         self.run(host, [str(shutil.which("sshd")), "-f", str(config), "-E", str(self.folder / f"{host}.sshd.log")])
         _wait_for(pid_file.exists, f"sshd on {host}")
 
     def stop_sshd(self, host: str) -> None:
-        """New connections are then refused; those that are open stay."""
+        """Stops sshd on a host. New connections are then refused; open connections stay."""
         pid_file = self.folder / f"{host}.pid"
         self.run(host, ["kill", pid_file.read_text().strip()])
-        # sshd removes it when it has closed its socket.
+        # sshd removes the file after it has closed its socket.
         _wait_for(lambda: not pid_file.exists(), f"the end of sshd on {host}")
 
     def cut(self, host: str = "host-b") -> None:
-        """Pulls the cable out. Nobody is told: packets are lost."""
+        """Cuts the network cable: packets are lost, and connections stay open without an error."""
         self.run(host, ["ip", "link", "set", WIRE, "down"])
 
-    # Making and ending them.
+    # Making and ending the hosts.
 
     def _start(self, host: str) -> subprocess.Popen:
-        """Starts the first process of a host, which ends with its standard input."""
+        """Starts the first process of a host. It ends when its standard input is closed."""
         unshare = subprocess.Popen(
             [*_UNSHARE, "bash", "-c", _INIT, "init", host],
             cwd=self.folder,
@@ -183,10 +184,10 @@ class Hosts:
         return unshare
 
     def _connect(self) -> None:
-        """The cable lies between the two; the machine's own network never has an end of it."""
+        """Connects the hosts by a veth pair. Neither end is ever in the machine's own network namespace."""
         [(first, _), (_, second)] = self._init.items()
         ends = ["type", "veth", "peer", "name", WIRE, "netns", str(second.pid)]
-        # Not through `run`: inside a host the other's process id means nothing.
+        # Not through `run`, because the process id of the other host is not valid inside a host.
         enter = ["nsenter", f"--target={self._init[first].pid}", "--net"]
         subprocess.run([*enter, "ip", "link", "add", WIRE, *ends], check=True, capture_output=True)
         for host, address in ADDRESSES.items():
@@ -196,11 +197,11 @@ class Hosts:
 
 @contextlib.contextmanager
 def two_hosts(folder: Path) -> Iterator[Hosts]:
-    """Makes the hosts; at the end, also after a failure, nothing is left of them but files in `folder`."""
+    """Makes the hosts for a `with` block. At its end, also after a failure, only files in `folder` are left."""
     hosts = Hosts(folder)
     hosts.write_names(ADDRESSES)
     (folder / "ssh_config").write_text(_SSH_CONFIG.format(folder=folder))
-    # sshd lets nobody in whose account is locked, as root's is on some systems.
+    # sshd refuses locked accounts, and on some systems root's account is locked.
     (folder / "shadow").write_text("root:*:20000:0:99999:7:::\n")
     keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key")]
     subprocess.run(keygen, check=True, stdin=subprocess.DEVNULL, capture_output=True)
@@ -215,7 +216,7 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
 
 
 def _end(unshare: subprocess.Popen, init: psutil.Process) -> None:
-    """Ends a host. Its first process is gone only when all its processes are."""
+    """Ends a host, and waits until all of its processes have ended: the first process ends last."""
     with contextlib.suppress(psutil.NoSuchProcess):
         init.kill()
     unshare.wait(_START_S)

@@ -1,4 +1,4 @@
-"""A run over two hosts, started with the launcher itself on one of them, and what becomes of it when a host fails."""
+"""Runs over two hosts that the `deepspeed` launcher itself starts on one of them, also with failures of a host."""
 
 import os
 import subprocess
@@ -93,7 +93,7 @@ def test_a_second_host_that_cannot_be_reached_is_named(start_bare, hosts, tmp_pa
         hosts.stop_sshd(other)
     else:
         other = "host-x"
-    # The ranks of host-a wait for those of a host that never come.
+    # The ranks of host-a wait in vain for those of the other host.
     command = start_bare({"host-a": 1, other: 1}, {**ENDLESS, "health.hang_timeout_s": 1})
 
     assert command.wait() == 255, command.stdout + command.stderr

@@ -1,4 +1,4 @@
-"""`stack doctor` on two hosts. The faults that it shares with `stack train` are in test_driver.py."""
+"""`stack doctor` on two hosts. test_driver.py tests the faults that `stack train` finds too."""
 
 import subprocess
 from pathlib import Path
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.ci
 
 @pytest.fixture
 def doctor(hosts: Hosts, tiny: dict[str, object], tmp_path: Path):
-    """`doctor("--parity")` runs on host-a."""
+    """`doctor("--parity")` runs `stack doctor --parity` on host-a."""
 
     def run(*flags: str):
         own = {**tiny, "run.root": tmp_path / "runs", "launch.hostfile": hosts.hostfile(BOTH)}

@@ -1,4 +1,4 @@
-"""`stack train` over two hosts: equal to one host, and the culprit named when a host fails."""
+"""`stack train` over two hosts gives the same run as on one host, and names the host or rank that fails."""
 
 import signal
 import time
@@ -12,7 +12,7 @@ from tests.multinode.conftest import as_overrides
 
 pytestmark = pytest.mark.ci
 
-#: Longer than any test waits; a hang must not be how a fault is found.
+#: The run and the hang timeout are longer than any test waits, so that a fault must be found in another way.
 ENDLESS = {
     "train.steps": 1_000_000,
     "schedule.kind": "constant",
@@ -81,7 +81,7 @@ def no_name(hosts, _folder):
 
 
 def another_version(hosts, folder):
-    """A file that only host-b sees."""
+    """Gives transformers another version on host-b, by a file that is mounted there only."""
     metadata = Path(str(distribution("transformers").locate_file(f"transformers-{version('transformers')}.dist-info")))
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.0\n")
     hosts.run("host-b", ["mount", "--bind", str(folder / "METADATA"), str(metadata / "METADATA")])
@@ -135,7 +135,7 @@ def test_a_cut_cable_names_the_host_that_is_gone(running, hosts):
 
     # ssh waits 15 s for an answer.
     assert_failed(running, "host-b could not be reached, or was lost", kind="HostError", within_s=30)
-    # What was cut off has waited 30 s for a word of the driver.
+    # The processes on host-b end after 30 s without a message of the driver.
     assert_nothing_left(hosts, within_s=30)
 
 

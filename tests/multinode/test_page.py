@@ -1,4 +1,4 @@
-"""The commands of docs/multinode.md, as they stand there, between two hosts."""
+"""Runs the commands of docs/multinode.md, as written there, between two hosts."""
 
 import os
 import re
@@ -21,7 +21,8 @@ COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.star
 
 @pytest.fixture
 def run(hosts, tiny, tmp_path):
-    """Runs a line in a shell of host-a, with hosts and folders of the test, and a tiny model in place of the recipe."""
+    """Runs a line in a shell on host-a, with the hosts and folders of the test and a tiny model instead of the
+    recipe."""
     names = {"node-0 slots=8": "host-a slots=1", "node-1 slots=8": "host-b slots=1"}
     hostfile = re.sub("|".join(names), lambda found: names[found[0]], HOSTFILE)
     assert hostfile.splitlines() == list(names.values())

@@ -1,4 +1,4 @@
-"""What `activation.checkpoint=selective` keeps is not computed again in the backward."""
+"""`activation.checkpoint=selective` keeps the expensive operations, so the backward does not compute them again."""
 
 from collections import Counter
 from typing import Any
@@ -13,12 +13,12 @@ from stack.parallel.activation import apply_checkpointing
 from stack.plan.layout import make_plan
 from tests.helpers.tiny import FAMILIES, family_settings, global_batch, tiny_config
 
-#: Operations whose results are expensive: products, also of all experts at once, and attention.
+#: Expensive operations: matrix products, also of all experts at once, and attention.
 _EXPENSIVE = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu")
 
 
 class _Calls(TorchDispatchMode):
-    """Counts the operations that are really computed, by name."""
+    """Counts how often each operation is computed, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class _Calls(TorchDispatchMode):
 
 
 def _calls(family: str, checkpoint: str) -> Counter[str]:
-    """Of a forward and a backward of one stage."""
+    """The number of calls of each operation in a forward and a backward of one stage."""
     settings = {**family_settings(family, tied=False), "shape__num_hidden_layers": 2}
     cfg = tiny_config(**settings, parallel__pipeline=1, parallel__zero=0, activation__checkpoint=checkpoint)
     [stage] = build_stages(cfg, make_plan(cfg, 1), 0, device=torch.device("cpu"))
@@ -65,7 +65,7 @@ def _kept(dropout: float, operation: Any) -> bool:
 
 @pytest.fixture
 def flash():
-    """An operation as flash-attention registers its own."""
+    """An operation that is registered in the way of flash-attention's operations."""
     with torch.library._scoped_library("flash_attn", "FRAGMENT") as library:
         library.define("_flash_attn_varlen_forward(Tensor q, Tensor k, Tensor v) -> Tensor")
         yield torch.ops.flash_attn._flash_attn_varlen_forward.default
@@ -76,7 +76,7 @@ def test_flash_attention_is_kept(flash):
 
 
 def test_attention_that_draws_random_numbers_is_computed_again(flash):
-    # An operation that is not run again does not advance the generator: the dropouts after it would draw others.
+    # If attention were not run again, the generator would not advance, and later dropouts would draw other numbers.
     attention = torch.ops.aten._scaled_dot_product_flash_attention.default
     assert torch.Tag.nondeterministic_seeded in attention.tags
     assert _kept(0.0, attention)

@@ -1,4 +1,4 @@
-"""What an agent sees of its ranks, whom it asks to save, and what they inherit."""
+"""The agent of a host: its reports on ranks, its requests to save, and the environment of the ranks."""
 
 import os
 import signal
@@ -103,7 +103,7 @@ def test_files_of_ranks_that_live_are_looked_at_seldom(run, process, monkeypatch
     monkeypatch.setattr(disk, "read_regular", lambda path: looks.append(path) or read(path))
     for _ in range(10):
         assert watch.report().ranks == []
-    # Once for both: who they are, and whether they failed.
+    # For each of the two ranks one look at its identity and one at its failure.
     assert len(looks) == 4, looks
 
 

@@ -1,4 +1,4 @@
-"""The driver's hold on an agent that is not well: nothing that an agent does, or does not, blocks the driver."""
+"""An agent that hangs, is silent or writes too much never blocks the driver."""
 
 import json
 import os
@@ -22,7 +22,7 @@ REPORT = json.dumps({"report": asdict(Report("host", 2, [], 1))})
 
 @pytest.fixture
 def start(monkeypatch, tmp_path) -> Iterator:
-    """`start(script)`: an agent that is a shell script."""
+    """`start(script)` starts a shell script in the place of an agent."""
     started: list[Agent] = []
 
     def start(script: str) -> Agent:
@@ -99,7 +99,7 @@ def test_an_agent_whose_host_hangs_is_named(start, monkeypatch):
 def test_a_driver_that_was_suspended_hears_first_what_was_said_meanwhile(start):
     agent = start("echo; exec sleep 60")
     until(agent._heard.is_set)
-    # It slept an hour, and nobody has read the pipe yet.
+    # An hour has passed, but the driver has not read the pipe in the meantime, so the agent does not count as silent.
     assert agent.silent(3600.0) is None
     agent._heard.set()
     assert agent.silent(3600.0) is None
@@ -115,7 +115,7 @@ def test_two_threads_of_an_agent_never_cut_each_others_lines():
     os.close(write)
     with open(read) as file:
         assert [json.loads(line) for line in file if line.strip()] == [long]
-    # Nobody reads any more.
+    # The reader is gone; `say` must not raise.
     voice.say(long)
 
 

@@ -1,4 +1,4 @@
-"""What is done beside a running step, and in which order."""
+"""The order of starting steps, reading results, and making batches."""
 
 import threading
 
@@ -8,7 +8,7 @@ from stack.train.ahead import Prefetch, results
 
 
 class Step:
-    """A step that says when it was started and when it was asked for its result, and is its own result."""
+    """A step that records when it is started and when its result is read. It is its own result."""
 
     def __init__(self, number: int, seen: list[str]):
         self.number, self.stop, self._seen = number, False, seen
@@ -21,10 +21,12 @@ class Step:
 
 
 def run(*, ahead: bool, settle_after: int | None = None, first: int = 0, asked_at: int | None = None) -> list[str]:
-    """What happened, for steps up to 3.
+    """The recorded events of steps `first` to 3.
 
     Args:
-        asked_at: the number of results that there are when the end is asked for.
+        ahead, settle_after: as of `results`.
+        first: number of the first step.
+        asked_at: number of results after which the end is requested.
     """
     seen: list[str] = []
     for result, last in results(
@@ -57,7 +59,7 @@ def test_asked_to_end_it_ends_with_the_step_that_is_running():
 
 
 def test_ahead_it_ends_with_the_step_that_was_started_already():
-    # Asked when the result of step 1 is read: step 2 is on the device, and its state is what can be saved.
+    # The end is requested when the result of step 1 is read. Step 2 is already on the device, so the run ends with it.
     assert run(ahead=True, asked_at=1)[-5:] == ["result 1", "row 1", "result 2", "row 2", "last"]
     assert "start 3" not in run(ahead=True, asked_at=1)
 

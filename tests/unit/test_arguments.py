@@ -1,4 +1,4 @@
-"""Which words of a verb are paths, and which run a path means."""
+"""How the words after a verb are read: as paths, and as the runs to which paths lead."""
 
 import shlex
 
@@ -21,7 +21,7 @@ def _here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def make(tmp_path):
-    """`make(name)` is a run of that name which has saved nothing; `kind` makes it an evaluation or a check."""
+    """`make(name)` makes a run of that name without checkpoints; `kind` makes it an evaluation or a check."""
     corpus = tmp_path / "corpus"
     (corpus / "tokenizer").mkdir(parents=True)
 
@@ -76,7 +76,7 @@ def test_a_folder_that_is_there_is_a_path_whatever_its_name(name, tmp_path):
 def test_every_verb_finds_a_run_whatever_its_name(make, capsys, name, verb, tmp_path):
     run = make(name)
     words = [verb, str(run.path.relative_to(tmp_path)), *(["out/lr=0.001/m"] if verb == "export" else [])]
-    # It gets as far as the checkpoints, which this run does not have.
+    # The verb accepts its words and fails later, because the run has no checkpoint.
     assert main(words) == 6
     assert "checkpoint" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""What the word auto stands for, and the recipe for fine-tuning."""
+"""The values that replace `auto`, and the recipe for fine-tuning."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.unit.test_rotary import SIZES
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model folder as far as a config looks into one."""
+    """A model folder with the files that composing a config reads."""
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES}))

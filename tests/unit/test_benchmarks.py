@@ -1,4 +1,4 @@
-"""The harness around the benchmarks: overrides, pages, exponents, pictures. No contestant runs here."""
+"""The harness around the benchmarks: overrides, pages, exponents, pictures. No benchmark is run."""
 
 import json
 
@@ -110,7 +110,7 @@ def test_the_picture_of_scaling_is_drawn(tmp_path):
 
 
 def _results():
-    """Two comparisons, one of them with two entries."""
+    """Results of two comparisons, one of which has two entries."""
     made = []
     for comparison, entry in (("fsdp2", "zero3"), ("plain_zero3", "zero3"), ("plain_zero3", "zero3, least memory")):
         side = {"loss": 5.0, "load_before": 1.0, "cpu_s_per_step": 2.0, "peak_mib": [500, 510]}

@@ -1,4 +1,4 @@
-"""Which error of a chain is told, and what helps where memory ran out."""
+"""The choice of the error to report in a chain of errors, and the advice when memory runs out."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Time
 
 
 def wrapped(inner: BaseException) -> RuntimeError:
-    """As torch's pipelining does it."""
+    """An error wrapped in the way of torch's pipelining."""
     try:
         try:
             raise inner

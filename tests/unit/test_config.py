@@ -1,4 +1,4 @@
-"""The config surface: what composes, what is refused and in which words, and what the keys are."""
+"""The config: which configs compose, which are refused with which message, and the list of keys."""
 
 import dataclasses
 import json
@@ -30,10 +30,10 @@ CHOICES = sorted(
     for file in (REPO / "conf").glob("*/*.yaml")
     if file.parent.name != "experiment" and file.stem != "folder"
 )
-#: What a choice needs beside it to be whole.
+#: Choice in a group -> the overrides that it needs in addition.
 NEEDS = {"data=files": ["data.paths=[corpus/*.jsonl]"], "optim=sgd": ["optim.lr=0.1"]}
 RECIPE_NEEDS = {"finetune": ["model=llama_4m", "model.init=scratch", "data=python_stdlib"]}
-#: Imports that cost seconds; a wrong config must not pay for them.
+#: Packages whose import takes seconds. A wrong config must be refused without importing them.
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "wandb", "numpy")
 
 
@@ -181,7 +181,7 @@ train.steps=${run.name} -> train.steps=run | an integer is needed, for example 1
 
 
 def bad_rows() -> list[tuple[str, str]]:
-    """(override, message); the message starts with the override, or with what follows an arrow."""
+    """Pairs of an override and its message. The message begins with the override, or with the text after an arrow."""
     rows = []
     for line in BAD.strip().splitlines():
         if not line.startswith("#"):
@@ -431,7 +431,8 @@ def test_the_schema_allows_its_own_defaults() -> None:
 
 
 def test_the_surface_changes_only_on_purpose() -> None:
-    """`UPDATE_GOLDENS=1 pytest tests/unit/test_config.py` rewrites it; the change needs a CHANGELOG line."""
+    """`UPDATE_GOLDENS=1 pytest tests/unit/test_config.py` rewrites the golden file. A change needs a line in
+    CHANGELOG.md."""
     defaults = dict(_flat(dataclasses.asdict(Config())))
     lines = []
     for path, spec in leaves(schema_tree()):
@@ -472,7 +473,7 @@ def test_a_fresh_process_refuses_in_under_two_seconds() -> None:
 
 
 def test_an_installed_wheel_finds_its_conf(tmp_path: Path) -> None:
-    """A wheel has `conf/` as `stack/conf` (pyproject's package-dir)."""
+    """In a wheel `conf/` is `stack/conf` (package-dir in pyproject.toml)."""
     ignore = shutil.ignore_patterns("__pycache__")
     for part in ("config", "errors.py", "__init__.py"):
         source, target = REPO / "stack" / part, tmp_path / "stack" / part

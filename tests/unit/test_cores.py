@@ -1,4 +1,4 @@
-"""How the ranks of a host share its cores."""
+"""How the cores of a host are divided among its ranks."""
 
 import os
 
@@ -20,7 +20,7 @@ def test_more_ranks_than_cores_are_left_to_the_scheduler():
 
 @pytest.fixture
 def bound(monkeypatch):
-    """The shares that were taken on a host of four cores."""
+    """A list of the core sets to which ranks bind themselves on a simulated host of four cores."""
     taken = []
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)

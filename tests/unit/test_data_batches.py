@@ -1,4 +1,5 @@
-"""The data order is one order, whatever the layout; every sequence comes once an epoch; every target is counted."""
+"""The order of the data does not depend on the layout, an epoch has every sequence once, and all targets are
+counted."""
 
 import json
 from pathlib import Path
@@ -43,7 +44,7 @@ def batches(split: Split, **fields) -> Batches:
 
 
 def whole(source: Batches, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """The global batch as (input_ids, labels), each [global_size, seq_len], put together from all replicas."""
+    """The global batch of all replicas as (input_ids, labels), each [global_size, seq_len]."""
     return joined([source.train(step, replica) for replica in range(source.replicas)])
 
 
@@ -54,14 +55,14 @@ def joined(parts: list[Batch]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def expected(split: Split, pack: bool, sequence: int) -> list[int]:
-    """The tokens of a sequence, its last target included, read in the plainest way."""
+    """The tokens of a sequence, its last target included, by a simple definition."""
     if pack:
         return split.read(sequence * SEQ_LEN, (sequence + 1) * SEQ_LEN + 1).tolist()
     return split.document(sequence)[: SEQ_LEN + 1].tolist()
 
 
 def expected_labels(split: Split, pack: bool, sequence: int) -> list[int]:
-    """The targets of a sequence: none where a document's last token stands."""
+    """The labels of a sequence, with `IGNORE` for the last token of a document."""
     tokens = expected(split, pack, sequence)
     if not pack:
         return tokens[1:]
@@ -82,7 +83,8 @@ def test_rows_are_the_sequences_of_the_order(split, pack):
 
 
 def test_the_end_of_a_document_has_no_target(split):
-    """In every sequence of the epoch, at the first and the last position too: a target is in its token's document."""
+    """In every sequence of the epoch, at the first and the last position too, a target is in the same document as its
+    token."""
     source = batches(split)
     ends = np.isin(np.arange(source.num_sequences * SEQ_LEN), split.starts - 1).reshape(-1, SEQ_LEN)
     for sequence in range(source.num_sequences):
@@ -152,7 +154,7 @@ def test_packed_targets_of_an_epoch_are_the_stream(split):
     assert source.num_sequences == (split.num_tokens - 1) // SEQ_LEN
     targets = [source.heldout(sequence, 1, 0).labels[0, 0] for sequence in range(source.num_sequences)]
     stream = split.read(1, 1 + source.num_sequences * SEQ_LEN)
-    # But for the first token of each document.
+    # The first token of each document is no target.
     stream[split.starts[1:][split.starts[1:] <= len(stream)] - 1] = IGNORE
     np.testing.assert_array_equal(np.concatenate(targets), stream)
 
@@ -217,7 +219,7 @@ def test_permutation_puts_every_item_everywhere():
     counts = np.zeros((5, 5))
     for epoch in range(2000):
         counts[np.arange(5), Permutation(5, seed=0, epoch=epoch)(np.arange(5))] += 1
-    assert np.abs(counts - 400).max() < 100  # five standard deviations are 90
+    assert np.abs(counts - 400).max() < 100  # 90 is five standard deviations
     near = Permutation(100_000, seed=0, epoch=0)(np.arange(100_000))
     assert abs(np.corrcoef(near[:-1], near[1:])[0, 1]) < 0.02
 

@@ -1,4 +1,4 @@
-"""A damaged or crafted corpus is named in one line, whenever that happens, and the advice repairs it."""
+"""A damaged or crafted corpus is refused with one line at any time, and the advice in the line repairs it."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_damage_that_happens_while_a_corpus_is_read_names_the_file(tmp_path, nam
         split.read(0, 5)
     damage(folder / "train/tokens-00000.bin")
     if opened_before and name == "gone":
-        split.read(0, split.num_tokens)  # the open file is there
+        split.read(0, split.num_tokens)  # a removed file can be read while it is open
         return
     with pytest.raises(DataError, match=f"tokens-00000.bin is damaged .*{words}.*; remove .* and run `stack data`"):
         split.read(0, split.num_tokens)
@@ -136,7 +136,7 @@ def test_verify_finds_a_flipped_bit_and_its_advice_repairs_it(tmp_path, capsys, 
     content = bytearray(shard.read_bytes())
     content[5] ^= 1
     shard.write_bytes(content)
-    assert prepare(cfg, seed=SEED) == folder  # looks at sizes alone
+    assert prepare(cfg, seed=SEED) == folder  # compares sizes only
     with pytest.raises(DataError, match=f"{shard} has changed .*; remove {folder} and run `stack data`"):
         shards.verify(cfg, seed=SEED)
     shutil.rmtree(folder)

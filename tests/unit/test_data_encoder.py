@@ -1,4 +1,4 @@
-"""What a special token in a text means, and what begins a document, for every kind of tokenizer."""
+"""Special tokens in a text, and the tokens that begin a document, with many kinds of tokenizers."""
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
@@ -22,7 +22,7 @@ def test_parse_is_what_transformers_does_and_text_gives_no_special_token(name):
     parse, text = (Encoder(hf, special_tokens=how) for how in ("parse", "text"))
     assert parse.encode(SPELLED) == hf(SPELLED, add_special_tokens=False)["input_ids"]
     special = set(hf.all_special_ids) | {i for i, token in hf.added_tokens_decoder.items() if token.special}
-    # A letter that the vocabulary lacks is an unknown token in either case.
+    # A letter that the vocabulary lacks gives the unknown token with both settings.
     assert not set(sum(text.encode(SPELLED), [])) & (special - {hf.unk_token_id})  # noqa: RUF017
     assert text.encode(SPELLED[3:]) == parse.encode(SPELLED[3:])
     other = hf.convert_tokens_to_ids("<user>")

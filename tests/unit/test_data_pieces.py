@@ -1,4 +1,4 @@
-"""A document that is tokenized in pieces has the tokens of the whole, for every kind of tokenizer."""
+"""A document that is tokenized in pieces has the same tokens as the whole document, with many kinds of tokenizers."""
 
 from itertools import chain
 

@@ -1,4 +1,4 @@
-"""Preparation: the same corpus every time, whatever interrupts it, and no damaged one is ever taken for whole."""
+"""`stack data` makes the same corpus every time, also after interruptions. A damaged corpus never counts as whole."""
 
 import errno
 import fcntl
@@ -151,10 +151,10 @@ def test_a_document_has_the_tokens_of_the_tokenizer_and_the_end(tmp_path, capsys
         )
         splits = [opened.split(name) for name in ("train", "heldout")]
         stored[how] = sorted(split.document(n).tolist() for split in splits for n in range(split.num_documents))
-        # What no document holds needs no embedding, such as the pad token that was added last.
+        # An added token that no document holds needs no embedding, such as the pad token, which was added last.
         assert opened.vocab_size == (len(hf) - 1 if how == "parse" else len(hf) - 2)
     end = [hf.eos_token_id]
-    # The first document spells the beginning itself, and has it once.
+    # The first document already begins with the tokenizer's first token, and gets no second one.
     begun = [hf(chats[0], add_special_tokens=False)["input_ids"], *hf(chats[1:])["input_ids"]]
     assert stored["parse"] == sorted(ids + end for ids in begun)
     assert all(document[0] == hf.bos_token_id for document in stored["text"])
@@ -231,7 +231,7 @@ def test_without_locks_each_prepares_for_itself_and_the_first_one_counts(tmp_pat
     write = manifest.write
 
     def write_second(*arguments):
-        # Another process ends while this one is about to.
+        # Another process finishes the same corpus just before this one.
         write(*arguments)
         monkeypatch.setattr(manifest, "write", write)
         prepare(cfg, seed=SEED, progress=False)
@@ -272,6 +272,6 @@ def test_large_vocabularies_take_four_bytes_a_token(tmp_path):
     assert opened.vocab_size == 70_001
     splits = [opened.split(name) for name in ("train", "heldout")]
     stored = [split.document(number).tolist() for split in splits for number in range(split.num_documents)]
-    # Three documents: the blank one has no token, so it is no document.
+    # Three documents are stored: the blank one has no token and is left out.
     assert sorted(stored) == [[2, 70_000, 1], [70_000, 1], [70_000, 70_000, 1]]
     assert np.diff(splits[0].starts).min() >= 2

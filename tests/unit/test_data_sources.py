@@ -1,4 +1,4 @@
-"""Every source gives its documents in a fixed order, and every wrong setting gives one line that names a fix."""
+"""Every source gives its documents in a fixed order, and a wrong setting is refused with one line that names a fix."""
 
 import bz2
 import gzip
@@ -175,7 +175,7 @@ def test_every_format_also_compressed(tmp_path, codec):
         "f.FOO": "foo",
     }
     for name, content in contents.items():
-        # Two parts, as `cat a.gz b.gz` makes them.
+        # Each file consists of two compressed parts, like the output of `cat a.gz b.gz`.
         middle = len(content) // 2
         parts = [content[:middle], content[middle:]]
         (tmp_path / f"{name}{codec}").write_bytes(b"".join(COMPRESS[codec](part.encode()) for part in parts))
@@ -226,7 +226,7 @@ def test_what_is_not_read_is_named(tmp_path):
             "1 read under another name, 1 without an ending, 1 .docx.gz "
             "(data.extensions=[.EXT] reads plain text of another ending)"
         )
-        # Neither does a glob wait for a pipe, nor go round in a circle.
+        # A glob does not wait for a pipe either, and does not follow links in a circle.
         assert list(documents(files(tmp_path / "**/*.txt"))) == ["a.txt", "sub/e.txt"]
         assert list(documents(files(tmp_path / "*"))) == ["a.txt", "sub/e.txt"]
         for name, reason in (("f.txt", "neither a file"), ("h.txt", "neither a file"), ("g.txt", "does not exist")):

@@ -1,4 +1,5 @@
-"""A BPE of exactly the asked size, the same every time, and any other Hugging Face tokenizer with an eos token."""
+"""A learnt BPE has exactly the requested size and is the same every time; any Hugging Face tokenizer with an eos token
+works."""
 
 import json
 import os
@@ -110,7 +111,7 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path, monkeypatch):
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
     wish = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(wish))
-    # Whoever would be asked would agree.
+    # Fails if transformers asks on the terminal whether to run the code.
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
     with pytest.raises(DataError, match=r"needs Python code of its own, and code .* is never run here") as caught:
         tokenizer.load_or_train(Data(tokenizer=str(folder)), [], tmp_path / "out")
@@ -124,7 +125,7 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path, name, content):
     folder = word_tokenizer(tmp_path / "in", eos_token="</s>")
     (tmp_path / "in" / name).write_text(content, encoding="latin-1")
     if (name, content) == ("tokenizer_config.json", '{"model": {}}'):
-        return  # it says nothing, and that is no damage
+        return  # this content sets nothing, and is not damage
     with pytest.raises(DataError, match=r"data\.tokenizer=") as caught:
         tokenizer.load_or_train(Data(tokenizer=folder), [], tmp_path / "out")
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""A corpus fits a pretrained model only if its ids mean the same tokens."""
+"""A corpus fits a pretrained model only if its token ids stand for the same tokens."""
 
 import json
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_older_layouts_of_a_model_folder_are_compared(model, tmp_path, layout):
     else:
         sentencepiece(older, "bpe")
         load_or_train(Data(tokenizer=str(older)), [], same)
-        # Neither has what transformers adds to a llama's.
+        # The tokenizer of the corpus is saved as tokenizer.json, so two layouts are compared.
         assert (same / "tokenizer.json").is_file()
     check_vocabulary(same.parent, older)
     with pytest.raises(DataError, match=r"another vocabulary than that of .*older"):

@@ -1,4 +1,4 @@
-"""Files are whole or not there, also on a full disk, and what is read may be anything."""
+"""Files are written whole or not at all, also on a full disk, and damaged input raises the documented errors."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +49,7 @@ def test_reserved_room_is_used_without_a_new_byte(tmp_path):
     disk.reserve(tmp_path)
     with no_room_beyond(0), pytest.raises(OSError, match="File too large"):
         disk.write_whole(tmp_path / "done.json", "{}")
-    # RLIMIT_FSIZE forbids writes beyond it, also where the file is longer already.
+    # RLIMIT_FSIZE forbids writes beyond the limit even in a file that is longer already.
     with no_room_beyond(16):
         disk.write_reserved(tmp_path / "done.json", "{}")
     assert (tmp_path / "done.json").read_text() == "{}"

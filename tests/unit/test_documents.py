@@ -1,4 +1,4 @@
-"""What the host finds out about the documents of a batch."""
+"""The bounds of documents that the host computes for a batch."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from stack.models.documents import Documents
 
 
 def positions(*microbatches: list[list[int]]) -> np.ndarray:
-    """From the lengths of the documents in each sequence."""
+    """Positions [microbatches, micro_size, seq_len] from the lengths of the documents in each sequence."""
     return np.array([[[i for n in lengths for i in range(n)] for lengths in rows] for rows in microbatches])
 
 

@@ -1,4 +1,4 @@
-"""An error inside one of the engine's contexts leaves no mode switched, and starts no collective."""
+"""After an error inside a context of the engine its modes are switched back, and no collective is started."""
 
 import contextlib
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ def test_an_evaluation_ends_in_training_mode():
 
 def test_a_step_that_failed_reduces_nothing():
     switched: list[bool] = []
-    # Any other attribute that is asked for would raise AttributeError: the reduction needs the DeepSpeed engine.
+    # The object has only this attribute, so a reduction, which needs the DeepSpeed engine, would raise AttributeError.
     engine: Any = SimpleNamespace(_coalesce=switched.append)
     raise_inside(ZeroEngine._reduced_once(engine))
     assert switched == [True, False]

@@ -1,4 +1,4 @@
-"""What evaluates a model folder that anybody may have written."""
+"""`stack eval` of a model folder, which may come from an untrusted source."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def _here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A model folder as any program writes it."""
+    """A model folder without a stack.yaml."""
     made = tmp_path / "lr=0.1, é"
     made.mkdir()
     (made / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 1}))
@@ -42,7 +42,7 @@ def test_a_folder_is_evaluated_with_its_own_model_and_tokenizer_and_the_defaults
     assert (cfg.model.name, cfg.model.init, cfg.model.config) == (str(folder), "pretrained", {})
     assert cfg.data.tokenizer == str(folder)
     assert cfg.data.paths == [str(tmp_path / "a.txt")]
-    # A model of one layer has no second stage.
+    # A model of one layer gets a single stage.
     assert make_plan(cfg).stages == 1
     assert cfg.run.root == str(tmp_path / "runs")
 
@@ -71,7 +71,7 @@ def test_what_an_export_says_decides_neither_where_is_written_nor_which_host_is_
         assert (cfg.data.paths, cfg.data.seq_len, cfg.precision.dtype) == (["/texts"], 64, "bf16")
         assert (cfg.model.attention, cfg.train.eval_sequences) == ("eager", 7)
         assert there is not None
-        # The one place that is looked at, and never written.
+        # The corpus folder named by stack.yaml is only read, never written.
         assert there.root == "/evil/data"
         default = compose()
         for section in ("launch", "log", "checkpoint", "health"):
@@ -112,7 +112,7 @@ def test_other_text_takes_the_place_of_the_runs(folder):
         cfg, there = config_of_folder(str(folder), overrides)
         assert (cfg.data.name, cfg.data.subset, there) == (None, None, None)
     assert config(folder, "data.source=python_stdlib").data.heldout_fraction == 0.1
-    # The same text in other batches may be there already.
+    # data.seq_len does not change the corpus, so the prepared one may be used.
     assert config_of_folder(str(folder), ["data.seq_len=32"])[1]
 
 
@@ -148,6 +148,6 @@ def test_the_corpus_of_the_exports_run_is_read_where_it_is_and_made_elsewhere_if
     made = of_export(cfg, make_plan(cfg), there)
     assert made.parent == tmp_path / "data"
     assert sorted(tmp_path.rglob("prepared/*")) == before
-    # The same tokens: the held-out documents are chosen by their number, and the tokenizer is that of the export.
+    # The held-out tokens are the same: documents are chosen by their number, and the tokenizer is that of the export.
     assert (made / "heldout/tokens-00000.bin").read_bytes() == (corpus / "heldout/tokens-00000.bin").read_bytes()
     assert locate(cfg.data, seed=cfg.data.split_seed) == made

@@ -1,4 +1,4 @@
-"""An exported folder is what transformers would have written, and the model that was trained."""
+"""An exported folder has the form in which transformers saves a model, and holds the trained model."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from tests.helpers.tiny import FAMILIES, family_settings, global_batch, tiny_con
 
 
 def trained(cfg) -> dict[str, torch.Tensor]:
-    """Parameters that no class would draw."""
+    """Random parameters, also for norms and biases, which a class would initialise with constants."""
     generator = torch.Generator().manual_seed(11)
     return {
         name: (1.0 if "norm" in name and name.endswith("weight") else 0.0)
@@ -171,7 +171,7 @@ def test_a_pretrained_models_folder_keeps_its_fields_and_ids(tmp_path):
     assert (found["rms_norm_eps"], found["dtype"]) == (1e-4, "float32")
     assert json.loads((second / "generation_config.json").read_text())["temperature"] == 0.5
 
-    # Drawn anew for another tokenizer, the ids are that one's.
+    # With weights from scratch the special token ids are those of the tokenizer.
     cfg.model.init = "scratch"
     write(cfg, tmp_path / "third", parameters, tokenizer=tmp_path / "tokenizer")
     assert json.loads((tmp_path / "third" / "config.json").read_text())["eos_token_id"] == 0
@@ -224,7 +224,7 @@ def test_of_a_tokenizers_folder_only_its_files_are_published(tmp_path):
     there = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
     assert "additional_chat_templates/tools.jinja" in there
     assert not there & {"id_rsa", "notes.txt"}
-    # Neither is a link to itself a file.
+    # A link to itself is not copied.
     (tokenizer / "merges.txt").symlink_to("merges.txt")
     write(cfg, tmp_path / "again", tokenizer=tokenizer)
     (tokenizer / "vocab.json").symlink_to(tmp_path / "secret")
@@ -248,7 +248,7 @@ def test_a_tokenizer_with_code_of_its_own_is_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("cache", [False, True])
 def test_what_a_model_folder_links_to_is_not_published(tmp_path, cache):
-    """But that a snapshot of the Hugging Face cache consists of links into its model's blobs."""
+    """Exception: a snapshot in the Hugging Face cache consists of links to the blobs of the same model."""
     folder = tmp_path / "models--org--name" / "snapshots" / "f00d"
     cfg = tiny_config()
     parameters = trained(cfg)

@@ -1,4 +1,4 @@
-"""Which rank is named, from what the hosts report; and how a run is followed to its end."""
+"""How the driver follows a run to its end, and which rank it names as the cause from the reports of the hosts."""
 
 import signal
 
@@ -78,7 +78,7 @@ def test_only_all_ranks_done_is_a_success():
 
 
 class FakeAgent:
-    """An agent as `follow` sees it."""
+    """An agent with the interface that `follow` uses."""
 
     def __init__(self, report: Report | None = None, looks: list[Look] | None = None):
         self.report, self.looks, self.ended, self.asked, self._answer = report, None, False, [], looks

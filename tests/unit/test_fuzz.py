@@ -1,4 +1,4 @@
-"""Random command lines: whatever is written, `stack plan` plans it, or says in one line what is wrong, in no time."""
+"""With random command lines `stack plan` either prints a plan or refuses with one line, within two CPU seconds."""
 
 import re
 import time
@@ -14,15 +14,12 @@ from stack.plan.layout import make_plan
 from stack.plan.report import render
 from tests.helpers.fuzz import Fuzz
 
-#: CPU seconds of one command line, the file and parser caches of the process warm or not.
+#: Largest CPU time of one command line in seconds, with warm or cold caches of the process.
 _MOST_S = 2.0
 
 
 def outcome(line: list[str]) -> str | None:
-    """What is told of the line; None where it can be planned.
-
-    A config that is planned reads back equal, since a run saves it.
-    """
+    """The message that refuses the line; None where it can be planned."""
     try:
         cfg = compose(line)
         render(make_plan(cfg), cfg)
@@ -32,7 +29,8 @@ def outcome(line: list[str]) -> str | None:
 
 
 def keys_of(line: list[str]) -> set[str]:
-    """What a message about the line may name: each override's key, its last part, or the file that is its value."""
+    """The words that a message about the line may contain: the key of each override, the last part of the key, or a
+    file that is the value."""
     found = set()
     for override in line:
         key, _, value = override.lstrip("+~-").partition("=")
@@ -41,8 +39,8 @@ def keys_of(line: list[str]) -> set[str]:
 
 
 def is_left_by_a_choice(line: list[str], told: str) -> bool:
-    """Whether a key is named that a recipe in the line sets or leaves open, or one of a preset that does not fit to the
-    model in the line."""
+    """Whether the message is about a key that does not occur in the line itself: a key of a recipe in the line, or a
+    key of a preset that does not fit the model in the line."""
     if any(override.startswith("experiment=") for override in line):
         return True
     return ": model." in told and any(override.startswith(("model=", "model.name=")) for override in line)

@@ -1,4 +1,4 @@
-"""Which units are whole at which time."""
+"""Tests which units are gathered at which time."""
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ class Handle:
 
 
 class World:
-    """Units whose parameters may only be used while they are whole; counts what happens."""
+    """Units whose parameters may only be used while they are gathered. Counts gathers and whole units."""
 
     def __init__(self, count: int, *, tied: bool = False):
         self.whole: set[nn.Parameter] = set()
@@ -40,7 +40,7 @@ class World:
 
             backward = staticmethod(lambda ctx, gradient: (Use.forward(ctx, gradient),))
 
-        # Once on each side, so that its first and its last use in a backward are seen.
+        # Applied before and after the unit, so that the first and the last use of the unit in a backward are checked.
         return lambda x: Use.apply(forward(Use.apply(x)))
 
     def ask(self, parameters: list[nn.Parameter]) -> Handle:
@@ -73,10 +73,10 @@ def test_each_unit_is_whole_for_its_forward_and_its_backward_and_at_most_three_a
     gathers = microbatches(world, ahead=True)
     world.forward().backward()
     assert world.most <= 3
-    # The last unit stays for the backward, so it is gathered once.
+    # The last unit is kept for the backward, so it is gathered only once.
     assert world.gathers == 11
     world.forward().backward()
-    # And the first from the backward to the next forward.
+    # The first unit is kept from the backward to the next forward.
     assert world.gathers == 21
     gathers.let_all_go()
     assert not world.whole
@@ -183,7 +183,7 @@ def test_a_unit_that_is_let_go_is_in_nobodys_memory_until_its_backward():
     y = x
     for unit in units:
         y = unit(y)
-    # The last unit stays for the backward.
+    # The last unit is kept for the backward.
     assert [ref.expired() for ref in gathered] == [True] * 4 + [False] * 2
     y.sum().backward()
     for parameter, gradient in zip(shards, expected, strict=True):

@@ -1,4 +1,4 @@
-"""The GPU suite where there is no GPU: its commands, its page, what it says, and its cheapest part for real."""
+"""The GPU suite on a host without a GPU: its commands, its page, its messages, and its cheapest part on a CPU."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What ends a run, and what only costs a step."""
+"""Losses and gradient norms that end a run, and overflows in fp16 that only skip a step."""
 
 import math
 

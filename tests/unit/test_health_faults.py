@@ -1,4 +1,4 @@
-"""STACK_FAULT: what happens when, and what is refused."""
+"""STACK_FAULT: faults happen in the right phase and step, and wrong values are refused."""
 
 import errno
 import os

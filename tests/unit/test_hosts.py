@@ -1,4 +1,4 @@
-"""Hosts of a run: the hostfile, the Slurm allocation, what crosses to another host."""
+"""Hosts of a run: the hostfile, the Slurm allocation, and the environment that other hosts get."""
 
 import contextlib
 import os
@@ -108,7 +108,7 @@ def test_slurm_tells_hosts_and_ranks(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "8")
     cfg = compose(["launch.backend=slurm", "batch.global_size=64"])
     assert ranks_of_hosts(cfg) == (2, 8, "the allocation's tasks per node")
-    # Only of Slurm's backend: any other inside an allocation is of this host.
+    # The allocation counts for the Slurm backend only. Other backends use this host, even inside an allocation.
     assert ranks_of_hosts(replace(cfg, launch=replace(cfg.launch, backend="deepspeed")))[0] == 1
 
 

@@ -1,11 +1,12 @@
-"""The house: a room imports only rooms above it, and each library has one room that knows it."""
+"""The rules for the rooms (folders) of `stack/`: a room imports only rooms above it, and some libraries are imported in
+one room only."""
 
 import ast
 import tomllib
 from pathlib import Path
 
 STACK = Path(__file__).parents[2] / "stack"
-#: From top to bottom. `errors`, `disk`, `interpreter` and `config` may be imported by all.
+#: The rooms from top to bottom. All rooms may import `errors`, `disk`, `interpreter` and `config`.
 ROOMS = [
     "errors",
     "disk",
@@ -22,7 +23,7 @@ ROOMS = [
     "launch",
     "cli",
 ]
-#: Who may import what.
+#: Library -> the rooms or folders that may import it.
 ONLY = {"deepspeed": {"parallel"}, "wandb": {"observe/wandb"}, "hydra": {"config"}, "omegaconf": {"config"}}
 LONGEST = 400
 
@@ -70,7 +71,7 @@ def test_only_two_files_touch_deepspeed():
 
 
 def test_ranks_send_each_other_no_pickles():
-    """The object collectives of torch unpickle what arrives; `parallel/messages.py` sends JSON."""
+    """The object collectives of torch unpickle the bytes that arrive; `parallel/messages.py` sends JSON instead."""
     words = ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list")
     assert [f.name for f in _files() for word in words if word in f.read_text()] == []
 

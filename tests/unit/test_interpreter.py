@@ -16,7 +16,7 @@ from stack.launch.probe import About, Question
 
 @pytest.fixture
 def trap(tmp_path) -> Path:
-    """A folder with a `stack/` in which there is nothing, and modules that leave a mark where they are imported."""
+    """A folder with an empty folder `stack/`, and modules that create a file when they are imported."""
     (tmp_path / "stack").mkdir()
     for name in ("psutil", "torch", "yaml", "omegaconf", "rich"):
         (tmp_path / f"{name}.py").write_text(
@@ -39,7 +39,7 @@ def test_the_probe_and_all_that_starts_with_python_pass_by_the_trap(trap):
 
 @pytest.mark.parametrize("module", ["stack", "stack.train"])
 def test_a_bare_python_m_takes_the_folder_off_its_path(trap, module):
-    # Python itself looks there for `stack`; what stack then imports is not sought there.
+    # `python -m` itself looks for `stack` in the current folder; the imports of stack must not.
     (trap / "stack").rmdir()
     done = subprocess.run(
         [sys.executable, "-m", module, "ls", "--nothing"], cwd=trap, capture_output=True, text=True, check=False

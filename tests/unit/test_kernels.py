@@ -1,4 +1,4 @@
-"""Which kernels compute what: the loss in chunks against torch's, what `auto` is, and what is refused."""
+"""Optional kernels: the chunked loss against torch's, the choice of `auto`, and refused combinations."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def inputs(tokens: int, vocabulary: int, *, bias: bool, dtype: torch.dtype = tor
 
 
 def gradients(function, tensors, labels, *, scale: float, dtype: torch.dtype | None = None):
-    """The loss and its gradients times `scale`, in fp64."""
+    """The loss, and its gradients times `scale`, in fp64."""
     leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
     found = function(*leaves, labels)
     (found * scale).backward()
@@ -112,7 +112,7 @@ def test_without_gradients_only_the_loss_is_computed(monkeypatch):
 
 
 def test_a_second_backward_gets_the_same_gradients():
-    # A backward in two parts, inputs first and weights later, comes twice.
+    # A backward in two parts, first for inputs and later for weights, calls the function's backward twice.
     tensors, labels = inputs(30, 50, bias=True)
     leaves = [t.requires_grad_() for t in tensors]
     found = linear_cross_entropy(*leaves, labels) * 0.1
@@ -121,7 +121,7 @@ def test_a_second_backward_gets_the_same_gradients():
 
 
 class _Sizes(TorchDispatchMode):
-    """Elements of every tensor that an operation returns."""
+    """Records the number of elements of every tensor that an operation returns."""
 
     def __init__(self):
         super().__init__()
@@ -152,7 +152,8 @@ def test_the_logits_of_a_microbatch_are_never_there(monkeypatch, kernel, whole, 
 
 @pytest.mark.parametrize("family", TINY)
 def test_auto_is_chunked_where_the_class_leaves_its_logits_alone(family):
-    """A head that gives back one tensor: what comes out as logits is that tensor, or something made of it."""
+    """Replaces the head by a function that returns a known tensor: the class leaves its logits alone if its output is
+    this very tensor."""
     cfg = tiny_config(**family_settings(family, tied=False), parallel__pipeline=1, parallel__zero=0)
     expected = loss_kernel(cfg)
     cfg.kernels.loss = "logits"
@@ -236,7 +237,7 @@ def test_a_backward_in_two_parts_and_liger_are_refused():
         make_plan(cfg, 2)
 
 
-# Liger's kernels by Triton's interpreter: TRITON_INTERPRET=1 before anything imports triton.
+# Liger's kernels in Triton's interpreter. TRITON_INTERPRET=1 must be set before triton is imported.
 
 
 @needs_liger
@@ -252,7 +253,7 @@ def test_the_parts_that_liger_has_for_a_family(family):
 
 
 def _grown(family: str, **chosen: str) -> dict[str, torch.Tensor]:
-    """Loss and gradients of two layers on packed sequences."""
+    """Loss and gradients of a model of two layers on packed sequences, with the given kernels."""
     settings = {**family_settings(family, tied=False), "shape__num_hidden_layers": 2}
     settings |= {f"kernels__{part}": kernel for part, kernel in chosen.items()}
     cfg = tiny_config(**settings, parallel__pipeline=1, parallel__zero=0)

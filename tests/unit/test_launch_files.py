@@ -1,4 +1,4 @@
-"""The files of launch/: what a cluster would refuse, or misunderstand, without a cluster."""
+"""Checks the files of launch/ without a cluster: against schemas, and by running their scripts with stand-ins."""
 
 import json
 import os
@@ -22,9 +22,10 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 MANIFESTS = sorted(LAUNCH.glob("kubernetes/*.yaml"))
 SBATCH = LAUNCH / "slurm" / "train.sbatch"
-#: The oldest Kubernetes that has every field, and the newest that the schemas know.
+#: The oldest version of Kubernetes that has every field, and the newest one for which there are schemas.
 KUBERNETES = ("1.31", "1.37")
-#: A name that asks for a secret, and a value that looks like one: a known prefix, or letters and digits in a long word.
+#: Names of variables for secrets; and values that look like secrets: a known prefix, or a long word of letters and
+#: digits.
 SECRET_NAME = re.compile(r"KEY|TOKEN|PASSWORD|SECRET|CREDENTIAL", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"hf_\w{8}|AKIA\w{8}|ghp_\w{8}|-----BEGIN|\b(?=\w*\d)(?=\w*[a-z])\w{32,}\b", re.IGNORECASE)
 
@@ -61,7 +62,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def container(name: str) -> dict[str, Any]:
-    """What the pods of a manifest run, as they would get it."""
+    """The container of a manifest's pods, with all settings that it would get."""
     if name == "trainjob.yaml":
         (pod,) = pods(document(name, "TrainingRuntime"))
         trainer = document(name, "TrainJob")["spec"]["trainer"]
@@ -97,7 +98,7 @@ def test_kubeflow_takes_its_kinds(kind):
     read = getattr(models, f"TrainerV1alpha1{kind}").from_dict(found)
 
     assert found["apiVersion"] == "trainer.kubeflow.org/v1alpha1"
-    # The models leave out what they do not know.
+    # The models of the package drop unknown fields, so an equal result means that all fields are known.
     assert json.loads(json.dumps(read.to_dict())) == found
 
 
@@ -112,7 +113,7 @@ def test_a_misspelled_field_is_found():
 
 
 def test_the_pods_of_a_training_runtime_are_pods():
-    """In the strict schema of Kubernetes, which the models of Kubeflow's package are looser than."""
+    """Checked with the schema of Kubernetes, which is stricter than the models of Kubeflow's package."""
     job = document("trainjob.yaml", "TrainingRuntime")["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]
     kubernetes_validate.validate(
         {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "node"}, "spec": job["spec"]},
@@ -121,7 +122,7 @@ def test_the_pods_of_a_training_runtime_are_pods():
     )
 
 
-# What they say.
+# The content of the manifests.
 
 
 @pytest.mark.parametrize("name", ["job.yaml", "trainjob.yaml"])
@@ -168,7 +169,7 @@ def test_pods_of_training(name):
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in pod["containers"][0]["volumeMounts"]}
     assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
-    # torchrun has killed what is left before the pod is.
+    # torchrun must have time to kill the remaining ranks before Kubernetes kills the pod.
     assert int(environment(name)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
 
 
@@ -201,7 +202,7 @@ def test_images_are_pinned_and_one():
     assert images == {built}
     (base,) = re.findall(r"^FROM (\S+)$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)
     assert all(re.search(r":\d+\.\d+\.\d+[\w.-]*$", image) for image in (built, base))
-    # pip keeps a torch that is there if it is of this version.
+    # pip keeps the torch of the base image only if it has this version.
     (torch,) = re.findall(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert base.startswith(f"pytorch/pytorch:{torch}-")
 
@@ -252,11 +253,11 @@ def test_hosts_are_what_the_launcher_reads():
     assert all(re.fullmatch(r"\S+ slots=\d+", line) for line in hosts)
 
 
-# What they do: with stand-ins for the programs that they start.
+# The scripts, run with stand-ins for the programs that they start.
 
 
 class Stage:
-    """A folder of programs that write down how they were called, and a folder of runs."""
+    """A folder of stand-in programs that record their calls, and a folder of runs."""
 
     def __init__(self, folder: Path):
         self.programs, self.runs, self._calls = folder / "bin", folder / "runs", folder / "calls"
@@ -282,7 +283,7 @@ class Stage:
         return self._calls.read_text().splitlines() if self._calls.exists() else []
 
     def made(self, run_id: str, *, name: str = "llama-8b", done: bool = False) -> Path:
-        """A run that an earlier start left, with folders that may be taken for a run."""
+        """Makes a run of an earlier start, and other folders that must not be mistaken for a run."""
         run = self.runs / name / run_id
         for folder in (run, run / "attempts" / "1", run / "evaluations" / "e"):
             self._made(folder)
@@ -292,7 +293,7 @@ class Stage:
         return run
 
     def looked_at(self, *, done: bool = True) -> None:
-        """What `stack doctor` and `stack eval` of an export leave, both of them later than any run."""
+        """Makes the folders that `stack doctor` and `stack eval` of an export leave, both newer than any run."""
         for folder, file in (("doctor", "check.json"), ("evaluations", "evaluation.json")):
             self._made(self.runs / folder / "20260909-000000-ffff")
             (self.runs / folder / "20260909-000000-ffff" / file).touch()
@@ -311,7 +312,7 @@ def stage(tmp_path):
 
 @pytest.fixture(params=["job.yaml", "trainjob.yaml"])
 def pod(request, stage):
-    """Starts what the pods run."""
+    """A function that runs the command of the pods."""
     found = container(request.param)
 
     def start() -> subprocess.CompletedProcess:
@@ -334,7 +335,7 @@ def test_a_check_and_an_evaluation_are_no_runs(pod, sbatch, stage, done):
     stage.looked_at(done=done)
     assert pod().returncode == 0
     assert sbatch(0).returncode == 0
-    # Both begin a run: with their overrides, and without --config.
+    # Both begin a new run, with their overrides and without --config.
     assert " -m stack.train experiment=8b " in stage.calls[0]
     assert stage.calls[0].endswith(f" run.root={stage.runs}")
     assert stage.calls[-1].endswith(f" stack experiment=8b run.root={stage.runs}")
@@ -365,7 +366,7 @@ def test_the_pods_of_a_job_have_their_places(stage):
 def test_torchrun_gets_the_signals_of_a_pod(name):
     script = container(name)["command"][2]
     assert re.search(r"^exec python -m torch\.distributed\.run ", script, re.MULTILINE)
-    # Kubernetes reads $$ and $(NAME) before the shell does.
+    # Kubernetes would replace $$ and $(NAME) before the shell sees them.
     assert "$$" not in script
     assert not re.search(r"\$\(\w+\)", script)
 
@@ -383,7 +384,7 @@ SLURM = {
 
 @pytest.fixture
 def sbatch(stage):
-    """`sbatch(code, *arguments)` runs the script where the step ends with `code`."""
+    """`sbatch(code, *arguments)` runs the script with an srun that ends with `code`."""
 
     def start(code: int, *arguments: str) -> subprocess.CompletedProcess:
         stage.program("srun", code)
@@ -417,7 +418,7 @@ def test_a_requeued_job_goes_on(sbatch, stage):
     stage.made("20260101-000000-ffff", name="zephyr", done=True)
     newest = stage.made("20260102-000000-0000", name="a name, with blanks")
     sbatch(0)
-    # Of srun's arguments one is several lines.
+    # One of srun's arguments has several lines, so only the end of the call is compared.
     assert stage.calls[-1].endswith(f" stack --config {newest}/config.yaml")
 
 
@@ -429,7 +430,7 @@ def test_a_job_after_the_end_starts_nothing(sbatch, stage):
 
 def test_a_task_is_a_rank(stage):
     stage.program("scontrol", also='printf "node-0\\nnode-1\\n"')
-    # As srun does: options, then the task's command.
+    # Like srun: skips options, then runs the task's command.
     run = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
     stage.program("srun", also=run)
     told = 'printf "%s\\n" "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT"'

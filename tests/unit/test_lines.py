@@ -1,4 +1,4 @@
-"""Files of lines outlive full disks, and whatever else becomes of the file while it is written and read."""
+"""Files of lines on full disks, and files that are cut, changed or removed while they are written and read."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_rows_that_never_found_room_are_counted(tmp_path):
             writer.write(row(step))
         writer.close()
     assert told[-1] == f"2 lines of {path} are lost: its disk took none to the end"
-    # What is left of a row is cut by the next writer.
+    # The next writer removes the unfinished row.
     MetricsWriter(path).close()
     assert path.read_bytes() == b""
 
@@ -61,7 +61,7 @@ def test_a_removed_file_is_made_again(tmp_path):
     writer.write(row(1))
     assert len(follower.poll()) == 1
     path.unlink()
-    # More than there was: its size alone does not show that it is another file.
+    # The new file is larger than the old one, so its size alone does not show that it is another file.
     for step in (2, 3):
         writer.write(row(step))
     assert [record.step for record in follower.poll()] == [2, 3]
@@ -156,7 +156,7 @@ def test_a_tail_from_the_end_leaves_out_what_is_there(tmp_path):
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """The exit code of a fork that does it: it may give its output away."""
+    """Calls `work` in a forked process, which may redirect its output; returns the exit code."""
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     code = 1

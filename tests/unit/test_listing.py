@@ -1,4 +1,4 @@
-"""`stack ls`: a row for each run, whatever lies in its directory."""
+"""`stack ls` prints a row for each run, whatever its directory contains."""
 
 import json
 import os
@@ -38,14 +38,14 @@ def make(root: Path, name: str = "a/1", rows: int = 0, *, age_s: float = 60.0) -
 
 
 def cells(root: Path) -> list[list[str]]:
-    """The rows below the titles, each cut at two spaces."""
+    """The cells of each row below the titles, which are separated by two spaces."""
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in listing(root).splitlines()[1:]]
 
 
 def test_a_run_at_work_has_its_pace_and_the_time_left(tmp_path):
     run = make(tmp_path, rows=20)
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(row(21)[:30])  # being written
+        file.write(row(21)[:30])  # an unfinished row
     with RunLock(run):
         [found] = cells(tmp_path)
     assert found[:6] == ["a/1", "running", "20/200", "4.8000", "4.5000", "1,234"]

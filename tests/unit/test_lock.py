@@ -1,4 +1,4 @@
-"""One user of a run directory at a time, and no lock that outlives its holder for long."""
+"""Only one process works in a run directory, and the lock of a process that has ended is taken over."""
 
 import concurrent.futures
 import dataclasses
@@ -21,7 +21,8 @@ from stack.train.lock import LOCK, Holder, RunLock
 ME = Holder.me()
 ELSEWHERE = dataclasses.replace(ME, host="node7", place="another kernel", pid=4711, since=0.0)
 
-#: Takes the lock of each folder that it is told of, when `<folder>.go` appears, and says whether it got it.
+#: A program that reads folders from its input, takes the lock of each when `<folder>.go` appears, and prints whether it
+#: got the lock.
 _TAKER = """
 import errno, fcntl, os, sys
 from pathlib import Path
@@ -70,7 +71,7 @@ class Taker:
 
 @pytest.fixture
 def taker():
-    """`taker()` starts one."""
+    """`taker()` starts a `Taker`."""
     started: list[Taker] = []
 
     def start(*arguments: str) -> Taker:
@@ -90,7 +91,7 @@ def run(tmp_path):
 
 
 def left_by(holder: Holder, run: Path, *, age_s: float = 0.0) -> Path:
-    """The lock of a holder that gives no more signs of life."""
+    """Makes the lock of a holder that does not renew it; `age_s` is the time since its last renewal."""
     lock = RunLock(run, holder=holder, renew_s=1e6)
     lock.acquire()
     then = time.time() - age_s
@@ -128,7 +129,7 @@ def test_a_killed_holder_leaves_a_lock_that_is_taken_at_once(run, taker):
     with pytest.raises(UsageError):
         RunLock(run).acquire()
     holder.process.kill()
-    # Its parent has not asked for its exit code yet: a zombie works no more.
+    # A zombie, whose parent has not read its exit code, counts as ended.
     while Path(f"/proc/{holder.process.pid}/stat").read_text().rsplit(")")[1].split()[0] != "Z":
         time.sleep(0.01)
     with RunLock(run):
@@ -144,7 +145,7 @@ def test_a_process_id_that_was_given_away_again_is_no_holder(run):
 
 @pytest.mark.parametrize("host", ["node7", ME.host])
 def test_another_host_that_renews_it_holds_it(run, host):
-    # Also another container under our host's name: its process ids mean nothing here.
+    # The same holds for another container with our host name, since its process ids are not valid here.
     holder = RunLock(run, holder=dataclasses.replace(ELSEWHERE, host=host))
     holder.acquire()
     told: list[str] = []
@@ -281,7 +282,7 @@ def test_a_file_system_without_links_has_locks_too(run, monkeypatch, taker):
 
 
 def test_takers_come_one_after_another(run):
-    # Three at once would be too rare to be seen in a race.
+    # The guard is held on purpose, because a real race of three processes would be too rare in a test.
     with (run / ".lock").open("a") as guard, concurrent.futures.ThreadPoolExecutor() as pool:
         fcntl.flock(guard, fcntl.LOCK_EX)
         taken = pool.submit(RunLock(run).acquire)

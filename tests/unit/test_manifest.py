@@ -1,4 +1,4 @@
-"""A manifest is believed only where it can be true, and nothing outside its folder is read for it."""
+"""Manifests with impossible content are refused, and no file outside of the checkpoint's folder is read for them."""
 
 import builtins
 import json

@@ -1,4 +1,4 @@
-"""The store through which the ranks of one host meet is for that host alone."""
+"""The store of a run on one host listens on the loopback only."""
 
 import os
 
@@ -27,7 +27,7 @@ def test_it_listens_on_the_loopback(port):
     assert (rank, world) == (0, 1)
     store.set("key", "value")
     assert listening(port) == {"127.0.0.1"}
-    # Another group of the same process finds the store that is there.
+    # A second group of the same process uses the existing store.
     [(again, _, _)] = meeting._meet("loopback://")
     assert again.get("key") == b"value"
 

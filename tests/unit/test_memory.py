@@ -1,4 +1,4 @@
-"""The memory plan against counts: storages of live tensors, and those that autograd saves."""
+"""Compares the memory plan with counts of real tensors: live storages, and storages that autograd saves."""
 
 import contextlib
 import gc
@@ -20,7 +20,7 @@ from stack.plan.memory import in_flight, plan_memory
 from stack.plan.report import render
 from tests.helpers.tiny import FAMILIES, replica_batch, tiny_config
 
-#: Wide enough that norms and padding are little beside matrices.
+#: A model so wide that norms and padding are small compared with matrices.
 WIDE = {
     "shape__hidden_size": 64, "shape__intermediate_size": 192, "shape__vocab_size": 512, "shape__num_hidden_layers": 2,
     "data__seq_len": 8, "batch__global_size": 4,
@@ -55,7 +55,7 @@ STATES = {
 
 
 def count_states(given: dict[str, Any]) -> tuple[int, int]:
-    """On a rank: bytes of live tensors that one step leaves before it reduces, and before it updates."""
+    """Called on every rank: bytes of live tensors in a step before gradients are reduced, and before the update."""
     import torch
     import torch.distributed as dist
 
@@ -66,7 +66,7 @@ def count_states(given: dict[str, Any]) -> tuple[int, int]:
     plan = make_plan(cfg, dist.get_world_size())
     mesh = make_mesh(plan, timeout=timedelta(seconds=30))
     gc.collect()
-    # What there is already is neither counted nor looked at.
+    # Excludes the objects that exist already from the count.
     gc.freeze()
     engine = Engine(cfg, plan, mesh)
     rank_engine, found = engine.rank_engine, []
@@ -76,7 +76,7 @@ def count_states(given: dict[str, Any]) -> tuple[int, int]:
         gradients = [p.grad for p in rank_engine.parameters if p.grad is not None]
         counts = []
         for _ in range(5):
-            # Gloo's thread lets go of a buffer some time after the wait for it.
+            # A gloo thread frees a buffer only some time after the wait for it, hence the smallest of several counts.
             counts.append(sum(_storages(torch, gradients).values()))
             time.sleep(0.05)
         found.append(min(counts))
@@ -101,7 +101,7 @@ def count_states(given: dict[str, Any]) -> tuple[int, int]:
 
 
 def _storages(torch: Any, more: Iterable[Any] = ()) -> dict[int, int]:
-    """Address and bytes of the storage of each live tensor that Python knows, and of `more`."""
+    """Address -> bytes, for the storage of each live tensor that Python knows, and of each tensor in `more`."""
     gc.collect()
     return _sizes([*(t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)), *more])
 
@@ -122,13 +122,13 @@ def test_states_are_those_that_are_counted(ranks, name):
         states += memory.bucket
         held = memory.gathered if cfg.parallel.gather == "step" else 0
         assert states + memory.gradients + held == pytest.approx(reduce, rel=0.04)
-        # The flat copy is made inside the update; ZeRO-3 lets go of what it gathered there too.
+        # The flat copy is made inside the update, where ZeRO-3 also releases the gathered parameters.
         offloaded = cfg.parallel.offload.optimizer != "none"
         shards = memory.update // 2 if plan.zero and not offloaded else memory.update if plan.zero < 3 else 0
         assert states + shards + held == pytest.approx(update, rel=0.04)
 
 
-#: A step in which each part counts: states, what layers keep, the loss.
+#: Settings with which states, activations and loss all have a visible share of the memory.
 STEP = {
     "shape__hidden_size": 128, "shape__intermediate_size": 344, "shape__num_hidden_layers": 4,
     "shape__vocab_size": 1024, "shape__max_position_embeddings": 128, "data__seq_len": 128, "data__pack": False,
@@ -151,7 +151,8 @@ PEAKS = {
 
 
 def count_peak(given: dict[str, Any]) -> int:
-    """Largest bytes of storages at once in the second step of a rank: after each operation, temporary ones included."""
+    """Called on every rank: the largest sum of live storages in bytes after any operation of the second step, temporary
+    tensors included."""
     import torch
     import torch.distributed as dist
     from torch.multiprocessing.reductions import StorageWeakRef
@@ -180,7 +181,7 @@ def count_peak(given: dict[str, Any]) -> int:
                 if isinstance(leaf, torch.Tensor):
                     self.add(leaf)
             if self.at_most > self.peak:
-                # Only then is it worth asking which of them are gone.
+                # Removing freed storages from the sum takes time, so it is done only when a new peak is possible.
                 self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
                 self.at_most = sum(size for _, size in self.live.values())
                 self.peak = max(self.peak, self.at_most)
@@ -214,7 +215,7 @@ def test_the_peak_is_the_one_that_is_counted(ranks, name):
 
 
 def count_saved(given: dict[str, Any], kind: str = "full") -> int:
-    """Bytes a token that the first stage of two keeps after a forward, its parameters left out."""
+    """Bytes for each token that the first of two stages keeps after a forward, without its parameters."""
     import torch
 
     from stack.models.build import build_stages
@@ -225,7 +226,7 @@ def count_saved(given: dict[str, Any], kind: str = "full") -> int:
     apply_checkpointing(stage, cfg.activation)
     batch = replica_batch(cfg, 0, replica=0, replicas=1, kind=kind)
     ids, labels, positions = map(torch.from_numpy, (batch.input_ids[0], batch.labels[0], batch.positions[0]))
-    # What `selective` keeps is in a dictionary of Python, where no hook sees it.
+    # `selective` keeps tensors in a Python dictionary, which the hook for saved tensors does not see.
     unseen = cfg.activation.checkpoint == "selective"
     before, saved = _storages(torch) if unseen else {}, {}
     before |= {t.untyped_storage().data_ptr(): 0 for t in (*stage.parameters(), *stage.buffers())}
@@ -242,7 +243,7 @@ def count_saved(given: dict[str, Any], kind: str = "full") -> int:
 
 
 def layers_only(checkpoint: str, attention: str, dtype: str, **more: Any) -> tuple[int, Any]:
-    """Counted bytes a token of one more layer, and the config of that."""
+    """Counted bytes for each token of one more layer, and the config with that layer."""
     shared = {
         "shape__hidden_size": 64, "shape__intermediate_size": 160, "shape__num_attention_heads": 8,
         "shape__num_key_value_heads": 2, "shape__num_hidden_layers": 5, "data__seq_len": 64,
@@ -326,7 +327,7 @@ def of(*overrides: str, world_size: int = 1) -> Any:
 
 
 def test_a_billion_parameters_on_one_device():
-    """Worked out by hand: 1.50 B parameters, bf16, ZeRO-1 on one rank."""
+    """Compares with numbers computed by hand: 1.50 B parameters, bf16, ZeRO-1 on one rank."""
     [memory] = of(
         "model.config.tie_word_embeddings=true", "data.pack=false", "batch.micro_size=1", "kernels.loss=logits"
     )
@@ -357,7 +358,7 @@ def test_the_plan_prints_it():
     assert f"{largest / GIB:.2f}" in text.partition("memory: GiB")[2]
 
 
-#: What each recipe says at its beginning.
+#: Name of a recipe -> the comment at its beginning.
 SAID = {
     recipe.stem: " ".join(line.removeprefix("#") for line in recipe.read_text().splitlines() if line.startswith("#"))
     for recipe in sorted((Path(__file__).parents[2] / "conf/experiment").glob("*.yaml"))
@@ -371,5 +372,5 @@ def test_what_a_recipe_says_of_memory_is_what_the_plan_says(recipe):
     for needed in re.findall(r"needs ([\d.]+) +GiB", SAID[recipe]):
         assert needed == f"{largest / GIB:.1f}"
     for size in re.findall(r"(\d+) GB GPU", SAID[recipe]):
-        # With room for what CUDA and NCCL take for themselves.
+        # A tenth is left for the memory of CUDA and NCCL.
         assert largest < 0.9 * int(size) * 1e9

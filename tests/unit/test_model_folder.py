@@ -1,4 +1,5 @@
-"""`model.name=org/name`: fetched from a hub once, then taken from the cache; without one, a line in seconds."""
+"""`model.name=org/name` is downloaded from a hub once and then read from the cache; without a network it is refused
+within seconds."""
 
 import json
 import os
@@ -23,7 +24,7 @@ FILES = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of a hub as is needed for one repository, org/tiny."""
+    """A stand-in for a hub with one repository, org/tiny."""
 
     files = FILES
     asked: list[str] = []
@@ -57,7 +58,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub(files=FILES):
-    """Its address, and the paths that it was asked for."""
+    """Runs a hub; yields its address and the list of requested paths."""
     handler = type("Handler", (Hub,), {"files": files, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
@@ -72,7 +73,7 @@ def hub(files=FILES):
 
 @pytest.fixture
 def nowhere() -> str:
-    """An address at which nobody answers."""
+    """An address at which no server listens."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -98,7 +99,8 @@ print(json.dumps({**result, "seconds": time.monotonic() - start, "torch": "torch
 
 
 def ask(what: str, home: Path, endpoint: str, *overrides: str, offline: bool = False) -> dict:
-    """What a fresh process gets for the name org/tiny; the Hugging Face libraries read their settings at import."""
+    """The result for the name org/tiny in a new process, which is needed because the Hugging Face libraries read their
+    settings at import."""
     proxies = {name: "" for name in os.environ if name.lower().endswith("_proxy")}
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "1" if offline else "0"}
     done = subprocess.run(
@@ -149,7 +151,7 @@ def test_a_hub_that_cannot_be_reached_is_said_in_seconds(tmp_path, nowhere):
         assert error.startswith(line)
         assert error.endswith("; download it where there is a network, and give its folder")
         assert "\n" not in error
-    # Its config is there from before, its weights are not.
+    # The cache has the config, but not the weights.
     with hub() as (endpoint, _):
         ask("config", tmp_path, endpoint)
     assert ask("config", tmp_path, nowhere, offline=True)["fields"] == CONFIG

@@ -1,4 +1,4 @@
-"""A stage is a part of the Hugging Face model: same names, same values, same function."""
+"""Stages have the parameter names and initial values of the whole Hugging Face model, and compute the same function."""
 
 import pytest
 import torch

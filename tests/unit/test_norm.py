@@ -1,4 +1,4 @@
-"""The global gradient norm is right at the sizes of real gradients, where torch's fp32 norm is not."""
+"""The global gradient norm is exact for gradients of real size, for which torch's fp32 norm is not."""
 
 import math
 
@@ -15,7 +15,7 @@ def test_a_hundred_million_elements():
     gradient.view(-1, 8).copy_(values)
     expected = math.sqrt(10**8 // 8 * values.double().square().sum().item())
     assert global_norm([gradient]).item() == pytest.approx(expected, rel=1e-7)
-    # What makes this necessary. If it is ever false, torch's own function can take the place of ours.
+    # torch's function is not accurate enough. If this ever fails, torch's function can replace ours.
     assert torch.nn.utils.get_total_norm([gradient]).item() != pytest.approx(expected, rel=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""What the user sees of a run."""
+"""The output of a run on the user's screen."""
 
 import io
 import math
@@ -17,7 +17,7 @@ class Terminal(io.StringIO):
 
 
 class Flushed(io.StringIO):
-    """Text that was written and not flushed is not seen."""
+    """A stream whose text counts as seen only after a flush."""
 
     seen = ""
 
@@ -68,7 +68,7 @@ def test_columns_keep_their_width(wild: dict) -> None:
     title, tame, odd = out.getvalue().splitlines()[1:4]
     assert len(tame) == len(odd)
     assert tame.index("1/1000") == odd.index("1000/1000") + 3
-    # Every column of numbers ends where its title ends.
+    # The numbers of each column end at the end of its title.
     ends = [match.end() for match in re.finditer(r"\S+(?: norm)?", title)][:-1]
     assert all(line[end : end + 1] in ("", " ") and line[end - 1] != " " for line in (tame, odd) for end in ends)
 

@@ -1,4 +1,4 @@
-"""What the rows of a run add up to."""
+"""Summary figures from the rows of a run."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_repeated_steps_and_idle_time_are_no_goodput() -> None:
         *(row(step, step_time_s=2.0, time=10.0 + 2 * step, attempt=1) for step in (1, 2, 3, 4)),
         *(row(step, step_time_s=1.0, time=50.0 + step, attempt=2) for step in (3, 4, 5)),
     ]
-    # Kept: steps 1 and 2 of the first attempt, 3 to 5 of the second.
+    # The steps that count are 1 and 2 of the first attempt and 3 to 5 of the second.
     assert course(*rows, started=5.0).summary()["goodput"] == pytest.approx((2 * 2 + 3 * 1) / (55 - 5))
 
 

@@ -1,4 +1,4 @@
-"""The row, the file it lives in and the picture made of it."""
+"""Rows of metrics.jsonl, reading and writing the file, and the curve that is drawn from it."""
 
 import dataclasses
 import json
@@ -236,7 +236,7 @@ def test_an_evaluation_ahead_of_the_first_step_has_in_the_file_what_it_is_about(
     back = StepRecord.from_json(first.to_json())
     assert math.isnan(back.loss)
     assert back.to_json() == first.to_json()
-    # Of a step nothing may be missing.
+    # In the row of a step, unlike that of step 0, no field may be missing.
     with pytest.raises(ValueError, match="it has no loss"):
         StepRecord.from_json(json.dumps({**values, "step": 1}))
 

@@ -1,4 +1,4 @@
-"""Weights & Biases: the real library, offline, against a stand-in of the server, and broken in every way we know."""
+"""Weights & Biases with the real library: offline, with a stand-in for the server, and with many kinds of failures."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ OURS = ("_", "pictures/")
 
 
 def values(record: StepRecord) -> dict:
-    """A row as W&B is to have it."""
+    """The values that W&B must have for a row."""
     found = {name: value for name, value in record.to_dict().items() if value is not None}
     stages = found.pop("stage_busy_s", ())
     return found | {f"stages/{stage}/busy_s": busy_s for stage, busy_s in enumerate(stages)}
@@ -44,7 +44,7 @@ def values(record: StepRecord) -> dict:
 
 @pytest.fixture(autouse=True)
 def clean_library(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No key and no setting of the machine's user, and no session left from the test before."""
+    """Removes the API key and settings of the user who runs the tests, and the library's session of the test before."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
@@ -54,7 +54,7 @@ def clean_library(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Temp
 
 
 def forget_library() -> None:
-    """As in a new process: nothing is known of a service that was killed."""
+    """Makes the library forget its service process, as in a new process."""
     from wandb.sdk import wandb_setup
 
     wandb_setup._singleton = None
@@ -86,7 +86,7 @@ def config() -> Config:
 
 
 class Started:
-    """A run directory, and attempts in it as the worker makes them: rows go to metrics.jsonl, and the sink is told."""
+    """A run directory and its attempts. As in the worker, rows go to metrics.jsonl, and the sink is told about them."""
 
     def __init__(self, cfg: Config, root: Path, notes: Notes) -> None:
         self.cfg = replace(cfg, run=replace(cfg.run, root=str(root)))
@@ -154,7 +154,7 @@ def plain(item: dict) -> dict:
 
 
 def assert_whole(started: Started, server: WandbServer) -> Run:
-    """The server has one run, which has every row of metrics.jsonl once, and the files."""
+    """Checks that the server has one run, with every row of metrics.jsonl once, and with the files; returns the run."""
     assert list(server.runs) == [started.id]
     run = server.runs[started.id]
     assert [plain(item) for item in run.history] == started.truth
@@ -169,7 +169,7 @@ def inspect(folder: Path, *options: str) -> str:
 
 
 def records(folder: Path) -> dict[str, list[dict]]:
-    """What a folder of W&B's holds, by kind."""
+    """Type of a record -> the records of this type in an offline folder of W&B."""
     found: dict[str, list[dict]] = {}
     for line in inspect(folder).splitlines():
         record = json.loads(line)
@@ -182,7 +182,7 @@ def assert_no_service() -> None:
         found = [child for child in psutil.Process().children() if child.name().startswith("wandb-core")]
         return [service for service in found if service.status() != psutil.STATUS_ZOMBIE]
 
-    # A killed process takes a moment to be gone.
+    # A killed process takes a moment to disappear.
     wait_until(lambda: not alive(), 5.0)
 
 
@@ -514,7 +514,7 @@ print(notes[0])
 
 @pytest.mark.parametrize("signal_name", in_ci_unless(lambda name: name == "SIGKILL", ["SIGSTOP", "SIGKILL"]))
 def test_a_process_exits_although_the_service_hangs_or_died(tmp_path: Path, signal_name: str) -> None:
-    """The library's exit hook would wait for a stopped service for ever, and print a traceback for a dead one."""
+    """The library's own exit hook would wait for ever for a stopped service, and print a traceback for a dead one."""
     before = time.monotonic()
     command = [sys.executable, "-c", RUN_WITH_A_BROKEN_SERVICE, str(tmp_path), signal_name]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
@@ -625,7 +625,7 @@ def test_a_run_id_in_the_environment_of_all_runs_names_none(tmp_path: Path, monk
 
 
 def test_what_wandb_writes_is_not_for_everybody_on_the_host(tmp_path: Path) -> None:
-    """The library notes the user, the host, the command and its errors there."""
+    """The library writes the user, the host, the command and its errors into the folder."""
     run_id(tmp_path)
     assert (tmp_path / "wandb").stat().st_mode & 0o007 == 0
 
@@ -662,7 +662,7 @@ def test_what_the_environment_says_against_the_config_is_told_in_a_line(
     assert bool(line) == bool(words)
     assert all(word in line for word in words)
     if line and "log.wandb.mode" in line:
-        # The advice works.
+        # Following the advice of the line removes the line.
         started.notes.clear()
         started.begin(line.rpartition("log.wandb.mode=")[2])
         assert started.notes == []

@@ -1,4 +1,4 @@
-"""A rank ends with its agent: when that is gone, and when it was stopped for long."""
+"""A rank ends when its agent has ended, and when the agent was stopped for long."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The layout arithmetic: rank grid, stage split, batch triangle, and what it says when they do not fit."""
+"""The layout arithmetic: rank grid, split into stages, batch sizes, and the messages where they do not fit."""
 
 import itertools
 import re
@@ -14,7 +14,7 @@ from stack.plan.layout import balanced_split, make_plan
 from stack.plan.report import render
 from stack.plan.shape import ModelShape, model_shape
 
-#: The numbers that the messages below are worked out for, whatever the quickstart is tuned to.
+#: The messages below are computed for these sizes, so that they do not depend on the recipe of the quickstart.
 BATCH = {"batch.global_size": 32, "batch.micro_size": 4}
 
 
@@ -78,7 +78,7 @@ def test_split_is_the_best_of_all_contiguous_splits():
     for stages in range(1, 6):
         every = [(0, *rest) for rest in itertools.combinations(range(1, 9), stages - 1)]
         best = min(map(largest, every))
-        # A hundredth of the parameters is in the cost too, to choose between splits of equal FLOPs.
+        # The cost also contains a hundredth of the parameters, to choose between splits of equal FLOPs.
         assert largest(balanced_split(shape, stages, 32)) <= best * 1.02
 
 

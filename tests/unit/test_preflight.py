@@ -1,4 +1,4 @@
-"""What the driver finds out about hosts; ssh is played by a script that runs the real probe on this machine."""
+"""The driver's checks of hosts. A script replaces ssh, and runs the real probe on this machine."""
 
 import json
 import signal
@@ -14,7 +14,8 @@ from stack.health.odd import Odd, odd_ones
 from stack.launch import preflight, probe
 from stack.launch.hosts import Host
 
-#: Plays ssh by the table beside it: for each host what to say and end with, or what to change in the probe's answer.
+#: The script in the place of ssh. A table beside it has for each host the output and exit code, or changes of the
+#: probe's answer.
 _SSH = """#!{python}
 import json, os, pathlib, subprocess, sys, time
 host, command = sys.argv[-2:]
@@ -40,7 +41,7 @@ _HERE = Host("first", 2, here=True)
 
 @pytest.fixture
 def examine(tmp_path, monkeypatch):
-    """`examine({host: how it is played}, slots=2)` gives the reports of this host and those."""
+    """`examine({host: entry of the table}, slots=2)` returns the reports on this host and on those hosts."""
     ssh = tmp_path / "bin/ssh"
     ssh.parent.mkdir()
     ssh.write_text(_SSH.format(python=sys.executable))
@@ -86,7 +87,7 @@ def test_this_host_alone_is_well(examine):
 )
 def test_a_host_that_does_not_answer_says_why(examine, play, fault):
     first, second = examine({"b": play})
-    # Of what follows from it there is nothing more to say.
+    # Only the cause is reported, not the faults that follow from it.
     assert first.faults == ()
     [line] = second.faults
     assert line.startswith("b: ")

@@ -1,4 +1,4 @@
-"""Which rank the others wait for."""
+"""Finds the rank for which the others wait."""
 
 import os
 import signal
@@ -52,7 +52,7 @@ def test_a_stopped_rank_is_seen_with_how_far_it_is(run):
         assert (found.rank, found.pid, found.stopped, found.step) == (0, process.pid, False, 12)
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
-        # Its launcher has asked it to end, which it cannot hear.
+        # The launcher has asked the rank to end, but a stopped process does not react.
         rundir.write_json(run.rank(0) / "stopped.json", {})
         assert look(run, range(3))[0].stopped
         rundir.write_json(run.rank(0) / "error.json", {})

@@ -1,4 +1,4 @@
-"""Recipes outside the checkout: a folder of groups, a file as a choice, `stack show`; and files that would hurt."""
+"""Recipes outside the checkout: a folder of groups, a file as a choice, `stack show`; and harmful files."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SMALL = "name: llama\nconfig: {vocab_size: 4096, hidden_size: 64, num_hidden_lay
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a recipe and a model of one's own, seen from the folder that it is in."""
+    """A folder `own` in the current folder, with a recipe and a model of the user."""
     monkeypatch.chdir(tmp_path)
     for group, name, text in (("experiment", "mine", MINE), ("model", "small", SMALL)):
         (tmp_path / "own" / group).mkdir(parents=True)
@@ -58,7 +58,7 @@ def test_a_file_is_a_choice_of_any_group(own: Path) -> None:
     assert (cfg.run.name, cfg.optim.lr) == ("from-file", 0.002)
     assert compose([f"experiment={own}/../file.yaml", "optim.lr=0.01"]).optim.lr == 0.01
     assert compose(["model=own/model/small.yaml"]).model.config["hidden_size"] == 64
-    # What it inherits from is looked for where the other groups are.
+    # The choices in its defaults list are looked up in the folders of groups, not beside the file.
     assert "Could not find 'model/small'" in refusal("experiment=own/experiment/mine.yaml")
     assert compose(["--config-dir=own", "experiment=own/experiment/mine.yaml"]).run.name == "mine"
 
@@ -140,7 +140,7 @@ def test_every_command_of_the_page_composes(own: Path, tmp_path: Path) -> None:
         compose(shlex.split(command, comments=True))
 
 
-# Files that would hurt.
+# Harmful files.
 
 
 FOR_EVER = pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_recipe_of_ones_own_that_would_take_for_ever_is_one_line(text: str, me
     (own / "experiment" / "other.yaml").write_text(text)
     began = time.process_time()
     line = refusal("--config-dir=own", "experiment=other")
-    # What takes no time is told by Hydra, in words of its own.
+    # Errors that are found at once are reported by Hydra with its own message.
     assert message in line or (len(text) < 10_000 and line.startswith("experiment=other: "))
     assert time.process_time() - began < 5
 

@@ -1,4 +1,4 @@
-"""What the recorder of a rank asks of its device, and of its place among the ranks of its host."""
+"""The recorder's use of the device name, and of the rank's place on its host."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ UNKNOWN = "NVIDIA RTX 9999"
 
 
 def recorder_of(cfg: Config, run: RunDir | None, launched: Launched) -> Recorder:
-    """Of a rank that has no rows to write, and so no engine to ask."""
+    """The recorder of a rank that writes no rows, and therefore needs no engine."""
     return Recorder(cfg, make_plan(cfg), run, None, launched=launched, screen=None)  # type: ignore[arg-type]
 
 
@@ -45,7 +45,7 @@ def test_a_rank_with_a_gpu_knows_its_share_of_the_peak_in_every_dtype(
 def test_a_host_has_one_client_of_wandb_also_where_each_rank_sees_one_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
 ) -> None:
-    """DeepSpeed wants the number of the device in LOCAL_RANK, which is then 0 for every rank."""
+    """DeepSpeed uses LOCAL_RANK as the number of the device, which here is 0 for every rank."""
     clients: list[int] = []
     monkeypatch.setattr(recorder, "WandbSink", lambda *_, node, **__: clients.append(node))
     cfg = compose([f"run.root={tmp_path}", "log=wandb_shared"])

@@ -1,4 +1,4 @@
-"""The corpus that a run goes on with: its own text, or other text in its own tokens."""
+"""The corpus of a resumed or evaluated run: its own text, or other text with the run's tokenizer."""
 
 import json
 import random
@@ -19,7 +19,7 @@ from tests.helpers.forked import tiny_run, tiny_settings
 
 @pytest.fixture
 def run(tmp_path) -> RunDir:
-    """A run on a corpus of its own, with a tokenizer that it learnt."""
+    """A run on a corpus of its own, with a tokenizer learnt from that corpus."""
     texts = Path(str(tiny_settings()["data.paths"])[1:-1])
     shutil.copytree(texts, tmp_path / "texts")
     return tiny_run(tmp_path, {"data.paths": f"[{tmp_path / 'texts'}]", "data.root": tmp_path / "prepared"})
@@ -31,7 +31,7 @@ def found(run: RunDir, *overrides: str) -> tuple[Config, Path]:
 
 
 def other_text(folder: Path) -> str:
-    """Text in which a byte-level BPE learns other pairs."""
+    """Writes text from which a byte-level BPE learns other merges; returns its folder."""
     folder.mkdir()
     draw = random.Random(1)
     for number in range(6):
@@ -74,7 +74,7 @@ def test_other_text_is_in_the_tokens_of_the_run(run, tmp_path):
     cfg, corpus = found(run, other_text(tmp_path / "other"))
     assert cfg.data.tokenizer == str(run.tokenizer)
     assert vocabulary(corpus) == vocabulary(run.corpus)
-    # Without the run's tokenizer it would have been one of other tokens.
+    # A new run on the same text learns another vocabulary.
     learnt = tiny_run(tmp_path / "new", {"data.paths": f"[{tmp_path / 'other'}]"})
     assert vocabulary(learnt.corpus) != vocabulary(run.corpus)
 

@@ -1,4 +1,4 @@
-"""What a resume says before there are ranks."""
+"""The lines that `stack resume` prints before it starts ranks."""
 
 import re
 from dataclasses import asdict
@@ -13,7 +13,7 @@ COSINE = ("schedule.warmup_steps=10", "optim.lr=1e-3", "schedule.min_lr_ratio=0.
 
 
 def with_changes(*changed: str):
-    """The config of `COSINE` with some of it told otherwise."""
+    """The config of `COSINE` with some overrides changed."""
     keys = {line.partition("=")[0] for line in changed}
     return compose([*(line for line in COSINE if line.partition("=")[0] not in keys), *changed])
 

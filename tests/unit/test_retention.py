@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and that a deletion which is broken off leaves no half of one."""
+"""The choice of checkpoints to keep, and deletions that are interrupted."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def root(tmp_path):
 
 
 class Killed(BaseException):
-    """The process is gone."""
+    """Stands for the end of the process."""
 
 
 def killed(*_: object) -> None:
@@ -43,7 +43,7 @@ def killed(*_: object) -> None:
 
 
 def kill_in_the_middle(folder):
-    """Deletes one file of a folder, then is killed."""
+    """Deletes one file of a folder, then raises `Killed`."""
     next(folder.iterdir()).unlink()
     raise Killed
 

@@ -1,4 +1,4 @@
-"""`model.config.rope_parameters.KEY=VALUE` on a model folder: the key changes and the folder's others stay."""
+"""`model.config.rope_parameters.KEY=VALUE` with a model folder changes this key and keeps the folder's other keys."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ SIZES = {
 PATH = "model.config.rope_parameters"
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = (f"{PATH}.rope_type=linear", f"{PATH}.factor=4")
-#: What a folder's config.json has -> overrides -> rope_parameters of the transformers config.
+#: Name -> (family, fields of the folder's config.json, overrides, expected rope_parameters of the transformers config).
 CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]] = {
     "transformers 5": (
         "llama",
@@ -212,6 +212,6 @@ def test_a_longrope_has_a_factor_for_each_pair_of_a_head(tmp_path: Path) -> None
 
 
 def test_rotary_settings_are_the_only_section() -> None:
-    """Another one would need the same care."""
+    """Another section would need the same merging of keys."""
     sections = {key for family in FAMILIES.values() for key, spec in family.fields.items() if isinstance(spec, dict)}
     assert sections == {"rope_parameters"}

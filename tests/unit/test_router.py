@@ -1,4 +1,4 @@
-"""The auxiliary loss of a mixture of experts is a mean over tokens, and as right for many of them as for few."""
+"""The auxiliary loss of a mixture of experts is accurate for many tokens as well as for few."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from stack.models.router import load_balancing
 @pytest.mark.parametrize("tokens", [100, 2**18])
 def test_load_balancing_is_that_of_fp64(tokens):
     generator = torch.Generator().manual_seed(4)
-    # One expert that most tokens go to: the errors of the experts' means would cancel if all were alike.
+    # Most tokens go to one expert. With equal experts the errors of their means would cancel.
     logits = torch.randn(tokens, 8, generator=generator) + torch.tensor([3.0, *[0.0] * 7])
     trained = (torch.rand(tokens, generator=generator) < 0.9).float()
     probabilities = logits.double().softmax(dim=-1)[trained.bool()]

@@ -1,4 +1,4 @@
-"""A run directory through its attempts: whatever goes wrong in between, the run is there."""
+"""A run directory through several attempts: no failure in between loses the run."""
 
 import errno
 import os
@@ -30,7 +30,8 @@ def begin_again(run: RunDir) -> None:
 
 
 def test_a_check_and_an_evaluation_are_never_taken_for_a_run(tmp_path, monkeypatch):
-    """The jobs of launch/ take every folder with a config.yaml for a run, unless it says that it is none."""
+    """The jobs of launch/ treat every folder with a config.yaml as a run, unless another file marks it as an evaluation
+    or a check."""
     cfg = compose([f"run.root={tmp_path}"])
     written = []
     whole = disk.write_whole
@@ -126,7 +127,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_file_of_a_run_costs_a_line_or_nothing(run, name):
     DAMAGE[name](run.path / "env.json")
-    # When the first attempt began only W&B and `stack ls` ask.
+    # The time of the first attempt is used by W&B and `stack ls` only, so a fallback is enough.
     assert run.started == run.path.stat().st_mtime
     DAMAGE[name](run.path / "corpus.json")
     with pytest.raises(DataError, match=r"corpus\.json is (damaged|missing).*; start a new run"):

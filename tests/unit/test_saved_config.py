@@ -1,4 +1,4 @@
-"""Reading the config of a run whose folders were moved, or whose data are to be others."""
+"""Reads the config of a run whose folders were moved, or whose data settings are changed."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from stack.plan.shape import model_fields
 
 @pytest.fixture
 def base(tmp_path) -> Path:
-    """A model folder with weights, of a kind that is looked at by its name alone."""
+    """A model folder whose weight files have the right names; their content is never read."""
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 48, "my_own": 3}))
@@ -25,7 +25,7 @@ def base(tmp_path) -> Path:
 
 @pytest.fixture
 def saved(base, tmp_path) -> Path:
-    """config.yaml of a run that was fine-tuned from `base`, as a run directory keeps it."""
+    """config.yaml of a run that was fine-tuned from `base`, in a run directory with a copy of `base`."""
     cfg = compose(["model=folder", f"model.name={base}", "model.init=pretrained", "optim.lr=1e-5"])
     (tmp_path / "run").mkdir()
     copy_without_weights(str(base), tmp_path / "run" / MODEL_COPY)
@@ -58,7 +58,7 @@ def test_the_copy_stands_in_for_a_folder_that_is_gone(saved, base, what):
         assert model.name == str(saved.parent / MODEL_COPY)
         assert (model_fields(model)["hidden_size"], model_fields(model)["my_own"]) == (48, 3)
     assert as_saved(saved).model.name == str(base)
-    # The run directory may move too, and the copy is copied no further.
+    # The run directory may be moved too; then the copy inside it is used.
     moved = saved.parent.rename(saved.parents[1] / "moved")
     assert from_yaml(moved / "config.yaml").model.name == str(moved / MODEL_COPY)
 
@@ -91,7 +91,7 @@ def test_another_source_brings_none_of_the_old_ones_settings(tmp_path):
     data = from_yaml(file, ["data.source=files", "data.paths=[a.jsonl]"]).data
     assert (data.name, data.subset, data.text_key, data.paths, data.seq_len) == (None, None, "text", ["a.jsonl"], 128)
     assert from_yaml(file, ["data.source=hf", "data.split=test"]).data.name == "HuggingFaceFW/fineweb-edu"
-    # What the message says then works.
+    # The advice of the message works.
     with pytest.raises(ConfigError, match=r"add data\.source=files"):
         from_yaml(file, ["data.paths=[a.jsonl]"])
 

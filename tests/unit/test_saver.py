@@ -1,4 +1,4 @@
-"""What becomes of a save that fails, and of a checkpoint that was there before; and room that is looked at first."""
+"""Failed saves, saves of a step that has a checkpoint already, and the check of free space before a run."""
 
 import shutil
 from concurrent.futures import Future
@@ -19,7 +19,7 @@ from tests.helpers.crafted import whole_checkpoint
 
 @pytest.fixture
 def saver(tmp_path) -> Any:
-    """Without ranks, and so without a group: what rank 0 does by itself."""
+    """A Saver without an engine and process groups, for the parts that rank 0 does alone."""
     saver = object.__new__(Saver)
     saver._root, saver._cfg, saver._shapes = tmp_path / "checkpoints", Checkpoint(), {}
     saver.told = []  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ def test_a_save_that_failed_in_the_background_is_told_at_once_and_counted_at_the
 
 
 def commit(saver: Any, step: int) -> None:
-    """A second save of a step, as far as rank 0 brings it."""
+    """Does rank 0's part of a save of `step`."""
     made = whole_checkpoint(saver._root / "made", step)
     folder = saver._root / f"{retention.UNFINISHED}saving-{made.name}"
     made.rename(folder)
@@ -95,7 +95,7 @@ def config(tmp_path: Path, *overrides: str, every: int = 10) -> tuple[Any, Any]:
 
 
 def line_on(cfg: Any, plan: Any, run: Path | None = None) -> str:
-    """What the user is told; empty where there is enough room."""
+    """The line for the user; empty where there is enough room."""
     told: list[str] = []
     room.check(cfg, plan, run, tell=told.append)
     return "".join(told)

@@ -1,4 +1,4 @@
-"""A DeepSpeed that nobody tested with is tried in a process of its own, and what it lacks is named."""
+"""The self-test for untested versions of DeepSpeed runs in a process of its own, and names a missing attribute."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from stack.errors import ConfigError
 from stack.parallel import selftest
 from tests.helpers.tiers import in_ci_unless
 
-#: Runs the self-test with one private name of DeepSpeed's gone, or with one that does something else.
+#: Runs the self-test with one private attribute of DeepSpeed removed or changed.
 WITHOUT = """
 import deepspeed, runpy, sys
 from deepspeed.runtime import engine

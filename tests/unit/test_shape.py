@@ -1,4 +1,4 @@
-"""The arithmetic of every family against the Hugging Face class itself, counted on meta."""
+"""Compares the parameter and FLOP formulas of every family with the Hugging Face class on the meta device."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from stack.errors import ConfigError, LayoutError
 from stack.models.families import parts_of
 from stack.plan.shape import ModelShape, model_shape
 
-#: No two numbers are equal where an equation could mix them up.
+#: The numbers differ from each other, so that a formula that mixes up two of them gives a wrong result.
 TINY = {
     "vocab_size": 80,
     "hidden_size": 24,
@@ -34,7 +34,7 @@ TINY = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 14,
 }
-#: What changes a count, beside the sizes.
+#: Settings that change a count, in addition to the sizes.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "llama": [{"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 10}],
     "mistral": [{"head_dim": 10}],
@@ -61,7 +61,7 @@ def tiny(name: str, **given: Any) -> Model:
 def hugging_face_config(model: Model) -> transformers.PretrainedConfig:
     fields = model_fields(model)
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-    # As in a run; by default it is outside a tiny vocabulary.
+    # None as in a run; the default id is outside of the tiny vocabulary.
     config.pad_token_id = None
     return config
 
@@ -111,7 +111,7 @@ def test_a_family_has_the_keys_and_defaults_of_its_class(name: str) -> None:
     theirs = {field.name: field.default for field in dataclasses.fields(cls)}
     for key, ours in FAMILIES[name].defaults.items():
         if (name, key) == ("qwen3_moe", "head_dim"):
-            continue  # Read by its attention, and not in the class.
+            continue  # the attention module reads this field, but the config class does not define it
         assert ours == theirs[cls.attribute_map.get(key, key) if key not in theirs else key], key
 
 
@@ -125,13 +125,13 @@ def test_the_class_takes_null_where_it_is_offered_and_every_key_once(name: str) 
 
 
 def example_of(spec: Spec) -> Any:
-    """A legal value, for a switch the one that is not the default."""
+    """A legal value; for a bool the one that is not the default."""
     return not spec.example if spec.kind is bool else spec.example or {int: 4, float: 0.5}[spec.kind]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_number_that_sizes_a_class_is_a_key(name: str) -> None:
-    """A size that is not offered could not be set at all."""
+    """A size without a key could not be set at all."""
     unused = {"pretraining_tp", "intermediate_size", "decoder_sparse_step", "original_max_position_embeddings"}
     ids = {"pad_token_id", "bos_token_id", "eos_token_id"}
     for field in dataclasses.fields(config_class(name)):
@@ -173,7 +173,8 @@ def test_rope_scaling_of_an_old_folder_gives_way(tmp_path: Path) -> None:
 
 QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 36}
 QWEN3_MOE = {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
-#: Published models: name, family, what differs from its defaults, parameters and active parameters in billions.
+#: Published models: (name, family, fields that differ from the defaults, parameters in billions, active parameters in
+#: billions).
 KNOWN: list[tuple[str, str, dict[str, Any], float, float]] = [
     ("Llama-2-7B", "llama", {}, 6.74, 6.74),
     ("Mistral-7B", "mistral", {}, 7.24, 7.24),
@@ -224,7 +225,7 @@ def test_flops_are_two_for_each_active_weight_and_the_attention_in_reach(name: s
     assert per_token == [4 * shape.attention_width * reach for reach in (1, 2)]
 
 
-#: Layers of six that have the window.
+#: (family, fields, number of the six layers with a sliding window).
 WINDOWS = [
     ("mistral", {"sliding_window": 8}, 6),
     ("mistral", {"sliding_window": None}, 0),
@@ -254,7 +255,7 @@ def test_windows_are_those_of_the_class_and_shorten_the_attention(
         assert config.layer_types.count("sliding_attention") == windowed
     else:
         assert (config.sliding_window is not None) == bool(windowed)
-    # A token reaches on average half of itself.
+    # The formula counts t + 0.5 keys for token number t: the t tokens before it, and half for the token itself.
     full = [token + 0.5 for token in range(32)]
     reached = [min(reach, 8) for reach in full]
     mean = (windowed * sum(reached) + (6 - windowed) * sum(full)) / (6 * 32)

@@ -1,4 +1,5 @@
-"""A rank that is stopped says so, even in the middle of a call that never returns; one that trains is only asked."""
+"""A rank that gets SIGTERM before it trains reports that and ends, even inside a call that never returns. A rank that
+trains is only asked to end."""
 
 import ctypes
 import os
@@ -12,7 +13,8 @@ from stack.health.stopped import Stop
 
 
 def ended_with(work: Callable[[Callable[[], int]], int], *numbers: signal.Signals) -> int:
-    """The exit code of a process that does `work`, and gets signals once that has called what it is given."""
+    """Calls `work(ready)` in a new process, sends it the signals after it has called `ready`, and returns its exit
+    code."""
     ready, readying = os.pipe()
     if (pid := os.fork()) == 0:
         code = 1
@@ -33,7 +35,7 @@ def test_a_process_stopped_inside_a_library_tells_it(tmp_path):
         ready()
         libc, locked = ctypes.CDLL(None), ctypes.create_string_buffer(64)
         libc.pthread_mutex_lock(locked)
-        # Unlike a read or a sleep this is not interrupted by a signal.
+        # A second lock of the same mutex blocks for ever and, unlike a read or a sleep, no signal interrupts it.
         return libc.pthread_mutex_lock(locked)
 
     assert ended_with(work, signal.SIGWINCH, signal.SIGTERM) == 143
@@ -70,7 +72,7 @@ def test_ctrl_c_ends_a_process_that_trains():
     def work(ready):
         Stop(lambda: None).wait_for_step()
         ready()
-        # Each signal interrupts a pause; a process that is only asked would go on.
+        # Each signal interrupts a pause, so a process that is only asked to end would go on.
         while True:
             signal.pause()
 

@@ -1,4 +1,4 @@
-"""`stack stop`, and what a request to end means to a run."""
+"""`stack stop`, and how a run reacts to requests to end."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def state(run: RunDir) -> str:
 
 
 def ends(run: RunDir, verdict: dict | None) -> threading.Thread:
-    """A run that ends as soon as it is asked to."""
+    """A thread in the place of a run: it ends when it is asked to, and writes the file of `verdict` if there is one."""
 
     def end() -> None:
         while not (run.path / "stop.json").exists():

@@ -1,4 +1,5 @@
-"""What a sweep does around its jobs: which it runs, when, with what, and what it tells. The jobs are stand-ins."""
+"""Sweeps with stand-ins for jobs (tests/helpers/fake_stack.py): which jobs are run, with which devices, and the
+results."""
 
 import importlib.util
 import json
@@ -37,7 +38,7 @@ DEEP = ["train.steps=5", "schedule.warmup_steps=0"]
 
 
 class Fakes:
-    """Sweeps of stand-ins into one folder."""
+    """Runs sweeps of stand-ins in one folder."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.root, self._plan, self._journal = folder / "runs", folder / "plan.json", folder / "journal.jsonl"
@@ -79,7 +80,7 @@ def fakes(tmp_path, monkeypatch):
 
 @pytest.fixture
 def gpus(tmp_path_factory, monkeypatch):
-    """`gpus("4,5")`: a host with eight GPUs, of which these are visible."""
+    """`gpus("4,5")` simulates a host with eight GPUs of which these are visible."""
     folder = tmp_path_factory.mktemp("dev")
     for number in range(8):
         (folder / f"nvidia{number}").touch()
@@ -87,7 +88,7 @@ def gpus(tmp_path_factory, monkeypatch):
     return lambda visible: monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
 
 
-# Identity.
+# The identity of jobs.
 
 
 def test_a_job_is_its_overrides_however_they_are_written():
@@ -112,7 +113,7 @@ def test_a_sweep_is_what_it_sweeps_over_and_not_how_many_at_once():
     assert identity(*optuna) != identity(optuna[0], "optim.lr=tag(log,interval(0.1,0.2))")
 
 
-# What is run, and what is told.
+# Jobs that are run, and results.
 
 
 def test_jobs_are_run_once_and_a_repeated_sweep_skips_them(fakes, capsys, tmp_path):
@@ -127,7 +128,7 @@ def test_jobs_are_run_once_and_a_repeated_sweep_skips_them(fakes, capsys, tmp_pa
     assert fakes.last["optim.lr=0.1"]["how"] == "skipped"
     assert fakes.last["optim.lr=0.1"]["objective"] == 0.1
     assert "2 done" in capsys.readouterr().out
-    # Hydra made no folder of its own.
+    # Hydra made no folders.
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "plan.json", "journal.jsonl"}
     assert {path.name for path in fakes.folder.iterdir() if path.is_file()} == {
         "multirun.yaml",
@@ -167,7 +168,7 @@ def test_a_failing_job_fails_alone_and_is_tried_again(fakes, capsys):
     left = {lr: row["run"] for lr, row in fakes.last.items()}
 
     assert fakes("optim.lr=0.5,0.1,0.2") == 0
-    # What had a checkpoint goes on; what had none starts beside what it left.
+    # The job with a checkpoint is resumed; the one without starts in a new run directory.
     assert fakes.began[3:] == [("train", "0.5"), ("resume", "0.2")]
     assert fakes.last["optim.lr=0.2"]["run"] == left["optim.lr=0.2"]
     assert fakes.last["optim.lr=0.5"]["run"] != left["optim.lr=0.5"]
@@ -187,7 +188,7 @@ def test_the_best_run_is_told_with_the_command_that_goes_on_with_it(fakes, capsy
     best = kept["best"]
     assert (best["overrides"], best["run"], best["value"]) == (["optim.lr=0.2"], run, 0.2)
     assert (best["measure"], best["go_on"]) == ("held-out loss", command)
-    # Whoever ranks the lines of sweep.jsonl finds no number there either.
+    # sweep.jsonl has no objective for it either.
     assert fakes.last["optim.lr=0.05"]["objective"] is None
 
 
@@ -332,7 +333,7 @@ def test_optuna_gets_the_held_out_loss_and_repeats_itself(fakes):
     assert found["best_value"] == min(map(float, rates))
     assert found["best_params"] == {"optim.lr": found["best_value"]}
 
-    # The same trials, and one more.
+    # The repetition has the same trials and one more.
     assert fakes(*lines[:2], "hydra.sweeper.n_trials=4") == 0
     assert [lr for _, lr in fakes.began][:3] == rates
     assert len(fakes.began) == 4
@@ -351,7 +352,7 @@ def test_optuna_goes_on_after_a_failing_job(fakes):
 
 @pytest.fixture
 def salloc(tmp_path, monkeypatch):
-    """A stand-in on PATH: prints its options, and runs the command here."""
+    """A stand-in for salloc on PATH, which prints its options and runs the command on this host."""
     script = tmp_path / "bin" / "salloc"
     script.parent.mkdir()
     script.write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do echo "$1"; shift; done\nexec "$@"\n')
@@ -481,7 +482,7 @@ def test_every_command_of_the_docs_sweeps(fakes, gpus):
         before = len(fakes.began)
         assert fakes(*shlex.split(words)) == 0, line
         assert len(fakes.began) > before, line
-    # The grown sweep ran what was new in it.
+    # A sweep with more values ran only the new ones.
     assert [lr for _, lr in fakes.began].count("0.001") == 2 + 1
     assert [lr for _, lr in fakes.began].count("0.01") == 1
 
@@ -496,7 +497,7 @@ def test_the_docs_tell_the_table_and_the_file_as_they_are(fakes):
 
 
 def test_make_sweep_is_the_same():
-    # `make test` hands its own flags down: without this, a make inside it also prints where it enters and leaves.
+    # Without --no-print-directory, a make inside `make test` would also print the folders that it enters and leaves.
     make = subprocess.run(
         ["make", "-n", "--no-print-directory", "sweep", "ARGS=a=1,2"],
         check=True,

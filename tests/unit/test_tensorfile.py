@@ -1,4 +1,4 @@
-"""Streamed files are safetensors files, and their digests are those of their content."""
+"""Streamed files are valid safetensors files, and their digests are those of their content."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A model folder's weights arrive in the stages bit for bit, and what is wrong with one is said in a line."""
+"""The stages get the weights of a model folder bit for bit, and a wrong folder is refused with one line."""
 
 import json
 import os
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def published(folder: Path, family: str = "llama", *, tied: bool = False, shard: str = "1GB") -> Path:
-    """A model folder as transformers writes it, with random norms and biases too."""
+    """A model folder written by transformers, with random values also for norms and biases."""
     cfg = tiny_config(**family_settings(family, tied=tied))
     ids = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     config = transformers.AutoConfig.for_model(family, **cfg.model.config, **ids)
@@ -84,7 +84,7 @@ def test_half_precision_weights_become_fp32_and_then_the_compute_dtype(tmp_path)
 
 
 class _Spy:
-    """Stands for `safe_open` and notes what is opened and read."""
+    """Replaces `safe_open`, and records which files are opened and which tensors are read."""
 
     def __init__(self, opened, read):
         self.opened, self.read = opened, read
@@ -175,7 +175,7 @@ def test_older_and_other_writers_are_understood(family, change, tmp_path):
     for pipeline in (1, 2):
         for stage in stages(folder, pipeline, family, tied=True):
             for name, parameter in stage.model.named_parameters():
-                # The head that is tied from another rank.
+                # A head that is tied to the embedding of another rank has the embedding's values.
                 same = "model.embed_tokens.weight" if family == "llama" else "transformer.wte.weight"
                 assert torch.equal(parameter, expected[same if name == "lm_head.weight" else name])
 

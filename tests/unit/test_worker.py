@@ -1,4 +1,4 @@
-"""What a rank does before it trains: how many files it may open, what it prints, who looks for the corpus."""
+"""A rank before training: its limit of open files, the encoding of its output, and which rank finds the corpus."""
 
 import contextlib
 import subprocess
@@ -10,7 +10,7 @@ from stack.config.compose import compose
 from stack.plan.layout import make_plan
 from stack.train import bare
 
-#: Prints the limit after `_prepare_process`, and a letter that ASCII lacks.
+#: A program that prints whether the limit is raised after `_prepare_process`, and a letter that ASCII lacks.
 PREPARED = """
 import resource
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

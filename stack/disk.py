@@ -157,6 +157,12 @@ def release(folder: Path) -> None:
         (folder / _RESERVED).unlink()
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path lies in a folder after all links in both are followed. Neither needs to exist."""
+    # Not `Path.resolve`, which raises RuntimeError for a link to itself.
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Opens a regular file for reading. Pipes and devices are refused, because reading them could block for ever.
 

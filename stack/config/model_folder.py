@@ -5,7 +5,6 @@ The fields of the model come from its config.json, overridden by `model.config`.
 
 import copy
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from stack.config.model_fields import SPECS
 from stack.config.rotary import SECTION, rotary_of, without_rotary
 from stack.config.schema import Model
 from stack.config.values import check_value, closest, one_line, refuse, show
-from stack.disk import parse_json, read_regular
+from stack.disk import is_inside, parse_json, read_regular
 from stack.errors import ConfigError
 
 #: Names of the weights file of a small model, and of the index that maps tensors to files in a large one.
@@ -233,8 +232,7 @@ def leads_out(file: Path, folder: Path) -> bool:
     """Whether a file of a model folder is a link that leads out of it. A snapshot in the Hugging Face cache consists of
     links into the folder `blobs` of its model, which count as the inside."""
     inside = [folder, folder.parents[1] / "blobs"] if folder.absolute().parent.name == "snapshots" else [folder]
-    real = Path(os.path.realpath(file))
-    return not any(real.is_relative_to(os.path.realpath(place)) for place in inside)
+    return not any(is_inside(file, place) for place in inside)
 
 
 def is_copy(folder: Path) -> bool:

@@ -44,11 +44,15 @@ def load(path: Path, *, what: str) -> DictConfig:
 
 
 def check_bounds(path: Path, *, what: str) -> None:
-    """Refuses a file that would take a loader for ever. A file that is no YAML passes: its loader says so.
+    """Refuses a file that Hydra's loader could read for ever. A file that is not YAML passes, because that loader
+    refuses it.
+
+    Args:
+        path: the file.
+        what: describes the expected file, for messages.
 
     Raises:
-        ConfigError: the file cannot be read, or is larger, deeper or more often repeated by aliases than a config can
-            be.
+        ConfigError: the file cannot be read, is larger than 1 MB, is nested more than 50 deep, or has aliases.
     """
     try:
         _check_events(_text(path, what))

@@ -14,7 +14,6 @@ This module imports neither torch nor a Hugging Face library, because every rank
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -22,7 +21,7 @@ from typing import Any
 
 from stack.config.schema import Data
 from stack.data import sources, tokenizer
-from stack.disk import checksum, parse_json, read_regular, write_whole
+from stack.disk import checksum, is_inside, parse_json, read_regular, write_whole
 from stack.errors import DataError
 
 FORMAT = 2
@@ -130,8 +129,7 @@ def verify(folder: Path, progress: Callable[[int, int], None] = lambda *_: None)
 def _inside(folder: Path, name: str) -> Path:
     """The path of a corpus file. Raises `ValueError` where `name`, or a link in its place, leads out of the folder."""
     path = PurePosixPath(name)
-    real = Path(os.path.realpath(folder / path))
-    if path.is_absolute() or ".." in path.parts or not real.is_relative_to(os.path.realpath(folder)):
+    if path.is_absolute() or ".." in path.parts or not is_inside(folder / path, folder):
         raise ValueError(f"{name} is outside of the folder")
     return folder / path
 

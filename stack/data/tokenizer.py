@@ -2,7 +2,6 @@
 
 import hashlib
 import heapq
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from stack.config.schema import Data
 from stack.data import hub
 from stack.data.documents import one_line
 from stack.data.encoder import Encoder
-from stack.disk import read_regular
+from stack.disk import is_inside, read_regular
 from stack.errors import DataError
 
 if TYPE_CHECKING:
@@ -108,8 +107,7 @@ def copy_tokenizer(folder: Path, out: Path) -> None:
         name = path.relative_to(folder)
         if not _SAVED.fullmatch(name.as_posix()):
             continue
-        # Not `resolve`, which raises RuntimeError for a link to itself.
-        if not Path(os.path.realpath(path)).is_relative_to(root):
+        if not is_inside(path, root):
             raise DataError(f"{path} is a link that leads out of the tokenizer's folder; put the file itself there")
         if path.is_file():
             (out / name).parent.mkdir(exist_ok=True)

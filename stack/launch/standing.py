@@ -3,11 +3,9 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from stack.disk import parse_json, read_regular
 from stack.train.lock import LOCK, Holder
-from stack.train.rundir import RunDir
+from stack.train.rundir import RunDir, read_json
 
 RUNNING, DONE, SAVED, FAILED, ENDED = "running", "done", "saved", "failed", "ended"
 #: A lock on another host that was not renewed for so long is that of a process which is gone.
@@ -49,7 +47,7 @@ def at_work(run: RunDir, me: Holder) -> Holder | None:
     """The process that works in a run directory, or None."""
     file = run.path / LOCK
     try:
-        holder = Holder(**parse_json(read_regular(file)))
+        holder = Holder(**(read_json(file) or {}))
         age_s = time.time() - file.stat().st_mtime
         gone = holder.is_gone if holder.place == me.place else age_s > _STALE_S
     except (OSError, ValueError, TypeError):
@@ -60,7 +58,7 @@ def at_work(run: RunDir, me: Holder) -> Holder | None:
 
 def _told(state: str, file: Path) -> Standing:
     try:
-        told: dict[str, Any] = parse_json(read_regular(file))
+        told = read_json(file) or {}
         kind, message, exit_code = told["type"], told["message"], int(told["exit_code"])
         rank = "" if told.get("rank") is None else f"rank {told['rank']}: "
         who = f"{kind}: {rank}" if state == FAILED else ""

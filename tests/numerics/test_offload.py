@@ -81,21 +81,28 @@ def has_async_io() -> bool:
     return AsyncIOBuilder().is_compatible(verbose=False)
 
 
+def need_async_io(pool: Any) -> None:
+    """Compiles DeepSpeed's operator for files on the ranks of a pool, or skips the test where the host cannot."""
+    if not (shutil.which("ninja") and shutil.which("g++") and all(pool.run(has_async_io))):
+        pytest.skip("DeepSpeed's async_io op needs g++, ninja and libaio-dev")
+    pool.run(build_async_io, timeout_s=1000)
+
+
+#: A model with sub-groups larger than a MiB, because DeepSpeed keeps smaller ones in memory instead of files.
+LARGE = {"shape__hidden_size": 128, "shape__intermediate_size": 2048}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_an_optimizer_in_files(ranks, tmp_path):
     pool = ranks(4)
-    if not (shutil.which("ninja") and shutil.which("g++") and all(pool.run(has_async_io))):
-        pytest.skip("DeepSpeed's async_io op needs g++, ninja and libaio-dev")
-    pool.run(build_async_io, timeout_s=1000)
-    # The model is larger than tiny, because DeepSpeed keeps sub-groups smaller than a MiB in memory.
-    large = {"shape__hidden_size": 128, "shape__intermediate_size": 2048}
+    need_async_io(pool)
     nvme = {"parallel__offload__optimizer": "nvme", "parallel__offload__folder": str(tmp_path)}
 
-    results = pool.run(run_layout, {**large, **nvme}, "padded")
+    results = pool.run(run_layout, {**LARGE, **nvme}, "padded")
 
     assert list(tmp_path.rglob("*.swp"))
-    worst = record("offload", "nvme", against_dense(results, dense_run(tiny_config(**large), "padded")))
+    worst = record("offload", "nvme", against_dense(results, dense_run(tiny_config(**LARGE), "padded")))
     assert worst.size < FP32, worst.what
 
 
@@ -103,12 +110,9 @@ def test_an_optimizer_in_files(ranks, tmp_path):
 @pytest.mark.timeout(1200)
 def test_states_in_files_are_saved_and_loaded(ranks, tmp_path):
     pool, alone = ranks(4), ranks(1)
-    if not (shutil.which("ninja") and shutil.which("g++") and all(pool.run(has_async_io))):
-        pytest.skip("DeepSpeed's async_io op needs g++, ninja and libaio-dev")
-    pool.run(build_async_io, timeout_s=1000)
-    large = {"shape__hidden_size": 128, "shape__intermediate_size": 2048}
-    nvme = {**large, "parallel__offload__optimizer": "nvme", "parallel__offload__folder": str(tmp_path / "swapped")}
-    plain = {**large, "parallel__pipeline": 1, "parallel__zero": 0}
+    need_async_io(pool)
+    nvme = {**LARGE, "parallel__offload__optimizer": "nvme", "parallel__offload__folder": str(tmp_path / "swapped")}
+    plain = {**LARGE, "parallel__pipeline": 1, "parallel__zero": 0}
     there, back, home = tmp_path / "there", tmp_path / "back", tmp_path / "home"
 
     def go(on: Any, settings: dict[str, Any], root: Path, **about: Any) -> list[tuple[float, float]]:

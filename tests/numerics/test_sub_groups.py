@@ -5,7 +5,6 @@ small, so that the tiny model has several.
 """
 
 import functools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from tests.helpers.reference import dense_run
 from tests.helpers.saved import LAYOUTS, logical_state, run_from
 from tests.helpers.tiny import tiny_config
 from tests.numerics.compare import FP32, against_dense, record
-from tests.numerics.test_offload import build_async_io, has_async_io
+from tests.numerics.test_offload import LARGE, need_async_io
 
 #: Number of elements of a rank in a sub-group.
 _SMALL = 1000
@@ -100,16 +99,14 @@ def test_a_checkpoint_goes_from_many_sub_groups_to_one_and_back(ranks, tmp_path)
 @pytest.mark.timeout(1200)
 def test_several_sub_groups_in_files(ranks, tmp_path):
     pool = ranks(4)
-    if not (shutil.which("ninja") and shutil.which("g++") and all(pool.run(has_async_io))):
-        pytest.skip("DeepSpeed's async_io op needs g++, ninja and libaio-dev")
-    pool.run(build_async_io, timeout_s=1000)
+    need_async_io(pool)
     # Sub-groups are larger than a MiB, because DeepSpeed keeps smaller ones in memory.
-    large, small = {"shape__hidden_size": 128, "shape__intermediate_size": 2048}, 300_000
-    nvme = {**large, "parallel__offload__optimizer": "nvme", "parallel__offload__folder": str(tmp_path / "swapped")}
+    small = 300_000
+    nvme = {**LARGE, "parallel__offload__optimizer": "nvme", "parallel__offload__folder": str(tmp_path / "swapped")}
     there, home = tmp_path / "there", tmp_path / "home"
 
     results = pool.run(in_small_sub_groups, run_layout, small, nvme, "padded", timeout_s=200)
-    worst = record("sub-groups", "nvme", against_dense(results, dense_run(tiny_config(**large), "padded")))
+    worst = record("sub-groups", "nvme", against_dense(results, dense_run(tiny_config(**LARGE), "padded")))
     assert worst.size < FP32, worst.what
 
     _go(pool, nvme, there, small=small, step=0, until=2, save=there)

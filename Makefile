@@ -41,7 +41,7 @@ check: $(READY) ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: $(READY) ## run the fast tests, 15 to 26 minutes on two cores (TESTS=tests/unit for a part)
+test: $(READY) ## run the fast tests, about half an hour on two cores (TESTS=tests/unit for a part)
 	$(BIN)/python -m pytest -m "not ci and not slow" $(TESTS)
 
 test-ci: $(READY) ## run what CI runs after the fast tests: dying ranks, two hosts, Slurm, a fresh clone

@@ -3,9 +3,11 @@ one room only."""
 
 import ast
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 STACK = Path(__file__).parents[2] / "stack"
+TESTS = Path(__file__).parents[1]
 #: The rooms from top to bottom. All rooms may import `errors`, `disk`, `interpreter` and `config`.
 ROOMS = [
     "errors",
@@ -85,3 +87,11 @@ def test_every_package_is_installed():
     folders = {file.parent.relative_to(STACK.parent) for file in _files()}
     named = {".".join(folder.parts) for folder in folders}
     assert set(project["tool"]["setuptools"]["packages"]) == named | {"stack.conf", "hydra_plugins"}
+
+
+def test_pytest_leaves_out_no_folder_of_tests(pytestconfig):
+    """pytest silently skips folders that match `norecursedirs`, unless the command line names them."""
+    patterns = pytestconfig.getini("norecursedirs")
+    folders = {file.parent.name for file in TESTS.rglob("test_*.py")}
+    assert {"dist", "unit"} <= folders
+    assert [name for name in folders if any(fnmatch(name, pattern) for pattern in patterns)] == []

@@ -5,7 +5,6 @@ import os
 import shlex
 import signal
 import socket
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -120,7 +119,12 @@ def _follow(cfg: Config, plan: Plan, run: RunDir, console: Console, requests: Re
     orders = [(host, _order(cfg, run, place, node)) for node, host in enumerate(place.hosts)]
     with agents(orders, run) as started:
         saves = cfg.checkpoint.every > 0 and run.trains
-        return follow(started, run, console, requests, grace_s=cfg.launch.grace_s, saves=saves)
+        failure = follow(started, run, console, requests, grace_s=cfg.launch.grace_s, saves=saves)
+        if failure and failure.rank is not None and failure.exit_code != Requeue.exit_code:
+            # A rank that does not react to signals keeps the user waiting for up to launch.grace_s.
+            with contextlib.suppress(OSError):
+                console.note(f"rank {failure.rank} failed; ending the other ranks")
+        return failure
 
 
 def _order(cfg: Config, run: RunDir, place: Place, node: int) -> Order:
@@ -191,4 +195,4 @@ def _curve(run: RunDir) -> str:
 
 
 def _record(run: RunDir, failure: Failure) -> None:
-    rundir.write_last(run.ended_early(failure.exit_code), {**asdict(failure), "time": time.time()})
+    rundir.write_last(run.ended_early(failure.exit_code), asdict(failure))

@@ -1,5 +1,6 @@
 """Why a run ended early: which rank failed first, from what the ranks of each host left behind."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,8 @@ class Failure:
     exit_code: int
     rank: int | None = None
     host: str | None = None
+    time: float = field(default_factory=time.time, compare=False)
+    """When the driver learned of the failure, in Unix seconds. The end of the other ranks comes later."""
 
 
 @dataclass(frozen=True)

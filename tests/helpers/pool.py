@@ -91,6 +91,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
     from stack.parallel import zero
 
     torch.set_num_threads(1)
+    _share_device()
     zero.init_distributed(timeout=timedelta(seconds=CASE_TIMEOUT_S))
     while True:
         try:
@@ -101,3 +102,20 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
             pipe.send((True, function(*args)))
         except BaseException:  # noqa: BLE001 - whatever a case raises is reported to the test
             pipe.send((False, traceback.format_exc()))
+
+
+def _share_device() -> None:
+    """Lets all gloo groups of this rank share one device, which has one thread. That thread wakes a hundred times a
+    second, and groups outlive their case because DeepSpeed's engines are never freed: with a device of its own for each
+    group, the threads of a hundred cases would take half of the machine."""
+    from torch.distributed import ProcessGroupGloo, Store, distributed_c10d
+
+    device = ProcessGroupGloo.create_default_device()
+
+    class SharedDevice(ProcessGroupGloo):
+        def __init__(self, store: Store, rank: int, size: int, timeout: timedelta):
+            options = ProcessGroupGloo._Options()
+            options._devices, options._timeout, options._threads = [device], timeout, 2
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = SharedDevice  # type: ignore[misc]

@@ -27,6 +27,7 @@ def start(monkeypatch, tmp_path) -> Iterator:
 
     def start(script: str) -> Agent:
         monkeypatch.setattr(agents, "module_on", lambda _host, _module: ["bash", "-c", script])
+        monkeypatch.setattr(agents, "BEAT_S", 0.1)
         order = Order(str(tmp_path), "host", [0, 1], [], {}, grace_s=0.2, silence_s=None)
         started.append(Agent(Host("host", 2, here=True), order, tmp_path / "launchers" / "host.log"))
         return started[-1]

@@ -306,7 +306,9 @@ class Launch:
     ranks_per_node: Any = field(default="auto", metadata={"auto": int, "low": 1, "high": 1024, "example": 8})
     """Ranks on each host; `auto` is its slots in the hostfile, or its number of NVIDIA GPUs, or 4 without GPUs."""
     env: list[str] = field(
-        default_factory=lambda: ["NCCL_*", "GLOO_*", "TORCH_*", "HF_*", "WANDB_*", "OMP_NUM_THREADS", "PYTHONPATH"]
+        default_factory=lambda: [
+            *("NCCL_*", "GLOO_*", "TORCH_*", "PYTORCH_*", "HF_*", "WANDB_*", "OMP_NUM_THREADS", "PYTHONPATH")
+        ]
     )
     """Names of environment variables to pass to ranks on other hosts; `*` stands for any characters. The values are
     sent over the ssh connection and are never written to a file."""

@@ -21,6 +21,9 @@ _OF_A_LAUNCHER = (
     *(LAUNCHER, VISIBLE_DEVICES, AGENT_PID),
 )
 
+#: Variables with the settings of torch's allocator on GPUs: the name, and the older one.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
 
 def environment_of(host: Mapping[str, str], given: Mapping[str, str], ranks: int) -> dict[str, str]:
     """What the launchers of one host get.
@@ -31,7 +34,7 @@ def environment_of(host: Mapping[str, str], given: Mapping[str, str], ranks: int
         ranks: to be started on the host, which share its cores.
     """
     own = {name: value for name, value in host.items() if not is_of_a_launcher(name)}
-    environment = {**_defaults(ranks), **own, **given, **SAFE_PATH, AGENT_PID: str(os.getpid())}
+    environment = {**_defaults(ranks, {**host, **given}), **own, **given, **SAFE_PATH, AGENT_PID: str(os.getpid())}
     if "CUDA_VISIBLE_DEVICES" in host:
         # The launcher numbers the devices from 0 whatever the user had made visible.
         environment[VISIBLE_DEVICES] = host["CUDA_VISIBLE_DEVICES"]
@@ -43,8 +46,15 @@ def is_of_a_launcher(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in _OF_A_LAUNCHER)
 
 
-def _defaults(ranks: int) -> dict[str, str]:
+def _defaults(ranks: int, host: Mapping[str, str]) -> dict[str, str]:
     """The cores of the host shared between its ranks, and no GPU where there is none."""
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     defaults = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    return defaults if local_devices() else {**defaults, "DS_ACCELERATOR": "cpu"}
+    if not local_devices():
+        return {**defaults, "DS_ACCELERATOR": "cpu"}
+    # A rank has several communicators on one GPU; NCCL then starts their kernels in the order of the calls.
+    defaults["NCCL_LAUNCH_ORDER_IMPLICIT"] = "1"
+    if not any(name in host for name in _ALLOCATOR):
+        # Units of very different size are gathered and released in turn, which would fragment fixed segments.
+        defaults[_ALLOCATOR[0]] = "expandable_segments:True"
+    return defaults

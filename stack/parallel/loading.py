@@ -50,7 +50,9 @@ class Loader:
         """Starts the copies of a batch. May be called from any thread."""
         if self._stream is None:
             return self._copied(batch, None)
-        with torch.cuda.stream(self._stream):
+        # A new thread's device is 0. Leaving `stream` makes the thread's device current again, and on a rank of another
+        # device this would open a context on GPU 0, which takes half a GB of it for each rank of the host.
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             return self._copied(batch, torch.cuda.Event())
 
     def _copied(self, batch: Batch, done: torch.cuda.Event | None) -> DeviceBatch:

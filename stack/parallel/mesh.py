@@ -27,7 +27,9 @@ class Mesh:
     data_group: dist.ProcessGroup
     """The ranks with the same stages; ZeRO shards states over them."""
     pipe_group: dist.ProcessGroup
-    """The ranks of the same replica; hidden states and their gradients are sent between them."""
+    """The ranks of the same replica, for collectives."""
+    transfer_group: dist.ProcessGroup
+    """The same ranks as in `pipe_group`; hidden states and their gradients are sent between them."""
     tied_group: dist.ProcessGroup | None
     """The two ranks of this replica that hold the copies of a tied embedding; None on other ranks."""
     host_group: dist.ProcessGroup
@@ -66,7 +68,9 @@ def make_mesh(plan: Plan, *, timeout: timedelta, disk_timeout: timedelta | None 
     def groups(of: Iterable[list[int]]) -> list[dist.ProcessGroup]:
         return [dist.new_group(ranks, timeout=timeout) for ranks in of]
 
-    pipes = groups([plan.rank_of(p, r) for p in range(plan.pipeline)] for r in range(plan.replicas))
+    pipes_of = [[plan.rank_of(p, r) for p in range(plan.pipeline)] for r in range(plan.replicas)]
+    # Collectives over the pipe have a group of their own: on NCCL they would else wait in one queue with the transfers.
+    pipes, transfers = groups(pipes_of), groups(pipes_of)
     data = groups([plan.rank_of(p, r) for r in range(plan.replicas)] for p in range(plan.pipeline))
     tied: dist.ProcessGroup | None = None
     if plan.tied_apart:
@@ -84,6 +88,7 @@ def make_mesh(plan: Plan, *, timeout: timedelta, disk_timeout: timedelta | None 
         replicas=plan.replicas,
         data_group=data[pipe_rank],
         pipe_group=pipes[replica],
+        transfer_group=transfers[replica],
         tied_group=tied,
         host_group=world if device.type == "cpu" else dist.new_group(backend="gloo", timeout=timeout),
         disk_group=dist.new_group(backend="gloo", timeout=disk_timeout or timeout),

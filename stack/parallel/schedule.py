@@ -100,7 +100,7 @@ def make_schedule(
             mesh.device,
             input_args=(tokens if number == 0 else hidden.detach().requires_grad_(),),
             output_args=(torch.empty((), device="meta") if last else hidden.detach().requires_grad_(),),
-            group=mesh.pipe_group,
+            group=mesh.transfer_group,
         )
         made.drive(engine, index, clock, window=plan.pipeline if plan.schedule == "1f1b" else plan.microbatches)
         return made
@@ -135,6 +135,8 @@ class Pipeline:
     def _finish(self) -> None:
         for stage in self.stages:
             stage.finish_sending()
+            # torch would keep the outputs of an evaluation until the next step.
+            stage.clear_runtime_states()
 
 
 class _Forward(nn.Module):
@@ -164,20 +166,22 @@ class _EngineStage(PipelineStage):
         self._engine, self._index, self._clock, self._window = engine, index, clock, window
         self._sending: dict[tuple[str, int], list[dist.Work]] = {}
 
-    # torch makes receive buffers for every microbatch of a step. Here microbatches that are `window` apart share them.
+    # torch makes receive buffers for every microbatch of a step, and makes them anew whenever training and evaluation
+    # take turns. Here they are made once, and microbatches that are `window` apart share them.
 
-    def _prepare_forward_infra(self, num_microbatches: int, *args: Any, **kwargs: Any) -> Any:
-        result = super()._prepare_forward_infra(num_microbatches, *args, **kwargs)
-        self._share(self.args_recv_info)
-        return result
+    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+        if not self.args_recv_info:
+            super()._setup_forward_recv_info(min(self._window, num_microbatches), has_backward)
+            self._share(self.args_recv_info, num_microbatches)
 
-    def _prepare_backward_infra(self, num_microbatches: int, *args: Any, **kwargs: Any) -> Any:
-        result = super()._prepare_backward_infra(num_microbatches, *args, **kwargs)
-        self._share(self.grad_recv_info)
-        return result
+    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
+        if not self.grad_recv_info:
+            super()._setup_backward_recv_info(min(self._window, num_microbatches))
+            self._share(self.grad_recv_info, num_microbatches)
+        self.chunks = num_microbatches
 
-    def _share(self, buffers: dict[int, Any]) -> None:
-        for microbatch in buffers:
+    def _share(self, buffers: dict[int, Any], microbatches: int) -> None:
+        for microbatch in range(len(buffers), microbatches):
             buffers[microbatch] = buffers[microbatch % self._window]
 
     # A schedule of torch would keep all sent tensors until the end of the step. The stage sends them itself, and

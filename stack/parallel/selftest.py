@@ -197,6 +197,7 @@ def _mesh(pipe_rank: int) -> Any:
         replicas=1,
         data_group=alone,
         pipe_group=alone,
+        transfer_group=alone,
         tied_group=None,
         host_group=alone,
         disk_group=alone,

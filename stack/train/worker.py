@@ -92,6 +92,7 @@ def _main(argv: Sequence[str], held: contextlib.ExitStack) -> int:
             run = bare.agree_on_run(cfg, plan, rank, named, held)
         assert run is not None
         stop = _stop(run.rank(rank), held)
+        _record_collectives(run.rank(rank))
         screen = _own_output(run, rank, progress, shown=config_path is None and rank == 0)
         if run.evaluation.exists():
             _evaluate(cfg, plan, run, progress, rank=rank)
@@ -115,6 +116,18 @@ def _prepare_process() -> None:
     with contextlib.suppress(OSError, ValueError):
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _record_collectives(folder: Path) -> None:
+    """Has torch write this rank's last collectives into `folder` when NCCL's watchdog gives up on one of them. torch
+    reads these variables when it makes the first group."""
+    defaults = {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(folder / "collectives_rank_"),
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
 
 
 def _train(

@@ -89,10 +89,12 @@ class FakeCuda:
         )
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As Tensor.pin_memory, without a copy."""
         self._pinned.add(tensor.data_ptr())
         return tensor
 
     def copy(self, tensor: torch.Tensor, device: torch.device, non_blocking: bool) -> torch.Tensor:
+        """As Tensor.to, without a copy."""
         pinned = tensor.data_ptr() in self._pinned
         self.calls.append(
             ("copy", str(device), repr(self.current_stream()), "pinned" if pinned else "pageable", non_blocking)
@@ -117,6 +119,9 @@ def fake_cuda(current: int) -> Iterator[FakeCuda]:
         def record(self, stream: FakeStream | None = None) -> None:
             cuda.calls.append(("record", repr(stream or cuda.current_stream())))
 
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        return cuda.pin(tensor)
+
     def to(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         device = next((arg for arg in args if isinstance(arg, torch.device)), options.get("device"))
         if device is None or torch.device(device).type != "cuda":
@@ -137,7 +142,7 @@ def fake_cuda(current: int) -> Iterator[FakeCuda]:
             (torch.cuda, "set_stream", cuda.set_stream),
             (torch.cuda, "Stream", cuda.stream),
             (torch.cuda, "Event", Event),
-            (torch.Tensor, "pin_memory", lambda tensor: cuda.pin(tensor)),
+            (torch.Tensor, "pin_memory", pin_memory),
             (torch.Tensor, "to", to),
             (torch.Tensor, "record_stream", record_stream),
         ):

@@ -1,11 +1,11 @@
-"""Which error of a chain to report. Libraries wrap the error that says what happened into one that says only where:
-torch's pipelining turns any error of a forward into `RuntimeError: [Stage 1] failed to run forward:`."""
+"""Finds the error of an exception chain to report. Libraries wrap the error that says what happened into an error that
+says only where it happened, such as the `RuntimeError: [Stage 1] failed to run forward:` of torch's pipelining."""
 
 from collections.abc import Iterator
 
 from stack.errors import StackError
 
-#: How allocators and the kernel say that there is no memory left.
+#: Words of allocators and of the kernel for memory that has run out.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate",
     "out of memory",
@@ -13,17 +13,17 @@ _OUT_OF_MEMORY = (
     "std::bad_alloc",
     "Cannot allocate memory",
 )
-#: How a rank begins to tell that it gave up waiting for another one, which it cannot name.
+#: First words of the message of a rank that gave up waiting for another rank. The waiting rank cannot tell which one.
 WAITED = "another rank did not answer within"
 _WRAPPERS = ("failed to run forward", "failed to run backward")
-#: Parts of the messages of gloo, NCCL and torch's process groups. torch's own classes for them are only some of them.
+#: Parts of the messages of gloo, NCCL and torch's process groups, which do not always raise torch's own error classes.
 _DISTRIBUTED = ("gloo/", "c10d", "NCCL", "ProcessGroup", "monitoredBarrier", "Operation timed out!", "Socket Timeout")
 _TIMEOUT = ("timed out", "timeout")
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The error to report: an error of ours anywhere in the chain, so that its exit code counts; else one that says
-    that memory ran out; else the error itself, or the first one that is not a mere wrapper."""
+    """The error to report: a `StackError` anywhere in the chain, so that its exit code is used; else an error that says
+    that memory ran out; else the error itself, or below wrappers the first error that is no wrapper."""
     chain = list(_chain(error))
     for found in chain:
         if isinstance(found, StackError):
@@ -44,18 +44,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_collective_timeout(error: BaseException) -> bool:
-    """Whether an error is that of a collective which waited for its timeout. gloo raises a plain RuntimeError, so its
-    words decide; a timeout of anything else (a download, a lock) is not one."""
+    """Whether an error comes from a collective that timed out. gloo raises a plain RuntimeError, so the words of the
+    message decide. The timeout of a download or of a lock does not count."""
     words = str(error)
     if not isinstance(error, RuntimeError) or not any(late in words.lower() for late in _TIMEOUT):
         return False
-    # torch.distributed.DistError and its kinds, by name: where torch was not imported there is none.
+    # torch.distributed.DistError and its subclasses, by name, so that this module need not import torch.
     known = any(kind.__module__ == "torch.distributed" for kind in type(error).__mro__)
     return known or any(source in words for source in _DISTRIBUTED)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, what caused it, what caused that."""
+    """The error, then the error that caused it, and so on."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:

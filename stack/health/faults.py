@@ -1,4 +1,4 @@
-"""Faults at named moments, for tests: STACK_FAULT="kill:rank=1,step=9,phase=save.before_manifest"."""
+"""Injects faults at named moments, for tests: STACK_FAULT="kill:rank=1,step=9,phase=save.before_manifest"."""
 
 import errno
 import os
@@ -19,14 +19,14 @@ PHASES = (
     "save.before_manifest",
     "save.before_rename",
 )
-#: kill: SIGKILL to this process; stop: SIGSTOP to it; full: the disk is; sleep: for `seconds`.
+#: kill: SIGKILL to this process; stop: SIGSTOP to this process; full: raise ENOSPC; sleep: for `seconds`.
 KINDS = ("kill", "stop", "full", "sleep")
 _FIELDS = {"rank": int, "step": int, "phase": str, "seconds": float}
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Happens the first time that all it names is so; a rank or a step that it does not name is any."""
+    """Happens once, at the first moment that has its phase, rank and step. A rank or step of None matches any."""
 
     kind: str
     phase: str
@@ -40,7 +40,7 @@ class Fault:
     def happen(self) -> None:
         """
         Raises:
-            OSError: ENOSPC, of kind `full`.
+            OSError: ENOSPC, if the kind is `full`.
         """
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -53,26 +53,26 @@ class Fault:
 
 
 class Faults:
-    """What is to go wrong in this process. Called at each phase; without faults that is nothing."""
+    """The faults of this process. Called at each phase; without faults the call does nothing."""
 
     def __init__(self, faults: tuple[Fault, ...] = ()):
         self._waiting = list(faults)
 
     @classmethod
     def from_environment(cls, rank: int) -> Self:
-        """Those of STACK_FAULT that are `rank`'s.
+        """The faults of STACK_FAULT that name `rank` or no rank.
 
         Raises:
-            ConfigError: the value is malformed, or names a phase that there is not.
+            ConfigError: the value is malformed, or names an unknown phase.
         """
         found = [_parse(text) for text in os.environ.get(FAULT, "").split(";") if text.strip()]
         return cls(tuple(fault for fault in found if fault.rank in (None, rank)))
 
     def __call__(self, phase: str, step: int) -> None:
-        """Lets those happen that wait for this moment, each once.
+        """Makes the faults of this moment happen, each once.
 
         Raises:
-            OSError: the disk is full, by a fault of that kind.
+            OSError: ENOSPC, by a fault of kind `full`.
         """
         for fault in [fault for fault in self._waiting if fault.meets(phase, step)]:
             self._waiting.remove(fault)
@@ -87,7 +87,7 @@ def _parse(text: str) -> Fault:
     for pair in rest.split(","):
         name, _, value = pair.partition("=")
         if name not in _FIELDS or name in values:
-            raise ConfigError(f"{FAULT}={text}: {pair!r} is not one of {_listed(tuple(_FIELDS))}=..., each once")
+            raise ConfigError(f"{FAULT}={text}: {pair!r} must be one of {_listed(tuple(_FIELDS))}=..., each given once")
         try:
             values[name] = _FIELDS[name](value)
         except ValueError as error:
@@ -95,7 +95,7 @@ def _parse(text: str) -> Fault:
     if values.get("phase") not in PHASES:
         raise ConfigError(f"{FAULT}={text}: phase must be {_listed(PHASES)}")
     if (kind == "sleep") != (values.get("seconds", 0) > 0):
-        raise ConfigError(f"{FAULT}={text}: seconds belong to sleep, as in sleep:phase=step,seconds=2")
+        raise ConfigError(f"{FAULT}={text}: seconds is for the fault sleep only, as in sleep:phase=step,seconds=2")
     return Fault(kind, **values)
 
 

@@ -7,7 +7,7 @@ from stack.errors import NumericsError
 
 def check_finite(*, step: int, loss: float, grad_norm: float, loss_scale: float | None = None) -> None:
     """Stops the run at a loss or a gradient norm that is not finite. In fp16 a norm that is not finite only lowers the
-    loss scale, as long as it can be lowered.
+    loss scale, as long as the scale is above 1.
 
     Raises:
         NumericsError: on every rank at once, since both values are global.

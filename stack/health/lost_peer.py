@@ -1,6 +1,6 @@
-"""How a rank tells that another one is gone."""
+"""Recognises errors that say that another rank is gone."""
 
-#: How gloo, NCCL and the store say that the other side of a connection is gone.
+#: Words of gloo, NCCL and the store for a connection whose other side is gone.
 _WORDS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -10,5 +10,5 @@ _WORDS = (
 
 
 def is_lost_peer(message: str) -> bool:
-    """Whether an error only says that another rank went away: the one to look for is that other."""
+    """Whether an error only says that another rank is gone. The cause is then an error of that other rank."""
     return any(words in message for words in _WORDS)

@@ -1,4 +1,4 @@
-"""Who differs from the rest: of hosts ahead of a launch, of ranks after it."""
+"""Finds the hosts or ranks that differ from the rest."""
 
 from collections import Counter
 from collections.abc import Hashable, Mapping
@@ -9,7 +9,7 @@ _What = TypeVar("_What", bound=Hashable)
 
 
 class Odd(NamedTuple, Generic[_Who]):
-    """One that differs."""
+    """A host or rank that differs from the most."""
 
     who: _Who
     key: str
@@ -18,14 +18,14 @@ class Odd(NamedTuple, Generic[_Who]):
 
 
 def odd_ones(of: Mapping[_Who, Mapping[str, _What]]) -> list[Odd[_Who]]:
-    """Those that differ from the most in a value, key by key. Of values that are as frequent the first one's counts.
+    """The hosts or ranks that differ from the most in a value, key by key. Of equally frequent values the first counts.
 
     Args:
         of: for each host or rank, in order, its values by key; all have the same keys.
     """
     found: list[Odd[_Who]] = []
     for key in next(iter(of.values()), {}):
-        # most_common keeps the order of first occurrence among equals.
+        # Among equally frequent values most_common keeps the order of first occurrence.
         [(norm, _)] = Counter(values[key] for values in of.values()).most_common(1)
         found += [Odd(who, key, values[key], norm) for who, values in of.items() if values[key] != norm]
     return found

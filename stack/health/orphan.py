@@ -1,4 +1,4 @@
-"""A rank must not outlive whoever started it: the launcher, and the agent above the launcher."""
+"""Ends a rank whose launcher, or the agent above the launcher, is gone."""
 
 import os
 import threading
@@ -9,10 +9,10 @@ import psutil
 
 from stack.errors import RankFailure
 
-#: Set by the agent of a host for the ranks there: the agent's process id. The agent itself ends with the driver.
+#: The process id of a host's agent, set by the agent for its ranks. The agent itself ends with the driver.
 AGENT_PID = "STACK_AGENT_PID"
 _POLL_S = 0.5
-#: Looks after each other that find the agent stopped, a minute: it would not see that a rank fails, nor end it.
+#: Polls in a row that find the agent stopped: one minute. A stopped agent sees no failing rank, and ends none.
 _STOPPED_LOOKS = 120
 
 
@@ -20,10 +20,10 @@ def exit_with_parent(last_words: Callable[[RankFailure], object]) -> None:
     """Starts a thread that ends this process, without collectives, once its parent or the agent is gone, or the agent
     has been stopped for a minute.
 
-    The launcher ends its ranks when it is told to; a launcher or agent that was killed tells nobody. `last_words`
-    gets the reason.
+    A launcher that receives a signal ends its ranks. A launcher or agent that was killed by SIGKILL cannot.
+    `last_words` gets the reason.
     """
-    # In a container this may be the first process, which has no parent.
+    # In a container this process may be the first one, which has no parent.
     watched = {"launcher": parent} if (parent := os.getppid()) else {}
     if agent := os.environ.get(AGENT_PID):
         watched["agent"] = int(agent)
@@ -31,9 +31,9 @@ def exit_with_parent(last_words: Callable[[RankFailure], object]) -> None:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """False from the moment it died, also while nobody has asked for its exit code yet."""
+    """False from the moment the process died, also while its parent has not yet read the exit code."""
     try:
-        # Compares the start time too, so that a reused process id is not mistaken for the old process.
+        # is_running compares the start time too, so that a reused process id is not mistaken for the old process.
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
@@ -55,7 +55,7 @@ def _watch(pids: dict[str, int], last_words: Callable[[RankFailure], object]) ->
             time.sleep(_POLL_S)
         gone = next((name for name, process in watched.items() if not is_alive(process)), "agent")
         how = "was stopped" if stopped == _STOPPED_LOOKS else "was killed"
-        last_words(RankFailure(f"the {gone} (process {pids[gone]}) {how}, and its ranks end with it"))
+        last_words(RankFailure(f"the {gone} (process {pids[gone]}) {how}, so its ranks end too"))
     finally:
-        # Also where one was gone before this could look.
+        # Also if the launcher or agent was gone before the first poll.
         os._exit(RankFailure.exit_code)

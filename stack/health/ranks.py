@@ -1,5 +1,5 @@
-"""What the ranks of several hosts check among themselves, right after they have found each other: that all are there
-and alike, that what one sends arrives at the next, and that a sum over all is right. Each within a bound."""
+"""Checks that ranks run right after the process group is made: all ranks are present, have the same versions and device
+type, can send to the next rank, and get the right sum from an all-reduce. Each check has a timeout."""
 
 import itertools
 import platform
@@ -21,26 +21,26 @@ from stack.health.odd import odd_ones
 from stack.parallel import messages
 
 _PACKAGES = ("torch", "deepspeed", "transformers")
-#: Exchanges over the ring that its latency is the mean of, and all-reduces that the bandwidth is.
+#: Number of ring exchanges and of all-reduces. The measured latency and bandwidth are means over them.
 _LAPS, _SUMS = 20, 3
-#: Numbers of a message in the ring, and fp32 numbers of an all-reduce that is timed, by the type of device.
+#: Numbers in a message of the ring, and fp32 numbers in a timed all-reduce, by the type of device.
 _RING, _SUMMED = 256, {"cpu": 1 << 20, "cuda": 1 << 24}
-#: Told of a link that does not work.
-_HINT = "see that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network between the hosts, and its firewall"
+#: Advice for a link that does not work.
+_HINT = "check GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME (the network interface between the hosts) and firewalls"
 _CALLS = itertools.count()
 
 
 @dataclass(frozen=True)
 class Links:
-    """What the slowest rank found."""
+    """Latency and bandwidth of the slowest rank."""
 
     ranks: int
     hosts: int
     backend: str
     ring_s: float
-    """Time of one exchange in which every rank sends 2 kB to the next and receives from the one before, in s."""
+    """Time of one exchange in s. Every rank sends 2 kB to the next rank and receives 2 kB from the one before."""
     bytes_per_s: float
-    """What each rank sends in an all-reduce, 2 (n - 1) / n of its size, over the time that it takes."""
+    """Bytes that each rank sends in an all-reduce of n ranks, 2 (n - 1) / n of its size, divided by its time."""
 
     def __str__(self) -> str:
         return (
@@ -50,29 +50,30 @@ class Links:
 
 
 class _Outcome(NamedTuple):
-    """How a rank's part of a check ended."""
+    """Outcome of one rank in one check."""
 
     late: bool
     error: str
-    """Of the library; empty where there was none."""
+    """Message of the library; empty if there was no error."""
     result: Any
 
 
 def check_ranks(device: torch.device, *, timeout_s: float = 60.0) -> Links:
-    """Prints and returns what it measured, or raises the same error on every rank that is there. Collective over the
-    world, of two ranks or more, which `init_distributed` made.
+    """Prints and returns the measured links, or raises the same error on every rank that is present. Collective over
+    the world that `init_distributed` made, of two ranks or more.
 
     Args:
-        device: this rank's; with a GPU the default group is NCCL's.
-        timeout_s: bound of each of the five waits: for all ranks, for their connections, for what they are, for the
-            ring, for the sum.
+        device: device of this rank; with a GPU the default group uses NCCL.
+        timeout_s: bound of each of the five waits: for all ranks, their connections, their versions and devices, the
+            ring, and the sum.
 
     Raises:
-        HangError: ranks are missing, or did not end in time; they are named.
-        HostError: a rank is unlike the others, or got other content than was sent to it.
+        HangError: ranks are missing or did not finish in time; the message names them.
+        HostError: a rank differs from the others, or received other data than was sent.
     """
     _wait_for_all(timeout_s)
-    # What tells about a failure outlives what fails. On NCCL a group beside it: its watchdog ends all that it hangs in.
+    # Outcomes travel over gloo with a longer timeout than the tested group has, so that the failure of that group can
+    # be reported. NCCL's watchdog would abort a process whose collective hangs.
     telling = _connected(lambda: dist.new_group(backend="gloo", timeout=timedelta(seconds=3 * timeout_s)))
     facts = messages.gather(_facts(device), telling)
     hosts = [fact["host"] for fact in facts]
@@ -101,8 +102,8 @@ def check_ranks(device: torch.device, *, timeout_s: float = 60.0) -> Links:
 
 
 def _wait_for_all(timeout_s: float) -> None:
-    """By the store alone, through which the ranks have met: a collective with a missing rank could not tell which. The
-    store goes with rank 0, so that those who ask it last may only learn that rank 0 has ended."""
+    """Uses only the store through which the ranks have met, because a collective cannot say which rank is missing. The
+    store ends with rank 0, so a rank that asks late may only learn that rank 0 has ended."""
     store = dist.distributed_c10d._get_default_store()
     keys = [f"stack/check/{next(_CALLS)}/{rank}" for rank in range(dist.get_world_size())]
     try:
@@ -110,7 +111,7 @@ def _wait_for_all(timeout_s: float) -> None:
         store.wait(keys, timedelta(seconds=timeout_s))
     except dist.DistStoreError as error:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise HangError(f"{_ranks(missing)} did not come to the check of ranks within {timeout_s:g} s") from error
+        raise HangError(f"{_ranks(missing)} did not join the check of ranks within {timeout_s:g} s") from error
 
 
 def _connected(make: Callable[[], dist.ProcessGroup]) -> dist.ProcessGroup:
@@ -118,11 +119,11 @@ def _connected(make: Callable[[], dist.ProcessGroup]) -> dist.ProcessGroup:
         return make()
     except RuntimeError as error:
         rank, host = dist.get_rank(), socket.gethostname()
-        raise HostError(f"rank {rank} on {host} does not reach the others: {_line(error)}; {_HINT}") from error
+        raise HostError(f"rank {rank} on {host} cannot connect to the others: {_line(error)}; {_HINT}") from error
 
 
 def _outcomes(own: _Outcome, group: dist.ProcessGroup) -> list[_Outcome]:
-    """Those of all ranks, by rank."""
+    """The outcomes of all ranks, by rank."""
     return [_Outcome(*outcome) for outcome in messages.gather(own, group)]
 
 
@@ -145,7 +146,7 @@ def _facts(device: torch.device) -> dict[str, Any]:
 
 
 def _compare(facts: Sequence[dict[str, Any]], hosts: Sequence[str]) -> None:
-    for what, remedy in (("device", "let all ranks use one"), ("versions", "install the same there")):
+    for what, remedy in (("device", "use the same type on all ranks"), ("versions", "install the same version there")):
         of = {rank: fact[what] if what == "versions" else {what: fact[what]} for rank, fact in enumerate(facts)}
         for who, key, has, others in odd_ones(of):
             raise HostError(f"rank {who} on {hosts[who]} has {key} {has}, the others {others}; {remedy}")
@@ -160,7 +161,7 @@ def _compare(facts: Sequence[dict[str, Any]], hosts: Sequence[str]) -> None:
 
 
 def _bounded(work: Callable[[], Any], device: torch.device, timeout_s: float) -> _Outcome:
-    """Runs `work` on a thread of its own: what hangs in there, as NCCL does while it connects, leaves this one free."""
+    """Runs `work` on a thread of its own, so that a hang in it, as in the setup of NCCL, does not block this thread."""
     found: list[_Outcome] = []
 
     def run() -> None:
@@ -187,8 +188,8 @@ def _check(outcomes: Sequence[_Outcome], expected: Sequence[float], hosts: Seque
     for rank, outcome in enumerate(outcomes):
         if outcome.result[0] != expected[rank]:
             raise HostError(
-                f"{what} brought rank {rank} on {hosts[rank]} {outcome.result[0]:g} and should have brought "
-                f"{expected[rank]:g}; its memory or network corrupts data"
+                f"{what} gave rank {rank} on {hosts[rank]} the sum {outcome.result[0]:g} instead of "
+                f"{expected[rank]:g}; the memory or network of that host corrupts data"
             )
 
 
@@ -196,18 +197,18 @@ def _check_links(waiting: Sequence[int], hosts: Sequence[str], where: str) -> No
     """Names the rank that is cut off, or the links of the ring that carry nothing.
 
     Args:
-        waiting: ranks that nothing has come to. On NCCL also those that could not send, which is one with it.
+        waiting: ranks that have received nothing; with NCCL also ranks that could not send (one handle for both).
     """
     links = [(_before(rank), rank) for rank in waiting]
     if not links:
         return
     shared = set(links[0]).intersection(*links)
     if len(links) > 1 and len(shared) == 1:
-        raise HangError(f"{_ranks([*shared], hosts)} is cut off: a ring of sends {where} did not pass it; {_HINT}")
+        raise HangError(f"{_ranks([*shared], hosts)} is cut off: a ring of sends {where} did not get through; {_HINT}")
     first, second = links[0]
     more = f" and {len(links) - 1} more" if len(links) > 1 else ""
     raise HangError(
-        f"nothing came from {_ranks([first], hosts)} to {_ranks([second], hosts)}{more} in a ring of sends {where}; "
+        f"no data came from {_ranks([first], hosts)} to {_ranks([second], hosts)}{more} in a ring of sends {where}; "
         f"{_HINT}"
     )
 
@@ -217,27 +218,27 @@ def _before(rank: int) -> int:
 
 
 def _message(rank: int) -> list[int]:
-    """What a rank sends: numbers that fp32 holds exactly, and no other rank's."""
+    """The message of a rank: numbers that fp32 holds exactly, and that no other rank sends."""
     return [rank * _RING + number for number in range(_RING)]
 
 
 def _ring(group: dist.ProcessGroup, device: torch.device, arrived: list[bool]) -> tuple[float, float]:
-    """Sum of what came from the rank before, and the mean time of an exchange in s.
+    """Sum of the numbers received from the rank before, and the mean time of an exchange in s.
 
     Args:
-        arrived: becomes longer when something has come.
+        arrived: gets an entry for each message that was received.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     sent = torch.tensor(_message(rank), dtype=torch.float64, device=device)
     received = torch.zeros_like(sent)
 
     def exchange() -> float:
-        # In one batch: on NCCL a ring in which all send first would wait for ever.
+        # In one batch: on NCCL a ring in which all ranks send first would deadlock.
         operations = [
             dist.P2POp(dist.isend, sent, (rank + 1) % world, group),
             dist.P2POp(dist.irecv, received, _before(rank), group),
         ]
-        # On gloo the receive is the last one, on NCCL there is one for both.
+        # gloo returns one handle for each operation, the receive last; NCCL returns one handle for both.
         *sends, receive = dist.batch_isend_irecv(operations)
         receive.wait()
         total = received.sum().item()
@@ -254,12 +255,12 @@ def _ring(group: dist.ProcessGroup, device: torch.device, arrived: list[bool]) -
 
 
 def _sum(group: dist.ProcessGroup, device: torch.device) -> tuple[float, float]:
-    """Sum of every rank's number, counted from 1, and the bytes a second of a large all-reduce."""
+    """Sum of the numbers of all ranks, counted from 1, and the bytes per second of a large all-reduce."""
     world = dist.get_world_size()
     total = torch.tensor(dist.get_rank() + 1.0, device=device)
     dist.all_reduce(total, group=group)
     large = torch.zeros(_SUMMED[device.type], device=device)
-    # The first one of this size connects and allocates.
+    # Untimed: the first all-reduce of this size connects and allocates.
     dist.all_reduce(large, group=group)
     large[0].item()
     began = time.perf_counter()

@@ -1,4 +1,5 @@
-"""A rank that is told to end says so first: whoever looks for the one that failed can then tell them apart."""
+"""Handles the signals that end a rank. The rank first records that it was told to end, so that it is not taken for the
+rank that failed."""
 
 import contextlib
 import os
@@ -6,36 +7,36 @@ import signal
 import threading
 from collections.abc import Callable
 
-#: What a shell adds to the number of the signal that ended a command.
+#: Added to the number of a signal for the exit code, as shells do.
 SIGNALLED = 128
-#: What asks a rank to save and end; SIGUSR1 is the one that srun passes on, and that jobs on Slurm like to be sent.
+#: Signals that ask a rank to save and end. SIGUSR1 is what srun passes on to its tasks, and what Slurm jobs often get.
 _REQUESTS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stop:
-    """What comes of the signals to a rank. SIGINT ends it at once with 130; SIGTERM and SIGUSR1 do so too, with 128 and
-    their number, until `wait_for_step` says that somebody will ask for them.
+    """Handles the signals to a rank. SIGINT ends the rank at once with exit code 130. SIGTERM and SIGUSR1 end it with
+    128 plus their number until `wait_for_step` is called; after that they only set `asked`.
 
-    A launcher also sends SIGTERM to all its ranks once one of them has failed. Python would run a handler only when the
-    main thread comes back from its collective, which it then never does; a thread that reads what the signal writes
-    runs at once.
+    A launcher also sends SIGTERM to all its ranks once one of them has failed. The main thread may then wait in a
+    collective for ever, and Python would not run a signal handler before the collective returns. So a thread reads the
+    number of the signal from `signal.set_wakeup_fd`, which Python writes at once.
     """
 
     def __init__(self, tell: Callable[[], object], *, leave: Callable[[], object] = lambda: None) -> None:
-        """For the main thread. From now on a signal that ends or asks calls `tell` first, and one that ends the process
-        then calls `leave`."""
+        """Is called in the main thread. From now on each handled signal calls `tell` first; a signal that ends the
+        process then calls `leave`."""
         self._tell, self._leave, self._waits, self._asked = tell, leave, False, False
         told, telling = os.pipe()
         # A full pipe must not hold up a signal.
         os.set_blocking(telling, False)
         for number in (signal.SIGINT, *_REQUESTS):
-            # Without a handler of Python's own the signal would write nothing, and end the process.
+            # Without a Python handler the signal would end the process and write nothing to the pipe.
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(telling, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(told,), daemon=True, name="stop-watch").start()
 
     def wait_for_step(self) -> None:
-        """From now on a request to save and end only shows in `asked`, which is looked at after each step."""
+        """From now on a request to save and end only sets `asked`, which the training loop reads after each step."""
         self._waits = True
 
     def asked(self) -> bool:
@@ -49,7 +50,7 @@ class Stop:
                     self._take(number)
 
     def _take(self, number: int) -> None:
-        # A full disk must not keep the rank.
+        # A full disk must not keep the rank from ending.
         with contextlib.suppress(OSError):
             self._tell()
         if number == signal.SIGINT or not self._waits:

@@ -71,12 +71,12 @@ def test_the_odd_rank_is_named_by_all(zygote, fault, found):
 
 def test_a_rank_that_does_not_come_is_named(zygote):
     said = zygote.run_function(missed, [], 4)
-    assert said[0] == "HangError: rank 1 did not come to the check of ranks within 3 s"
+    assert said[0] == "HangError: rank 1 did not join the check of ranks within 3 s"
 
 
 def test_what_arrives_is_compared_with_what_was_sent(zygote):
     said = zygote.run_function(checked, ["corrupt"], 4)
-    assert "brought rank 2 on" in said[0]
+    assert "gave rank 2 on" in said[0]
     assert "corrupts data" in said[0]
 
 

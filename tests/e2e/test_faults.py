@@ -166,7 +166,7 @@ def test_a_killed_launcher_is_a_failure_though_deepspeed_may_return_0(running, w
     if which == "agent":
         assert failure["message"].startswith("localhost lost its agent (-9)")
     else:
-        assert failure["message"] == f"the launcher (process {killed.pid}) was killed, and its ranks end with it"
+        assert failure["message"] == f"the launcher (process {killed.pid}) was killed, so its ranks end too"
 
 
 def test_a_run_ends_when_nobody_reads_its_output(start):

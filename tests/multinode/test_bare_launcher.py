@@ -113,7 +113,7 @@ def test_a_host_whose_launcher_is_killed_ends_the_run(running, hosts):
     assert_nothing_left(hosts)
     failure = running.json("FAILED.json")
     assert (failure["type"], failure["exit_code"], failure["rank"]) == ("RankFailure", 9, 1)
-    assert "was killed, and its ranks end with it" in failure["message"]
+    assert "was killed, so its ranks end too" in failure["message"]
     assert not (running.run / "DONE.json").exists()
 
 

@@ -118,7 +118,7 @@ def test_a_killed_launcher_is_named(running, hosts):
     [launcher] = [p for p in hosts.processes("host-b", "deepspeed.launcher.launch") if "python" in p.name()]
     launcher.kill()
 
-    assert_failed(running, "was killed, and its ranks end with it", rank=1)
+    assert_failed(running, "was killed, so its ranks end too", rank=1)
     assert_nothing_left(hosts)
 
 

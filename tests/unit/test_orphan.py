@@ -25,7 +25,7 @@ def test_a_rank_ends_with_its_agent(agent, number, how, monkeypatch):
     agent.send_signal(number)
     os.waitid(os.P_PID, agent.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     orphan._watch({"launcher": os.getpid(), "agent": agent.pid}, words.append)
-    assert str(words[0]) == f"the agent (process {agent.pid}) {how}, and its ranks end with it"
+    assert str(words[0]) == f"the agent (process {agent.pid}) {how}, so its ranks end too"
     assert ended == [9]
 
 

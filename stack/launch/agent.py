@@ -1,12 +1,12 @@
 """`python -m stack.launch.agent`: on each host of a run, starts the ranks, watches them, and ends with the driver.
 
-The driver holds the other end of its standard input, through ssh or not. The first line is an `Order`, then comes an
-empty line every few seconds; `save` when the ranks are to save and end, `stop` when they are to end at once, and `look`
-when ranks hang and the driver wants to know which. The end of the input without a `stop`, or silence, is a driver or a
-connection that is gone: nobody would know of the ranks, so they end too.
+The driver writes to the agent's standard input, directly or through ssh. The first line is an `Order`. Then the driver
+sends an empty line every few seconds, `save` when the ranks must save and end, `stop` when they must end at once, and
+`look` when ranks hang and the driver asks which. If the input ends without a `stop`, or nothing arrives for too long,
+the driver or the connection is gone, and the agent ends the ranks.
 
-Its standard output has one JSON object a line: `{"report": ...}` when the first rank failed or the last one ended, and
-`{"looks": ...}` in answer to `look`. An empty line every few seconds says that the agent itself is at work.
+The agent's standard output has one JSON object on each line: `{"report": ...}` when the first rank failed or the last
+one ended, and `{"looks": ...}` in answer to `look`. An empty line every few seconds says that the agent is alive.
 """
 
 import contextlib
@@ -33,29 +33,30 @@ from stack.train import rundir
 from stack.train.rundir import RunDir
 
 SAVE, STOP, LOOK = b"save\n", b"stop\n", b"look\n"
-#: Between two empty lines, of the driver's and of the agent's.
+#: Seconds between two empty lines, of the driver and of the agent.
 BEAT_S = 5.0
 _POLL_S = 0.2
-#: After a first sign of failure, time for the rank that is the cause of it to show it.
+#: After the first sign of a failure, seconds to wait for the rank that caused it to report its error.
 _SETTLE_S = 2.0
-#: After the first rank gave up waiting, time for the others that wait to do so too; whom they wait for does not.
+#: After the first rank gave up waiting, seconds for the other waiting ranks to do so too. The rank that hangs does not.
 _HANG_S = 3.0
 
 
 class Lifeline:
-    """The driver's end of the standard input."""
+    """Reads what the driver writes to the standard input."""
 
     def __init__(self, line: RawIOBase, silence_s: float | None):
         self._line, self._silence_s, self._heard = line, silence_s, time.monotonic()
         self.lost = False
         """The driver, or the connection to it, is gone."""
         self.save = False
-        """The ranks are to save and end."""
+        """The driver has asked for a save, after which the ranks end."""
         self.look = False
-        """The driver wants to know how the ranks stand."""
+        """The driver has asked for the states of the ranks."""
 
     def holds(self, within_s: float) -> bool:
-        """Whether the ranks are still wanted, after `within_s` seconds or as soon as they are not."""
+        """Waits up to `within_s` seconds for input. Returns False if the ranks must end: `stop` came, or the
+        driver is gone."""
         if select.select([self._line], [], [], within_s)[0]:
             heard = self._line.read(4096) or b""
             self._heard = time.monotonic()
@@ -68,21 +69,21 @@ class Lifeline:
 
 
 class Voice:
-    """The agent's standard output. Two threads speak, and a line is never cut by the other's."""
+    """Writes to the agent's standard output. Two threads use it, and a lock keeps their lines whole."""
 
     def __init__(self, descriptor: int):
         self._descriptor, self._speaking = descriptor, threading.Lock()
 
     def say(self, what: Mapping[str, object] | None = None) -> None:
-        """Sends one object, or a sign of life. A driver that is gone gets nothing."""
+        """Writes one JSON object, or an empty line. Ignores that the driver is gone."""
         line = (json.dumps(what) if what else "").encode() + b"\n"
         with self._speaking, contextlib.suppress(OSError):
             while line:
                 line = line[os.write(self._descriptor, line) :]
 
     def beat(self) -> None:
-        """Starts a thread that gives a sign of life every few seconds. It does none of the agent's work, so a file
-        server that does not answer for a while is not taken for an agent that is gone."""
+        """Starts a thread that writes an empty line every few seconds. The thread reads no files, so that a file server
+        that does not answer for a while does not make the agent look dead."""
 
         def go_on() -> None:
             while True:
@@ -93,7 +94,7 @@ class Voice:
 
 
 def main() -> int:
-    """Carries out one order, and returns 0 whatever became of the ranks."""
+    """Carries out one order. Returns 0 however the ranks ended."""
     voice = Voice(sys.stdout.fileno())
     voice.beat()
     with open(0, "rb", buffering=0) as line:
@@ -110,16 +111,16 @@ def main() -> int:
             if lifeline.lost and 0 in order.ranks:
                 _record_lost_driver(run)
         finally:
-            # SIGTERM alone asks a rank that trains to save first.
+            # SIGINT, because on SIGTERM a rank that trains would save first.
             signal_ranks(watch.known.values() if watch else (), signal.SIGINT)
-            # Whoever started this made it the leader of a session: all that comes of it is found there.
+            # The agent was started as the leader of a session, so all processes that come from it are in that session.
             end_session(os.getsid(0), grace_s=order.grace_s)
     return 0
 
 
 def _start(order: Order) -> list[subprocess.Popen]:
     environment = environment_of(os.environ, order.environment, len(order.ranks))
-    # What they print goes where the agent's own errors go: to the launcher's log, with the driver.
+    # The output of the launchers goes to the agent's standard error, which the driver writes to the launcher's log.
     return [
         subprocess.Popen(
             command.argv,
@@ -132,7 +133,7 @@ def _start(order: Order) -> list[subprocess.Popen]:
 
 
 def _wait(watch: Watch, lifeline: Lifeline, voice: Voice) -> Report | None:
-    """Waits for the first failure, or for the end of all; None where the driver has no more use for the ranks."""
+    """Waits for the first failure, or for the end of all ranks. None if the lifeline says first that they must end."""
     since: float | None = None
     while lifeline.holds(_POLL_S):
         if lifeline.save:
@@ -153,11 +154,11 @@ def _wait(watch: Watch, lifeline: Lifeline, voice: Voice) -> Report | None:
 
 
 def _record_lost_driver(run: RunDir) -> None:
-    """Nobody else is there to say how the run ended."""
+    """Writes FAILED.json in place of the driver, which is gone."""
     if not run.done.exists() and not run.failed.exists():
         error = {
             "type": "RankFailure",
-            "message": "the driver is gone, or the connection to it: its ranks end with it",
+            "message": "the driver is gone, or the connection to it was lost; the ranks of the run end too",
             "exit_code": RankFailure.exit_code,
         }
         rundir.write_last(run.failed, {**error, "time": time.time()})

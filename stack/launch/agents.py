@@ -1,4 +1,4 @@
-"""The driver's hold on the agents of a run, one on each host: their orders, the lifelines, their reports."""
+"""The driver's side of the agents of a run, one on each host: starts them, sends them orders, reads their reports."""
 
 import contextlib
 import json
@@ -19,13 +19,14 @@ from stack.launch.verdict import Ended, Failure, Report
 from stack.train.progress import Look
 from stack.train.rundir import RunDir
 
-#: Six beats. The driver may be slow; a host that is cut off must not train for ever.
+#: After this time without a line from the driver an agent ends its ranks, so that a host that is cut off does not train
+#: for ever. Six beats, because the driver may be slow.
 SILENCE_S = 30.0
-#: Longest silence of an agent: before its first word, when it imports what it needs, and after it.
+#: Longest silence of an agent: before its first line, while its imports run, and after its first line.
 _START_S, _SILENT_S = 180.0, 60.0
-#: Most that counts as silence between two looks: of a driver that was suspended, what was said meanwhile is yet unread.
+#: Most seconds that one poll adds to the silence. A driver that was suspended has not yet read the lines of that time.
 _LOOK_S = 1.0
-#: What an agent has for ending once it has closed its output.
+#: Seconds for an agent to end once it has closed its output.
 _LAST_S = 5.0
 #: Lines of the launchers' own logging; skipped when looking for the reason of a failure.
 _CHATTER = ("[launch.py:", " torch/distributed/", "=====", "-----")
@@ -35,18 +36,18 @@ class Agent:
     """One host's agent, from its start to its end."""
 
     def __init__(self, host: Host, order: Order, log: Path):
-        """Starts it; what it and its launcher print goes to `log`."""
+        """Starts the agent. The output of the agent's launcher and its errors go to `log`."""
         self.host, self._order, self._log = host, order, log
         self.report: Report | None = None
-        """None as long as its ranks are at work, and for ever where the agent was lost."""
+        """None while the ranks of the agent work. Stays None if the agent was lost."""
         self.looks: list[Look] | None = None
-        """Its answer to `look`."""
+        """Answer of the agent to `look`."""
         self._fault = ""
         self._spoke = self._is_silent = False
         self._heard, self._silence_s = threading.Event(), 0.0
         log.parent.mkdir(exist_ok=True)
         with log.open("wb") as file:
-            # A session of its own: Ctrl-C reaches the driver alone, which then stops the ranks in good order.
+            # A session of its own: Ctrl-C reaches the driver only, which then stops the ranks in the right order.
             self._process = subprocess.Popen(
                 module_on(host, "stack.launch.agent"),
                 stdin=subprocess.PIPE,
@@ -62,26 +63,26 @@ class Agent:
 
     @property
     def ended(self) -> bool:
-        """Whether it has nothing more to tell."""
+        """Whether the agent has closed its output."""
         return not self._listener.is_alive()
 
     def lost(self) -> Failure:
         """Why the agent ended without a report. Returns at once."""
         code = self._process.poll()
         if self._fault:
-            return self._failure(f"what its agent said cannot be read ({self._fault}): a fault of stack")
+            return self._failure(f"the output of its agent cannot be read ({self._fault}): a bug in stack")
         if code is None:
-            return self._failure("its agent has closed its output and does not end: a fault of stack")
+            return self._failure("its agent has closed its output and does not end: a bug in stack")
         words = last_line(self._log)
         what = "could not be reached, or was lost" if code == 255 and not self.host.here else f"lost its agent ({code})"
         return self._failure(f"{what}: {words}", separator=" ")
 
     def silent(self, passed_s: float) -> Failure | None:
-        """Whether nothing was heard of the agent for too long: it or its host is stopped, and would not tell of a rank
-        that fails.
+        """A failure if the agent has written nothing for too long. The agent or its host is then stopped, and would not
+        report a rank that fails.
 
         Args:
-            passed_s: seconds since this was asked last.
+            passed_s: seconds since the last call.
         """
         if self._heard.is_set():
             self._heard.clear()
@@ -94,8 +95,8 @@ class Agent:
         pid = self._process.pid
         with contextlib.suppress(psutil.NoSuchProcess):
             if self.host.here and psutil.Process(pid).status() == psutil.STATUS_STOPPED:
-                return self._failure(f"its agent (process {pid}) was stopped by SIGSTOP; no run goes on without it")
-        return self._failure(f"no word from its agent for {limit:g} s; the host hangs, or the agent is stopped there")
+                return self._failure(f"its agent (process {pid}) was stopped by SIGSTOP; a run needs its agents")
+        return self._failure(f"its agent was silent for {limit:g} s; the host hangs, or the agent is stopped there")
 
     def _failure(self, what: str, separator: str = ": ") -> Failure:
         message = f"{self.host.name}{separator}{what}"
@@ -106,29 +107,29 @@ class Agent:
         self._say(SAVE)
 
     def look(self) -> None:
-        """Asks how its ranks stand, where ranks hang; returns at once."""
+        """Asks for the states of the ranks, when ranks hang; returns at once."""
         self._say(LOOK)
 
     def stop(self) -> None:
-        """Asks for the end of the ranks; returns at once."""
+        """Asks the agent to end its ranks; returns at once."""
         if not self._told.is_set():
             self._told.set()
             self._say(STOP, last=True)
 
     def wait(self) -> None:
-        """Returns when nothing of the run is left on the host, or nothing more can be done about it from here."""
-        # One that is stopped can end nothing in good order.
+        """Returns when no process of the run is left on the host, or when this process cannot end the rest of them."""
+        # An agent that is stopped cannot end its ranks.
         grace_s = 0.0 if self._is_silent else self._order.grace_s
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(0 if self._is_silent else 3 * grace_s + BEAT_S)
-        # Of an agent that hangs or was killed, here; of ssh, which is then without its other end.
+        # The session of an agent on this host may still hold ranks. For another host's agent the session holds ssh.
         end_session(self._process.pid, grace_s=grace_s)
         self._process.wait()
 
     def _say(self, line: bytes, *, last: bool = False) -> None:
         line_to_agent = self._process.stdin
         assert line_to_agent
-        # Of an agent that is gone the listener learns.
+        # An agent that is gone is noticed by the listener.
         with self._speaking, contextlib.suppress(BrokenPipeError):
             if not line_to_agent.closed:
                 line_to_agent.write(line)
@@ -146,13 +147,13 @@ class Agent:
             for line in self._process.stdout:
                 self._heard.set()
                 self._take(line)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the driver must not wait for this agent any more
+        except Exception as error:  # noqa: BLE001 - after any error the driver must not wait for this agent any more
             self._fault = f"{type(error).__name__}: {error}"
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_LAST_S)
 
     def _take(self, line: bytes) -> None:
-        """Takes in one line. What a login shell prints comes the same way, and is no object of ours."""
+        """Reads one line of the agent. Ignores other lines, which a login shell may print."""
         try:
             said = json.loads(line)
         except (ValueError, RecursionError):
@@ -169,7 +170,7 @@ class Agent:
 
 @contextlib.contextmanager
 def agents(orders: Sequence[tuple[Host, Order]], run: RunDir) -> Iterator[list[Agent]]:
-    """Starts the agents of a run; at the end, however it comes, no process of the run is left."""
+    """Starts the agents of a run. On exit, also after an exception, no process of the run is left."""
     started: list[Agent] = []
     try:
         for host, order in orders:
@@ -183,9 +184,9 @@ def agents(orders: Sequence[tuple[Host, Order]], run: RunDir) -> Iterator[list[A
 
 
 def last_line(log: Path) -> str:
-    """What was printed last, the launchers' own account of what they start and stop left out."""
-    # With its run directory the log may be gone.
+    """The last line of a log, without the lines in which launchers report what they start and stop."""
+    # The log is missing if the run directory was removed.
     text = log.read_text(errors="replace") if log.is_file() else ""
     lines = [line.strip() for line in text.splitlines()]
     told = [line for line in lines if line and not any(words in line for words in _CHATTER)]
-    return told[-1] if told else "it printed no error"
+    return told[-1] if told else "no error was printed"

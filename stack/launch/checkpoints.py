@@ -1,4 +1,4 @@
-"""Verbs on a run's checkpoints that start no ranks: export and verify."""
+"""The verbs that read a run's checkpoints and start no ranks: export and verify."""
 
 import shlex
 import shutil
@@ -35,15 +35,16 @@ def export(run: RunDir, out: Path, overrides: Sequence[str]) -> int:
     """Writes a checkpoint as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` reads.
 
     Raises:
-        CheckpointError: there is no whole checkpoint, or it was deleted meanwhile.
-        UsageError: `out` is there already and not empty, or cannot be written; or the run directory lacks its
-            tokenizer.
+        CheckpointError: there is no whole checkpoint, or the checkpoint was deleted during the export.
+        UsageError: `out` exists and is not empty, or cannot be written; or the run directory has no tokenizer.
     """
     cfg = config_of(run, overrides)
     root = manifests.root_of(cfg.checkpoint.path, run.path)
     if not run.tokenizer.is_dir():
         copy = shlex.join(["cp", "-r", str(run.corpus / TOKENIZER), str(run.tokenizer)])
-        raise UsageError(f"{run.tokenizer} is gone, and belongs to the model; copy it there again: {copy}")
+        raise UsageError(
+            f"{run.tokenizer} is missing, and an export contains the tokenizer; copy the tokenizer there again: {copy}"
+        )
     # An export that is stopped leaves nothing behind.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGNALLED + signal.SIGTERM))
     try:
@@ -51,7 +52,7 @@ def export(run: RunDir, out: Path, overrides: Sequence[str]) -> int:
         manifests.check_same_model(manifest, parameter_shapes(cfg), where=folder)
         written = _export(cfg, folder, manifest, out, run.tokenizer)
     except (FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} went away while it was read ({error}); export again") from error
+        raise CheckpointError(f"{folder} was removed during the export ({error}); export again") from error
     finally:
         signal.signal(signal.SIGTERM, previous)
     print(f"exported step {manifest.step} as {cfg.export.dtype}, {size(written)}: {out}")
@@ -77,7 +78,7 @@ def _export(cfg: Config, folder: Path, manifest: Manifest, out: Path, tokenizer:
 
 
 def verify_run(run: RunDir) -> int:
-    """Reads every file of every checkpoint and prints a line each; the exit code says whether all are whole.
+    """Reads every file of every checkpoint and prints a line for each. The exit code is 0 if all files are whole.
 
     Raises:
         CheckpointError: there is no checkpoint.
@@ -99,7 +100,7 @@ def _newest(root: Path, step: int | str) -> tuple[Path, Manifest]:
     """The checkpoint of `step`, or the newest one with `auto`.
 
     Raises:
-        CheckpointError: there is none, or its manifest or a file has a fault. An older one is not taken in silence.
+        CheckpointError: there is none, or its manifest is damaged. An older checkpoint is not used instead.
     """
     there = manifests.steps(root)
     if not there:

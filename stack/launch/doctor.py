@@ -1,4 +1,4 @@
-"""`stack doctor`: looks at the hosts of a run, then has its ranks check each other, and with `--parity` its numbers."""
+"""`stack doctor`: checks the hosts of a run, then the links between its ranks, and with `--parity` its numbers."""
 
 import shutil
 import sys
@@ -22,14 +22,15 @@ from stack.train import rundir
 PARITY = "--parity"
 #: Folder of the checks' run directories, in `run.root`.
 CHECKS = "doctor"
-#: fp16 has a loss scale that begins too high and skips steps; its layout is held to one process in fp32.
+#: The dtypes that `--parity` compares with one process. fp16 is checked in fp32, because the loss scale of fp16 begins
+#: too high and skips steps.
 _DTYPES = {"fp32": ["fp32"], "bf16": ["fp32", "bf16"], "fp16": ["fp32"]}
 _WIDTH = 120
 
 
 def examine(overrides: Sequence[str], *, parity: bool) -> int:
-    """Prints what is wrong with a run's hosts, links and numbers before there is a run; returns the exit code: 0, or
-    that of the error which the run would have ended with.
+    """Prints what is wrong with the hosts, links and numbers of a run before the run is started. Returns 0, or the exit
+    code of the error with which the run would have ended.
 
     Raises:
         StackError: the config or the layout are wrong.

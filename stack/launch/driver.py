@@ -1,4 +1,4 @@
-"""`stack train`: plan, prepare, launch, follow, tell how it ended. The other verbs that start ranks use `launch`."""
+"""`stack train`: plan, prepare, launch, follow, and report the end. The other verbs that start ranks use `launch`."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ from stack.train import rundir, stop_request
 from stack.train.lock import RunLock
 from stack.train.rundir import RunDir
 
-#: How the user reads who starts the ranks.
+#: Names of the backends in messages.
 _STARTERS = {"deepspeed": "the deepspeed launcher", "torchrun": "torchrun", "slurm": "srun", "local": "no launcher"}
 
 
@@ -55,7 +55,7 @@ def check(cfg: Config, run: RunDir) -> int:
     """Starts the ranks of a run directory that `rundir.create_check` made, and returns the exit code.
 
     Raises:
-        LayoutError: this driver cannot start them.
+        LayoutError: this driver cannot start the ranks.
     """
     with stop_requests() as requests:
         return launch(cfg, plan_of(cfg), run, requests)
@@ -68,8 +68,8 @@ def plan_of(cfg: Config) -> Plan:
 
 
 def check_weights(cfg: Config) -> None:
-    """Refuses pretrained weights whose names and shapes are not the model's before ranks are started for them, and
-    downloads a hub's."""
+    """Downloads pretrained weights from the hub, and refuses weights whose names and shapes are not those of the model,
+    before ranks are started."""
     if cfg.model.init == "pretrained":
         from stack.models.build import open_weights
 
@@ -91,12 +91,12 @@ def launch(cfg: Config, plan: Plan, run: RunDir, requests: list[signal.Signals])
         console.start(f"run {run.path}")
         if run.trains:
             how = f"stack stop {shlex.quote(str(run.path))}"
-            console.note(f"process {os.getpid()} on {socket.gethostname()}; stop it with: {how}")
+            console.note(f"process {os.getpid()} on {socket.gethostname()}; stop the run with: {how}")
         failure = _follow(cfg, plan, run, console, asked)
     except BrokenPipeError:
-        failure = Failure("Interrupted", "nobody reads the output any more", SIGNALLED + signal.SIGPIPE)
+        failure = Failure("Interrupted", "the reader of the output is gone", SIGNALLED + signal.SIGPIPE)
     except StackError as error:
-        # A host whose answer was not waited for has no fault.
+        # After a request to end, hosts that did not answer in time have no fault.
         found = asked.poll()
         failure = interrupted(found[0]) if found else Failure(type(error).__name__, str(error), error.exit_code)
     except Exception as error:
@@ -128,7 +128,7 @@ def _follow(cfg: Config, plan: Plan, run: RunDir, console: Console, requests: Re
 
 
 def _order(cfg: Config, run: RunDir, place: Place, node: int) -> Order:
-    """What host number `node` is to start."""
+    """The order for host number `node`."""
     host, first = place.hosts[node], sum(host.slots for host in place.hosts[:node])
     return Order(
         run=str(run.path),
@@ -137,13 +137,13 @@ def _order(cfg: Config, run: RunDir, place: Place, node: int) -> Order:
         commands=backends.COMMANDS[cfg.launch.backend](place, run, node),
         environment=_environment(cfg, host, place.interfaces[node]),
         grace_s=cfg.launch.grace_s,
-        # Of ssh the other end may not learn for a long time that it is cut off.
+        # When a connection breaks, the other end of ssh may not notice for a long time.
         silence_s=None if host.here else SILENCE_S,
     )
 
 
 def _environment(cfg: Config, host: Host, interface: str | None) -> dict[str, str]:
-    """Variables for a host beside its own: those of `launch.env`, and the network that leads to the others."""
+    """Variables that are added to a host's own: those of `launch.env`, and the network interface to the other hosts."""
     given = {} if host.here else forwarded(os.environ, cfg.launch.env)
     if interface is None:
         return given
@@ -152,7 +152,7 @@ def _environment(cfg: Config, host: Host, interface: str | None) -> dict[str, st
 
 
 def _close(cfg: Config, run: RunDir, console: Console, failure: Failure | None) -> int:
-    """Writes FAILED.json or SAVED.json if need be, tells the user, and returns the exit code."""
+    """Writes FAILED.json or SAVED.json if the run has no DONE.json, tells the user, and returns the exit code."""
     if failure is None or run.done.exists():
         console.close(_told(run))
         return 0
@@ -168,7 +168,7 @@ def _close(cfg: Config, run: RunDir, console: Console, failure: Failure | None) 
         kept = manifest.steps(manifest.root_of(cfg.checkpoint.path, run.path))
         where = f"\nto go on from step {kept[-1]}: {run.resume_command}" if kept else ""
     first_line = failure.message.strip().splitlines()[0]
-    # The reader of the output may have ended first, by the same Ctrl-C.
+    # The same Ctrl-C may have ended the reader of the output.
     with contextlib.suppress(OSError):
         kind = "" if failure.exit_code == Requeue.exit_code else f"{failure.type}: "
         console.close(f"{kind}{culprit}{first_line}{where}")
@@ -190,7 +190,7 @@ def _told(run: RunDir) -> str:
 
 
 def _curve(run: RunDir) -> str:
-    """A line that names the picture, where there is one."""
+    """A line with the path of the picture, or nothing if there is none."""
     return f"\ncurve: {run.curve}" if run.curve.exists() else ""
 
 

@@ -18,7 +18,7 @@ from stack.launch.signals import stop_requests
 from stack.train import rundir
 from stack.train.rundir import EVALUATIONS, RunDir
 
-#: Settings of `data` that say how batches are made of a corpus, and not which corpus.
+#: Settings of `data` that change how batches are made of a corpus, but not the corpus.
 _BATCHING = ("data.seq_len", "data.pack", "data.prefetch")
 
 
@@ -26,7 +26,7 @@ def evaluate_run(run: RunDir, overrides: Sequence[str]) -> int:
     """Held-out loss and perplexity of a run's checkpoint.
 
     Raises:
-        StackError: as `driver.train`; or there is nothing to evaluate.
+        StackError: as `driver.train`; or the run has no checkpoint.
     """
     cfg = config_of(run, overrides)
     checkpoints = manifest.root_of(cfg.checkpoint.path, run.path)
@@ -56,24 +56,24 @@ def evaluate_folder(name: str, overrides: Sequence[str]) -> int:
 
 
 def config_of_folder(name: str, overrides: Sequence[str]) -> tuple[Config, Data | None]:
-    """The config that evaluates a model folder: its model and tokenizer, what its `FACTS` say of the evaluation, and
-    the defaults of a new run for the rest.
+    """The config that evaluates a model folder: the model and tokenizer of the folder, the values in its file `FACTS`,
+    and the defaults of a new run for the rest.
 
     Args:
         name: an absolute path, or a hub name.
 
     Returns:
-        The config, settled; and where the overrides ask for the text that `FACTS` name, `data` of the run that was
-        exported: its corpus may lie here already.
+        The config, settled; and `data` of the run that was exported, if `FACTS` has it and the overrides do not ask for
+        other text: the corpus of that run may be on this disk.
 
     Raises:
         ConfigError: an override, or `FACTS`, is wrong.
-        DataError: the folder has no tokenizer, and none is given.
+        DataError: the folder has no tokenizer, and the overrides give none.
         UsageError: an override asks for another model.
     """
     given = {key_of(override) for override in overrides}
     for key in sorted(given & {"model", "model.name", "model.init", "checkpoint.step"}):
-        raise UsageError(f"{key}: what is evaluated is {name}, which has one model and one set of weights; drop it")
+        raise UsageError(f"{key}: this evaluates {name}, which has one model and one set of weights; drop it")
     folder = Path(name)
     known = read_facts(folder / FACTS) if (folder / FACTS).is_file() else {}
     values = {
@@ -85,7 +85,7 @@ def config_of_folder(name: str, overrides: Sequence[str]) -> tuple[Config, Data 
     }
     if "data.tokenizer" not in given:
         if folder.is_dir() and not has_tokenizer(folder):
-            raise DataError(f"{name} holds no tokenizer; add data.tokenizer= and the folder or name of the model's own")
+            raise DataError(f"{name} holds no tokenizer; add data.tokenizer=FOLDER_OR_NAME of the model's tokenizer")
         values["data.tokenizer"] = name
     choices = [choice for choice in ("model=folder", "parallel=zero3") if key_of(choice) not in given]
     cfg = settled(compose([*choices, *overrides], values))
@@ -96,6 +96,6 @@ def config_of_folder(name: str, overrides: Sequence[str]) -> tuple[Config, Data 
 
 
 def _is_replaced(key: str, given: set[str]) -> bool:
-    """Whether overrides say something else in the place of a fact: a group, or another source of text."""
+    """Whether overrides replace the value of `key`: by a group choice, or by another source of text."""
     section, _, name = key.partition(".")
     return section in given or ("data.source" in given and section == "data" and name in ("source", *SOURCE_KEYS))

@@ -1,4 +1,4 @@
-"""Following a run: its rows to the screen, and how it ended."""
+"""Follows a run: shows its rows on the screen, and finds out how it ended."""
 
 import time
 from collections.abc import Sequence
@@ -14,21 +14,23 @@ from stack.train.progress import Look
 from stack.train.rundir import RunDir
 
 _POLL_S = 0.2
-#: After the first report that names no cause, time for other hosts to name it; ssh needs 15 s to miss one.
+#: After the first report that names no cause, seconds to wait for one that does. ssh notices a lost host after 15 s.
 _SETTLE_S = 20.0
-#: Time for the agents to say how their ranks stand, where ranks hang.
+#: When ranks hang, seconds for the agents to report the states of their ranks.
 _LOOK_S = 3.0
 
 
 def follow(
     agents: Sequence[Agent], run: RunDir, console: Console, requests: Requests, *, grace_s: float, saves: bool
 ) -> Failure | None:
-    """Shows the run until it ends. The outcome is what the ranks say; a launcher's exit code has been seen to lie.
+    """Shows the run until it ends. The outcome comes from the files of the ranks, because launchers have exited with 0
+    after a rank was killed.
 
     Args:
-        requests: each ends the run. Where it `saves`, the first one that asks for it has the ranks save and end.
+        requests: each ends the run. If the run `saves` and the first request allows it, the ranks save before they end.
+        saves: whether the run writes checkpoints.
     """
-    # Of earlier attempts the user has seen the rows.
+    # The rows of earlier attempts are not shown again.
     metrics = Follower(run.metrics, from_end=True, tell=console.note)
     notes = Tail(run.notes, from_end=True)
     doubt: float | None = None
@@ -38,7 +40,7 @@ def follow(
         asked = requests.poll()
         if asked and asked[0].saves and saves and not saving and _may_train(run):
             saving = True
-            how = f"the run is saved after this step, and ends; {_again(asked[0])} ends it at once"
+            how = f"the run is saved after this step, and ends; {_again(asked[0])} ends the run at once"
             console.note(f"{asked[0].by}: {how}")
             for agent in agents:
                 agent.save()
@@ -48,7 +50,7 @@ def follow(
         ended = all(agent.ended for agent in agents)
         failure, sure = (silent, True) if silent else _failure(agents, run)
         doubt = (doubt or time.monotonic()) if failure else None
-        # A terminal that was closed takes no lines.
+        # After a second request the terminal may be closed.
         if not interrupts:
             _show(notes, metrics, console)
         if run.done.exists():
@@ -57,9 +59,9 @@ def follow(
         elif interrupts:
             return interrupted(interrupts[0])
         elif not run.config.exists():
-            return Failure("RankFailure", f"{run.path} was removed; its ranks end with it", RankFailure.exit_code)
+            return Failure("RankFailure", f"{run.path} was removed, so its ranks end too", RankFailure.exit_code)
         elif failure and (sure or ended or (doubt and time.monotonic() - doubt > _SETTLE_S)):
-            # Ranks that did not train yet had nothing to save, and ended at once.
+            # Ranks that were asked to save before they trained had nothing to save, and ended at once.
             return _named(failure, agents) if sure or not saving else interrupted(asked[0])
         elif ended:
             return None
@@ -67,12 +69,12 @@ def follow(
 
 
 def interrupted(request: Request) -> Failure:
-    """Why a run ended that was told to end."""
+    """The failure of a run that was asked to end."""
     return Failure("Interrupted", f"stopped by {request.by}", request.exit_code)
 
 
 def _may_train(run: RunDir) -> bool:
-    """Whether there may be something to save: a rank is up. Before it trains it ends at once when it is asked."""
+    """Whether there may be something to save: rank 0 has started. Before a rank trains, it ends without a save."""
     return (run.rank(0) / "rank.json").exists()
 
 
@@ -83,7 +85,7 @@ def _again(request: Request) -> str:
 
 
 def _named(failure: Failure, agents: Sequence[Agent]) -> Failure:
-    """Of a hang, by the rank that the others wait for: the agents whose ranks wait yet are asked how these stand."""
+    """For a hang, asks the agents for the states of their ranks, and names the rank that the others wait for."""
     if failure.exit_code != HangError.exit_code:
         return failure
     asked = [agent for agent in agents if agent.report is None and not agent.ended]
@@ -100,7 +102,7 @@ def _looks(agent: Agent) -> list[Look]:
 
 
 def _failure(agents: Sequence[Agent], run: RunDir) -> tuple[Failure | None, bool]:
-    """What went wrong as far as it can be seen now, and whether no other host can have a better reason."""
+    """The failure as far as it is known now, and whether no later report of another host can change it."""
     reports = [agent.report for agent in agents if agent.report and not agent.report.well]
     failure, sure = first_failure(reports)
     if sure:
@@ -122,5 +124,5 @@ def _show(notes: Tail, metrics: Follower, console: Console) -> None:
 
 
 def _is_overdue(run: RunDir, grace_s: float) -> bool:
-    """Whether the run is done, and yet some process of it does not end."""
+    """Whether the run has been done for `grace_s` seconds; only called while some process of it has not ended."""
     return time.time() - run.done.stat().st_mtime > grace_s

@@ -13,10 +13,10 @@ from stack.interpreter import PYTHON
 from stack.plan.hosts import hosts_of
 from stack.plan.layout import Plan
 
-#: BatchMode: ssh must never prompt, since nobody is there to answer. The keep-alives notice a host that is off, or a
-#: cable that is out, within 15 s.
+#: BatchMode: ssh must never prompt, because nobody can answer. The keep-alives detect within 15 s that a host is off or
+#: that its network cable is unplugged.
 _SSH = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3")
-#: A host that has no hostfile calls itself so.
+#: Name of the host of a run without a hostfile.
 LOCALHOST = "localhost"
 
 
@@ -29,7 +29,7 @@ class Host:
     slots: int
     """Ranks to start there."""
     here: bool
-    """This machine: no ssh."""
+    """Whether the host is this machine, where commands start without ssh."""
 
 
 def hosts(cfg: Config, plan: Plan) -> list[Host]:
@@ -52,24 +52,24 @@ def is_here(name: str) -> bool:
     try:
         found = {about[4][0] for about in socket.getaddrinfo(name, None)}
     except (OSError, UnicodeError):
-        # ssh may know it, under a name of its own; and says so where it does not.
+        # ssh may know the name from its own config. If not, ssh reports the error.
         return False
     return bool(found & {address.address for addresses in psutil.net_if_addrs().values() for address in addresses})
 
 
 def module_on(host: Host, module: str) -> list[str]:
-    """The command that runs a Python module on a host. Nothing but these words passes through a shell: what the module
-    needs it reads from its standard input."""
+    """The command that runs a Python module on a host. Only this command passes through a shell; the module reads its
+    input from standard input."""
     here = [*PYTHON, "-m", module]
     if host.here:
         return here
     options = [word for option in _SSH for word in ("-o", option)]
-    # exec: else the shell that ssh starts stays between the module and its standard input.
+    # exec: otherwise the shell that ssh starts stays between ssh and the module.
     return ["ssh", "-T", *options, host.name, f"exec {shlex.join(here)}"]
 
 
 def forwarded(environment: Mapping[str, str], patterns: list[str]) -> dict[str, str]:
-    """The variables that go to another host, `launch.env`."""
+    """The variables that are passed to another host: those that match a pattern of `launch.env`."""
     return {
         name: value for name, value in environment.items() if any(fnmatchcase(name, pattern) for pattern in patterns)
     }

@@ -75,7 +75,7 @@ def test_a_run_directory_that_is_removed_ends_its_ranks(running):
 
     assert command.wait(20) == 9, command.stdout + command.stderr
     command.assert_nothing_left(within_s=0)
-    assert "was removed; its ranks end with it" in command.stdout
+    assert "was removed, so its ranks end too" in command.stdout
     assert "Traceback" not in command.stdout + command.stderr
 
 
@@ -174,5 +174,5 @@ def test_a_run_ends_when_nobody_reads_its_output(start):
 
     assert command.wait() == 128 + signal.SIGPIPE
     command.assert_nothing_left(within_s=0)
-    assert command.json("FAILED.json")["message"] == "nobody reads the output any more"
+    assert command.json("FAILED.json")["message"] == "the reader of the output is gone"
     assert command.stderr == ""

@@ -64,7 +64,7 @@ def test_a_run_that_is_asked_to_end_goes_on_where_it_was(running, start):
     command.send(signal.SIGINT)
 
     step = assert_saved(command, command.run)
-    assert "Ctrl-C: the run is saved after this step, and ends; a second Ctrl-C ends it at once" in command.stdout
+    assert "Ctrl-C: the run is saved after this step, and ends; a second Ctrl-C ends the run at once" in command.stdout
     assert f"saved on request after step {step} of 1000000; to go on: stack resume {command.run}" in command.stdout
     assert (command.run / "curve.png").exists()
     assert list(command.run.glob("wandb/offline-run-*"))
@@ -78,9 +78,12 @@ def test_a_run_that_is_asked_to_end_goes_on_where_it_was(running, start):
 def test_a_run_is_stopped_from_another_shell(running):
     command = running()
     assert f"process {command.process.pid} on " in command.stdout
-    [line] = [line for line in command.stdout.splitlines() if "stop it with: " in line]
+    [line] = [line for line in command.stdout.splitlines() if "stop the run with: " in line]
     stopped = subprocess.run(
-        [STACK, *shlex.split(line.partition("stop it with: stack ")[2])], check=True, capture_output=True, text=True
+        [STACK, *shlex.split(line.partition("stop the run with: stack ")[2])],
+        check=True,
+        capture_output=True,
+        text=True,
     )
 
     step = assert_saved(command, command.run)

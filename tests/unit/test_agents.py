@@ -60,8 +60,8 @@ def test_an_agent_that_ends_without_a_report_is_lost(start):
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("exec >&-; sleep 60", "its agent has closed its output and does not end: a fault of stack"),
-        ('echo \'{"report": {"host": 1}}\'; sleep 60', "what its agent said cannot be read (KeyError: "),
+        ("exec >&-; sleep 60", "its agent has closed its output and does not end: a bug in stack"),
+        ('echo \'{"report": {"host": 1}}\'; sleep 60', "the output of its agent cannot be read (KeyError: "),
     ],
 )
 def test_an_agent_that_lives_and_cannot_be_heard_blocks_nobody(start, script, message, monkeypatch):
@@ -94,7 +94,7 @@ def test_an_agent_whose_host_hangs_is_named(start, monkeypatch):
     agent = start("echo; exec sleep 60")
     until(agent._heard.is_set)
     found = [agent.silent(1.0) for _ in range(4)]
-    assert found[-1].message == "host: no word from its agent for 3 s; the host hangs, or the agent is stopped there"
+    assert found[-1].message == "host: its agent was silent for 3 s; the host hangs, or the agent is stopped there"
 
 
 def test_a_driver_that_was_suspended_hears_first_what_was_said_meanwhile(start):

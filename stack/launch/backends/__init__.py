@@ -1,4 +1,4 @@
-"""Who starts the ranks. A backend is a module with `commands`; in all of them a rank is `python -m stack.train`."""
+"""Backends, which start the ranks. A backend is a module with `commands`; a rank is always `python -m stack.train`."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from stack.plan.layout import Plan
 from stack.plan.policies import local_devices
 from stack.train.rundir import RunDir
 
-#: By the name in `launch.backend`: what the agent of a host, by its number, is to start there.
+#: By the name in `launch.backend`: a function that returns what the agent of a host starts, given the host's number.
 COMMANDS: dict[str, Callable[[Place, RunDir, int], list[Command]]] = {
     "deepspeed": deepspeed.commands,
     "torchrun": torchrun.commands,
@@ -21,10 +21,11 @@ COMMANDS: dict[str, Callable[[Place, RunDir, int], list[Command]]] = {
 
 
 def check(cfg: Config, plan: Plan) -> None:
-    """Whether the plan can be started from here.
+    """Checks that the plan can be started from this host.
 
     Raises:
-        LayoutError: its hosts are not known, or are not for this backend; or this host has too few GPUs.
+        LayoutError: the hosts are not known, the backend does not start ranks on other hosts, or this host has too few
+            GPUs.
     """
     backend, hostfile = cfg.launch.backend, cfg.launch.hostfile
     if backend == "slurm":
@@ -32,7 +33,7 @@ def check(cfg: Config, plan: Plan) -> None:
         return
     if plan.nodes > 1 and hostfile is None:
         raise LayoutError(
-            f"launch.nodes={plan.nodes}: which hosts these are is not known; use launch.hostfile=FILE with a line "
+            f"launch.nodes={plan.nodes}: the names of the hosts are not known; use launch.hostfile=FILE with a line "
             "`NAME slots=RANKS` for each, or launch.backend=slurm inside an allocation"
         )
     if backend == "local" and hostfile is not None:
@@ -43,6 +44,6 @@ def check(cfg: Config, plan: Plan) -> None:
     gpus = local_devices()
     if hostfile is None and gpus and plan.world_size > gpus:
         raise LayoutError(
-            f"launch.ranks_per_node={plan.world_size} is more than the {gpus} GPUs here, and NCCL takes one rank a "
-            f"GPU; use launch.ranks_per_node={gpus}"
+            f"launch.ranks_per_node={plan.world_size} is more than the {gpus} GPUs here, and NCCL takes one rank on "
+            f"each; use launch.ranks_per_node={gpus}"
         )

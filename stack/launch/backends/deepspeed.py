@@ -1,4 +1,4 @@
-"""DeepSpeed's launcher of one host, on each of them. docs/decisions.md says why not its runner, which starts these."""
+"""Starts DeepSpeed's launcher on each host. docs/decisions.md says why DeepSpeed's multi-node runner is not used."""
 
 import base64
 import json

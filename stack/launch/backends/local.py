@@ -1,4 +1,4 @@
-"""No launcher: the ranks of this host, one process each. The one to copy for a new backend."""
+"""Starts the ranks of this host without a launcher, one process each. A good start for a new backend."""
 
 from stack.interpreter import PYTHON
 from stack.launch.order import Command
@@ -7,7 +7,7 @@ from stack.train.rundir import RunDir
 
 
 def commands(place: Place, run: RunDir, node: int) -> list[Command]:
-    """One process a rank, with the environment that every launcher gives one."""
+    """One process for each rank, with the variables that launchers set."""
     size = place.hosts[node].slots
     shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     shared |= {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port)}

@@ -1,4 +1,4 @@
-"""Slurm's srun, inside an allocation: it starts one task a rank, on all hosts at once."""
+"""Starts the ranks with Slurm's srun inside an allocation: one task for each rank, on all hosts at once."""
 
 import os
 import shutil
@@ -12,15 +12,15 @@ from stack.plan.layout import Plan
 from stack.train.ranks import LAUNCHER
 from stack.train.rundir import RunDir
 
-#: What a step ends with when a task leaves must wait for the others to leave in their own way, and say why.
+#: Seconds that srun waits, after the first task has ended, before it kills the others: time to save and write errors.
 _WAIT_S = 120
 
 
 def check(cfg: Config, plan: Plan) -> None:
-    """Whether there is an allocation that the plan fits into.
+    """Checks that there is an allocation that the plan fits into.
 
     Raises:
-        LayoutError: there is none, or it has another number of hosts; or a hostfile names some.
+        LayoutError: there is no allocation, it has too few hosts, or a hostfile is given.
     """
     ranks = plan.world_size // plan.nodes
     if cfg.launch.hostfile is not None:
@@ -36,20 +36,20 @@ def check(cfg: Config, plan: Plan) -> None:
         )
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", plan.nodes))
     if plan.nodes > nodes:
-        raise LayoutError(f"launch.nodes={plan.nodes}: the allocation has {nodes}; use launch.nodes={nodes}")
+        raise LayoutError(f"launch.nodes={plan.nodes}: the allocation has {nodes} hosts; use launch.nodes={nodes}")
 
 
 def commands(place: Place, run: RunDir, node: int) -> list[Command]:
-    """One srun for all ranks. Slurm carries this environment to its tasks, `launch.env` or not."""
+    """One srun for all ranks. Slurm passes the whole environment to its tasks, whatever `launch.env` says."""
     here = place.hosts[node]
     argv = [
         "srun",
         f"--nodes={place.nodes}",
         f"--ntasks={here.slots}",
         f"--ntasks-per-node={here.slots // place.nodes}",
-        # Ranks are counted host by host, so that a data group stays inside one.
+        # Ranks are numbered host by host, so that the ranks of a data-parallel group are on one host.
         "--distribution=block",
-        # A bad exit must not end the others before they have said why they leave.
+        # A bad exit code of one rank must not kill the others before they have written their errors.
         *("--kill-on-bad-exit=0", f"--wait={_WAIT_S}"),
         *place.options,
         *(*PYTHON, "-u", "-m", "stack.train"),

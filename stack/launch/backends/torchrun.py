@@ -1,4 +1,4 @@
-"""PyTorch's torchrun, on each host."""
+"""Starts PyTorch's torchrun on each host."""
 
 from stack.interpreter import PYTHON
 from stack.launch.order import Command

@@ -1,4 +1,4 @@
-"""`stack ls`: a table of the runs below a folder, also while they are written. Reads the end of each metrics.jsonl."""
+"""`stack ls`: a table of the runs below a folder, also of running ones. Reads only the end of each metrics.jsonl."""
 
 import os
 import re
@@ -14,14 +14,14 @@ from stack.train.lock import Holder
 from stack.train.rundir import RunDir
 
 _TITLES = ("run", "state", "step", "loss", "held-out", "tokens/s", "left", "age", "")
-#: Of the end of metrics.jsonl: some hundred rows, for the pace and the last held-out loss.
+#: Bytes read from the end of metrics.jsonl: some hundred rows, enough for the pace and the last held-out loss.
 _TAIL_BYTES = 1 << 16
-#: `train.steps` in the text of a config.yaml: the file is our own, and the schema's reader takes 20 ms a run.
+#: Finds `train.steps` in the text of a config.yaml that stack wrote. Reading with the schema takes 20 ms a run.
 _STEPS = re.compile(rb"^train:\n(?:  .*\n)*?  steps: (\d+)$", re.MULTILINE)
 
 
 def listing(root: Path) -> str:
-    """A row for each run in `root`, in a folder of it, or in those of a sweep; the newest last.
+    """A row for each run in `root`, in a folder of `root`, or in the job folders of a sweep; the newest last.
 
     Raises:
         UsageError: the folder cannot be read.
@@ -43,7 +43,7 @@ def _row(run: RunDir, root: Path, me: Holder) -> tuple[str, ...]:
     found = standing(run, me)
     total, lines = _steps(run), _tail(run.metrics)
     last = _parsed(lines[-1]) if lines else None
-    # A row without one does not name it, so few rows are parsed.
+    # Rows without a held-out loss do not contain the name, so few rows are parsed.
     evaluated = filter(None, (_parsed(line) for line in reversed(lines) if b'"heldout_loss"' in line))
     heldout = next((row.heldout_loss for row in evaluated if row.heldout_loss is not None), None)
     return (
@@ -76,12 +76,12 @@ def _tail(path: Path) -> list[bytes]:
             lines = file.read().split(b"\n")[:-1]
     except OSError:
         return []
-    # The first line of a part of a file has lost its beginning.
+    # When reading begins inside the file, the first line may lack its beginning.
     return lines[1:] if start and len(lines) > 1 else lines
 
 
 def _parsed(line: bytes) -> StepRecord | None:
-    """None where the line is no row."""
+    """The row in a line; None if the line is no row."""
     try:
         return StepRecord.from_json(line)
     except ValueError:
@@ -89,7 +89,7 @@ def _parsed(line: bytes) -> StepRecord | None:
 
 
 def _left(lines: list[bytes], last: StepRecord, total: int | None) -> str:
-    """Time to the last step, at the pace of this attempt's last rows: evaluations and saves are part of it."""
+    """Time to the last step, at the pace of this attempt's last rows, evaluations and saves included."""
     same = (row for line in lines if (row := _parsed(line)) and row.attempt == last.attempt)
     first = next(same, last)
     steps = last.step - first.step
@@ -99,7 +99,7 @@ def _left(lines: list[bytes], last: StepRecord, total: int | None) -> str:
 
 
 def _started(run: RunDir) -> float:
-    """As `RunDir.started`; 0 for a run that was removed meanwhile."""
+    """`RunDir.started`; 0 for a run that was removed while the table is made."""
     try:
         return run.started
     except OSError:

@@ -1,4 +1,4 @@
-"""What the driver asks of the agent of a host. It travels as JSON, on the agent's standard input."""
+"""The order that the driver sends to the agent of a host, as JSON on the agent's standard input."""
 
 from dataclasses import dataclass
 
@@ -9,23 +9,23 @@ class Command:
 
     argv: list[str]
     environment: dict[str, str]
-    """Variables beside the host's own."""
+    """Variables to add to the host's own."""
     rank: int | None = None
-    """The rank that the process is, where no launcher is between."""
+    """The rank of the process, if the command starts a rank and no launcher."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What the driver asks of one host."""
+    """The order for one host."""
 
     run: str
     """The run directory."""
     host: str
     ranks: list[int]
-    """That come from these commands."""
+    """The ranks that the commands start."""
     commands: list[Command]
     environment: dict[str, str]
     grace_s: float
-    """Between SIGTERM and SIGKILL."""
+    """Seconds between SIGTERM and SIGKILL."""
     silence_s: float | None
-    """Longest time without a word from the driver; None where the end of the input cannot get lost."""
+    """Longest time without a line from the driver; None on the driver's host, where the agent always notices its end."""

@@ -1,4 +1,4 @@
-"""Where the ranks of a run meet: its hosts, the address of the first one, a port there."""
+"""Where the ranks of a run meet: the hosts, the address of the first host, and a port there."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from stack.launch.hosts import LOCALHOST, Host, hosts
 from stack.launch.preflight import check_hosts
 from stack.plan.layout import Plan
 
-#: Below those that Linux hands out by itself.
+#: Below the range from which Linux assigns ports by itself.
 _PORTS = range(20000, 30000)
 
 
@@ -25,20 +25,20 @@ class Place:
     """Where the ranks of a run meet."""
 
     hosts: list[Host]
-    """That have an agent each. With Slurm it is this one, which starts the tasks of all."""
+    """The hosts that have an agent. With Slurm only this host has one: its srun starts the tasks of all hosts."""
     nodes: int
-    """Hosts that have ranks."""
+    """Number of hosts that have ranks."""
     address: str
-    """Of the first host with ranks, as the others reach it."""
+    """Address of the first host with ranks, as the other hosts reach it."""
     port: int
     interfaces: list[str | None]
-    """Of each host's network, the one that leads to the others; None where it is the host itself."""
+    """For each host, the network interface that leads to the other hosts; None for a run on one host."""
     options: list[str] = field(default_factory=list)
-    """`launch.slurm`."""
+    """Options for srun: `launch.slurm`."""
 
     @property
     def shown(self) -> str:
-        """For the user."""
+        """Description for the user."""
         names = ", ".join(host.name for host in self.hosts)
         if self.nodes == 1 or len(self.hosts) < self.nodes:
             return f"{self.nodes} {'host' if self.nodes == 1 else 'hosts'}, master {self.address}:{self.port}"
@@ -47,15 +47,15 @@ class Place:
 
 
 def meet(cfg: Config, plan: Plan, folder: Path, requests: Sequence[signal.Signals] = ()) -> Place:
-    """Finds the hosts of a run and where they meet; looks at each before anything is started on it.
+    """Finds the hosts of a run and where the ranks meet. Checks each host before ranks are started.
 
     Args:
-        folder: the run directory, which all of them are to see.
-        requests: signals that asked this process to end, as they come in; nobody is waited for after the first.
+        folder: the run directory, which all hosts must see.
+        requests: signals that asked this process to end, as they come in; after the first one no host is waited for.
 
     Raises:
         HostError: a host cannot be used.
-        LayoutError: the hostfile, or the allocation, is not one of this plan.
+        LayoutError: the hostfile or the allocation does not fit the plan.
     """
     if cfg.launch.backend == "slurm":
         names = _allocated()
@@ -71,26 +71,28 @@ def meet(cfg: Config, plan: Plan, folder: Path, requests: Sequence[signal.Signal
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody listens on now, and that Linux will not give to anybody who asks for any.
+    """A TCP port of this host that no process listens on now, and that Linux does not assign by itself.
 
     Raises:
-        HostError: all are taken.
+        HostError: all ports are taken.
     """
     for port in random.sample(_PORTS, len(_PORTS)):
         with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
             return port
-    raise HostError(f"ports {_PORTS.start} to {_PORTS.stop - 1} are all taken on this host; end what listens there")
+    raise HostError(
+        f"ports {_PORTS.start} to {_PORTS.stop - 1} are all taken on this host; stop a process that listens there"
+    )
 
 
 def _allocated() -> list[str]:
     """Names of the hosts of the Slurm allocation, the first one first.
 
     Raises:
-        LayoutError: Slurm does not tell them.
+        LayoutError: scontrol cannot name the hosts.
     """
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
     told = subprocess.run(["scontrol", "show", "hostnames", nodes], check=False, capture_output=True, text=True)
     if told.returncode or not told.stdout.split():
-        raise LayoutError(f"SLURM_JOB_NODELIST={nodes}: scontrol show hostnames does not know it; use salloc or sbatch")
+        raise LayoutError(f"SLURM_JOB_NODELIST={nodes}: scontrol show hostnames gives no host; use salloc or sbatch")
     return told.stdout.split()

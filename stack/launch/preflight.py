@@ -1,4 +1,4 @@
-"""Looks at every host of a run before a rank is started, all at once and in bounded time, and names the odd one."""
+"""Checks all hosts of a run at once before a rank is started, within a time limit, and names the hosts that differ."""
 
 import contextlib
 import ipaddress
@@ -19,8 +19,8 @@ from stack.health.odd import odd_ones
 from stack.launch.hosts import Host, module_on
 from stack.launch.probe import About, Question
 
-#: Clocks further apart than this are told to the user. The ranks' numbers do not depend on them, so it stops no run;
-#: but which rank failed first is known by the clocks of their hosts.
+#: A larger difference of clocks is reported to the user. It stops no run, because training does not depend on the
+#: clocks. But the clocks of the hosts decide which rank counts as the first that failed.
 SKEW_S = 5.0
 #: NCCL keeps some MB of /dev/shm for each pair of ranks; containers get 64 MB unless told otherwise.
 _SHM_BYTES = 1 << 30
@@ -29,27 +29,27 @@ _VISIBLE_S = 10.0
 _POLL_S = 0.1
 _SSH_FAILED = 255
 _NOT_FOUND = (126, 127)
-#: What ssh says, in small letters -> what the user can do.
+#: Part of ssh's message in lower case, and the message for the user.
 _SSH_FAULTS = (
     ("could not resolve", "its name does not resolve here; correct the hostfile, or /etc/hosts"),
     ("connection refused", "ssh is refused; start sshd there"),
     ("permission denied", "ssh asks for a password; make `ssh {0} true` work without one (ssh-copy-id {0})"),
-    ("host key verification failed", "ssh does not know its key; run `ssh {0} true` once by hand"),
-    ("timed out", "cannot be reached; is it on, and its port 22 open?"),
-    ("no route to host", "cannot be reached; is it on, and its port 22 open?"),
-    ("unreachable", "cannot be reached; is it on, and its port 22 open?"),
+    ("host key verification failed", "ssh does not know its host key; run `ssh {0} true` once by hand"),
+    ("timed out", "cannot be reached; check that it is on and that its port 22 is open"),
+    ("no route to host", "cannot be reached; check that it is on and that its port 22 is open"),
+    ("unreachable", "cannot be reached; check that it is on and that its port 22 is open"),
 )
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a host. Faults and notes are whole lines for the user that begin with the host's name."""
+    """The answer of a host, and its faults and notes. These are lines for the user that begin with the host's name."""
 
     host: Host
     about: About | None
-    """None where it did not answer."""
+    """None if the host did not answer."""
     skew_s: float | None = None
-    """How far its clock is ahead of this host's, at least; 0 where the answer took longer than they differ."""
+    """Least number of seconds by which its clock is ahead of this host's; 0 if the answer took longer than that."""
     faults: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -60,12 +60,12 @@ class Report:
 
     @property
     def address(self) -> str:
-        """Its address as the other hosts reach it; of a host without others the loopback's."""
+        """Its address as the other hosts reach it; the loopback address if there are no other hosts."""
         return self.about.route.source if self.about and self.about.route else "127.0.0.1"
 
     @property
     def interface(self) -> str | None:
-        """Its network interface that leads to the other hosts; None where there are none."""
+        """Its network interface that leads to the other hosts; None if there are no other hosts."""
         return self.about.route.interface if self.about and self.about.route else None
 
 
@@ -75,7 +75,7 @@ def check_hosts(
     """`examine`, for a launch: a report of each host, in their order, none with a fault.
 
     Raises:
-        HostError: a host cannot be used; the message is the first fault, and says how many more there are.
+        HostError: a host cannot be used. The message has the first fault, and the number of the other faults.
     """
     reports = examine(hosts, folder, timeout_s=timeout_s, requests=requests)
     faults = [fault for report in reports for fault in report.faults]
@@ -88,12 +88,12 @@ def check_hosts(
 def examine(
     hosts: Sequence[Host], folder: Path, *, timeout_s: float = 30.0, requests: Sequence[signal.Signals] = ()
 ) -> list[Report]:
-    """Asks every host what it is, all at the same time, and compares.
+    """Runs the probe on all hosts at the same time, and compares the answers.
 
     Args:
-        folder: where the run directory will be made; made if it is not there.
-        timeout_s: after which a host that has not answered counts as one that cannot be used.
-        requests: signals that asked this process to end, as they come in; nobody is waited for after the first.
+        folder: where the run directory will be made. Created if it does not exist.
+        timeout_s: a host that has not answered by then cannot be used.
+        requests: signals that asked this process to end, as they come in; after the first one no host is waited for.
 
     Raises:
         HostError: this host cannot write to the folder.
@@ -112,7 +112,7 @@ def examine(
 
 
 def _peer(hosts: Sequence[Host], number: int) -> str | None:
-    """The host whose address tells which network a host is to use."""
+    """The host whose address decides which network interface a host uses."""
     if len(hosts) == 1:
         return None
     return hosts[0 if number else 1].name
@@ -120,13 +120,13 @@ def _peer(hosts: Sequence[Host], number: int) -> str | None:
 
 @contextlib.contextmanager
 def _tokens(folder: Path) -> Iterator[str]:
-    """A file in the folder by whose name another host knows that it sees the same one; all of that name go away."""
+    """Makes a file by which other hosts recognise the folder. Removes that file and those of the hosts at the end."""
     token = f".stack-preflight-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / token).touch()
     except OSError as error:
-        raise HostError(f"{folder} cannot be written here ({error.strerror}); set run.root to a folder that can") from (
+        raise HostError(f"{folder} cannot be written here ({error.strerror}); set run.root to a writable folder") from (
             error
         )
     try:
@@ -141,7 +141,7 @@ def _ask(host: Host, question: Question, timeout_s: float, requests: Sequence[si
     command = module_on(host, "stack.launch.probe")
     began = time.time()
     try:
-        # A session of its own: Ctrl-C reaches this process alone.
+        # A session of its own: Ctrl-C reaches this process only.
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -158,7 +158,9 @@ def _ask(host: Host, question: Question, timeout_s: float, requests: Sequence[si
             told, complaint = _listen(process, json.dumps(asdict(question)) + "\n", timeout_s, requests)
         except subprocess.TimeoutExpired:
             process.kill()
-            return Report(host, None, faults=(f"{host.name}: no answer within {timeout_s:g} s; is it overloaded?",))
+            return Report(
+                host, None, faults=(f"{host.name}: no answer within {timeout_s:g} s; the host may be overloaded",)
+            )
     ended = time.time()
     about = _answer(told)
     if about is None:
@@ -172,7 +174,7 @@ def _listen(
 ) -> tuple[str, str]:
     """
     Raises:
-        TimeoutExpired: it did not answer in time, or a request came before.
+        TimeoutExpired: the probe did not answer in time, or a request to end came first.
     """
     text: str | None = question
     deadline = time.monotonic() + timeout_s
@@ -186,7 +188,7 @@ def _listen(
 
 
 def _answer(told: str) -> About | None:
-    """The last line that is an answer: a login shell may have printed others before."""
+    """The last line that is an answer; a login shell may have printed lines before."""
     for line in reversed(told.splitlines()):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             return About.from_json(line)
@@ -195,28 +197,29 @@ def _answer(told: str) -> About | None:
 
 def _why_no_answer(host: Host, code: int, complaint: str) -> str:
     lines = [line.strip() for line in complaint.splitlines() if line.strip()]
-    last = lines[-1] if lines else f"it ended with {code} and said nothing"
-    # The same path as here: what `module_on` starts.
+    last = lines[-1] if lines else f"exit code {code} and no output"
+    # `module_on` starts Python at the same path as on this host.
     python = sys.executable
     if code == _SSH_FAILED:
         words = complaint.lower()
         return next((what.format(host.name) for said, what in _SSH_FAULTS if said in words), f"ssh failed: {last}")
     if code in _NOT_FOUND:
-        return f"there is no {python}; install the same environment there, in the same place"
+        return f"there is no {python}; install the same environment at the same path there"
     if "No module named" in complaint:
-        return f"{python} lacks what is here ({last}); install the same stack there"
+        return f"{python} lacks a module ({last}); install the same stack there"
     return f"{python} -m stack.launch.probe failed: {last}"
 
 
 def _skew(about: About, began: float, ended: float) -> float:
-    """By how much the host's clock is certainly ahead (positive) or behind, in s. The question was read after `began`
-    and the answer written before `ended`, so what ssh and the start of Python took proves nothing."""
+    """The least number of seconds by which the host's clock is ahead (positive) or behind. The question was read after
+    `began` and the answer was written before `ended`, so the time that ssh and the start of Python take does not
+    count."""
     ahead, behind = about.answered - ended, began - about.asked
     return max(ahead, 0.0) or -max(behind, 0.0)
 
 
 def _seen_from_here(report: Report, file: Path) -> Report:
-    """Adds whether the run directory is one folder, seen from both."""
+    """Adds a fault if the host and this host do not see the same folder for runs."""
     about, name = report.about, report.host.name
     if about is None:
         return report
@@ -225,7 +228,7 @@ def _seen_from_here(report: Report, file: Path) -> Report:
     deadline = time.monotonic() + _VISIBLE_S
     while file.name not in os.listdir(file.parent):
         if time.monotonic() > deadline:
-            why = f"what it writes is not seen here after {_VISIBLE_S:g} s; is that file system shared?"
+            why = f"a file from there is not visible here after {_VISIBLE_S:g} s; put run.root on a shared file system"
             return _with(report, faults=[f"{name}: {file.parent}: {why}"])
         time.sleep(_POLL_S)
     return report
@@ -242,7 +245,9 @@ def _compared(reports: list[Report]) -> list[Report]:
     notes: dict[int, list[str]] = {number: [] for number in range(len(reports))}
     for who, key, has, others in odd_ones({number: about.versions for number, about in abouts.items()}):
         name = reports[who].name
-        faults[who].append(f"{name} has {_version(key, has)}, the others {others or 'none'}; install the same there")
+        faults[who].append(
+            f"{name} has {_version(key, has)}, the others {others or 'none'}; install the same version there"
+        )
     for who, key, has, others in odd_ones({number: _hardware(about) for number, about in abouts.items()}):
         notes[who].append(f"{reports[who].name} has {_version(key, has)}, the others {others or 'none'}")
     on_gpus = any(about.usable_gpus for about in abouts.values())
@@ -251,7 +256,7 @@ def _compared(reports: list[Report]) -> list[Report]:
         if on_gpus:
             faults[number] += _devices(report.host, about)
         peer = 0 if number else 1
-        # Of a host that has not answered the fault is known.
+        # A peer that has not answered has a fault of its own already.
         if len(reports) > 1 and peer in abouts:
             faults[number] += _route(report.name, reports[peer].name, about)
             notes[number] += _own_name(report.name, about)
@@ -260,7 +265,7 @@ def _compared(reports: list[Report]) -> list[Report]:
 
 
 def _hardware(about: About) -> dict[str, str | None]:
-    """What ranks can do with when it differs; the slowest then sets the pace."""
+    """Hardware that may differ between hosts. The slowest host then sets the pace."""
     return {"driver": about.driver, "GPU": about.gpus[0].name if about.gpus else None}
 
 
@@ -270,7 +275,7 @@ def _version(key: str, value: object) -> str:
 
 def _devices(host: Host, about: About) -> list[str]:
     if about.gpu_fault:
-        return [f"{host.name}: {about.gpu_fault}; is the driver loaded there?"]
+        return [f"{host.name}: {about.gpu_fault}; check the NVIDIA driver there"]
     if about.usable_gpus < host.slots:
         nearest = f"launch.ranks_per_node={about.usable_gpus}" if about.usable_gpus else "other hosts"
         return [f"{host.name} has {about.usable_gpus or 'no'} GPUs for {host.slots} ranks; use {nearest}"]
@@ -278,16 +283,19 @@ def _devices(host: Host, about: About) -> list[str]:
 
 
 def _route(name: str, peer: str, about: About) -> list[str]:
-    """What is wrong with the way to another host of the run."""
+    """Faults of the route to another host of the run."""
     if about.route is None:
-        return [f"{name}: {peer} cannot be found from there ({about.route_fault}); see its /etc/hosts"]
+        return [f"{name}: {peer} cannot be reached from there ({about.route_fault}); check /etc/hosts there"]
     if ipaddress.ip_address(about.route.peer).is_loopback:
-        return [f"{name} takes {peer} for itself ({about.route.peer}); use a name in the hostfile that all hosts know"]
+        return [
+            f"{name} resolves {peer} to itself ({about.route.peer}); use a name in the hostfile that all hosts know"
+        ]
     return []
 
 
 def _own_name(name: str, about: About) -> list[str]:
-    """Debian gives a host's own name 127.0.1.1, where gloo then listens and nobody can come."""
+    """A note if the host's own name resolves to a loopback address, as to 127.0.1.1 on Debian. gloo would listen on that
+    address, and no other host could connect."""
     if about.own_address is None or ipaddress.ip_address(about.own_address).is_loopback:
         where = f"resolves to {about.own_address}" if about.own_address else "does not resolve"
         return [f"{name}: its own name {about.hostname} {where}; gloo needs GLOO_SOCKET_IFNAME there"]
@@ -295,13 +303,13 @@ def _own_name(name: str, about: About) -> list[str]:
 
 
 def _remarks(report: Report, about: About) -> list[str]:
-    """What stops no run but may explain one."""
+    """Notes that stop no run but may explain an error."""
     name, found = report.host.name, []
     if report.skew_s and abs(report.skew_s) > SKEW_S:
         which = "ahead of" if report.skew_s > 0 else "behind"
         found.append(f"{name}: its clock is {abs(report.skew_s):.1f} s {which} this host's; set it by NTP")
     if about.gpus and about.shm_bytes < _SHM_BYTES:
-        found.append(f"{name}: /dev/shm has {about.shm_bytes / 1e6:.0f} MB, NCCL wants 1 GB (docker run --shm-size=1g)")
+        found.append(f"{name}: /dev/shm has {about.shm_bytes / 1e6:.0f} MB, NCCL needs 1 GB (docker run --shm-size=1g)")
     for number, gpu in enumerate(about.gpus):
         if gpu.free_mib < 0.9 * gpu.total_mib:
             used = (gpu.total_mib - gpu.free_mib) / 1024

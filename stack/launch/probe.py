@@ -1,7 +1,8 @@
-"""What a host says of itself: `python -m stack.launch.probe`, started on each host ahead of a launch.
+"""`python -m stack.launch.probe`: reports the state of a host. Runs on each host before a launch.
 
-One JSON line on standard input asks (`Question`), one on standard output answers (`About`). Nothing here imports
-torch: versions come from the packages' metadata and devices from nvidia-smi, so that the answer takes a second.
+Reads a `Question` as one JSON line from standard input, and writes an `About` as one JSON line to standard output. This
+module does not import torch: versions come from the packages' metadata and devices from nvidia-smi, so that the answer
+takes about a second.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ import psutil
 import stack
 from stack.plan.policies import local_devices
 
-#: What must be the same on all hosts. The NCCL that torch loads is a wheel of its own, named by the CUDA it is for.
+#: Packages that must have the same version on all hosts. NCCL is in a wheel of its own, named after the CUDA version.
 _PACKAGES = ("torch", "deepspeed", "transformers")
 _NCCL = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
 _SMI = "name,memory.total,memory.free,driver_version"
@@ -36,18 +37,18 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Question:
-    """What the driver wants to know of a host."""
+    """What the driver asks a host."""
 
     folder: str
     """Where the run directory will be made."""
     token: str
-    """Name of a file there that the driver has written, with its own name as content."""
+    """Name of a file that the driver has made in the folder."""
     answer: str
-    """Name of the file that the host is to write there."""
+    """Name of the file that the host must write there."""
     peer: str | None
-    """Another host of the run: the first one, or for that one the second."""
+    """Another host of the run: the first host, or for the first host the second."""
     wait_s: float
-    """Longest wait for the token: a file server may show it late."""
+    """Longest wait for the token in s: a file server may show the file late."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,19 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Route:
-    """The way to the peer, as the kernel would take it."""
+    """The route to the peer, as the kernel chooses it."""
 
     peer: str
     """The peer's address, as this host resolves its name."""
     source: str
-    """Own address on that way."""
+    """Address of this host on the route."""
     interface: str | None
     """Network interface that has the source address."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What a host says of itself."""
+    """The state of a host."""
 
     hostname: str
     python: str
@@ -82,17 +83,17 @@ class About:
     driver: str | None
     gpus: list[Gpu]
     gpu_fault: str | None
-    """Why nvidia-smi has no answer, on a host that has the devices."""
+    """Why nvidia-smi does not answer on a host that has NVIDIA devices."""
     usable_gpus: int
-    """Those that CUDA_VISIBLE_DEVICES leaves."""
+    """Number of GPUs that CUDA_VISIBLE_DEVICES allows."""
     memory_free: int
-    """Of the host, in bytes."""
+    """Free memory of the host, in bytes."""
     shm_bytes: int
-    """Size of /dev/shm, through which NCCL's ranks of one host talk."""
+    """Size of /dev/shm, which NCCL uses between the ranks of one host."""
     addresses: dict[str, list[str]]
     """IPv4 and IPv6 addresses by interface."""
     own_address: str | None
-    """What the host's own name resolves to there; gloo listens on it unless it is told an interface."""
+    """The address of the host's own name there. gloo listens on this address unless an interface is set."""
     route: Route | None
     route_fault: str | None
     folder_fault: str | None
@@ -107,7 +108,7 @@ class About:
         """The answer that `main` printed.
 
         Raises:
-            ValueError, KeyError, TypeError: it is none.
+            ValueError, KeyError, TypeError: the line is no answer.
         """
         raw = json.loads(line)
         route = Route(**raw["route"]) if raw["route"] else None
@@ -143,7 +144,7 @@ def main() -> None:
 
 
 def _found(search: Callable[[], _T]) -> tuple[_T | None, str | None]:
-    """What was found, or why not."""
+    """The result of a search and None, or None and the reason of the failure."""
     try:
         return search(), None
     except OSError as error:
@@ -168,7 +169,7 @@ def _version(name: str) -> str | None:
 
 
 def _source() -> str:
-    """Digest of stack's own source: two checkouts of one version may differ."""
+    """Digest of stack's own source, because two checkouts of one version may differ."""
     digest = hashlib.blake2b(digest_size=4)
     folder = Path(stack.__file__).parent
     for file in sorted(folder.rglob("*.py")):
@@ -177,7 +178,7 @@ def _source() -> str:
 
 
 def _gpus() -> tuple[list[Gpu], str | None, str | None]:
-    """The GPUs, the driver's version, and why nvidia-smi has no answer though there are devices."""
+    """The GPUs, the driver's version, and why nvidia-smi does not answer although there are devices."""
     if not local_devices():
         return [], None, None
     command = ["nvidia-smi", f"--query-gpu={_SMI}", "--format=csv,noheader,nounits"]
@@ -194,23 +195,23 @@ def _gpus() -> tuple[list[Gpu], str | None, str | None]:
 
 
 def _mib(cell: str) -> int:
-    # A GPU that shares the host's memory has no number of its own.
+    # nvidia-smi prints no number for a GPU that shares the memory of the host.
     return int(cell) if cell.isdigit() else 0
 
 
 def _addresses() -> dict[str, list[str]]:
     return {
-        # The interface of a link-local address is not part of it.
+        # A link-local address ends with `%` and the interface, which is cut off.
         interface: [a.address.partition("%")[0] for a in found if a.family in (socket.AF_INET, socket.AF_INET6)]
         for interface, found in psutil.net_if_addrs().items()
     }
 
 
 def _route(peer: str) -> Route:
-    """Asks the kernel: a datagram socket that is connected has a source address, and nothing was sent.
+    """Asks the kernel. Connecting a datagram socket gives it a source address and sends nothing.
 
     Raises:
-        OSError: the peer's name does not resolve, or no route leads there.
+        OSError: the peer's name does not resolve, or there is no route to the peer.
     """
     family, _, _, _, address = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -221,17 +222,17 @@ def _route(peer: str) -> Route:
 
 
 def _folder_fault(question: Question) -> str | None:
-    """Looks for the driver's token in the folder of runs and leaves the host's own there; or says what is wrong."""
+    """Looks for the driver's file in the folder of runs, and writes the host's own file there. Returns the fault."""
     folder = Path(question.folder)
     deadline = time.monotonic() + question.wait_s
     while True:
         try:
-            # Listing makes a client of a file server ask it anew; a name that was once not there it would remember.
+            # Listing makes an NFS client ask the server again. A lookup by name could return a cached "not found".
             if question.token in os.listdir(folder):
                 break
-            fault = "is another folder there; put run.root on a file system that all hosts share"
+            fault = "is a different folder there; put run.root on a file system that all hosts share"
         except FileNotFoundError:
-            fault = "is not there; put run.root on a file system that all hosts share"
+            fault = "does not exist there; put run.root on a file system that all hosts share"
         except OSError as error:
             return f"cannot be read there ({error.strerror}); make it readable for this user"
         if time.monotonic() > deadline:

@@ -44,5 +44,6 @@ def test_a_folder_that_is_not_shared(doctor, hosts, tmp_path):
     done = doctor()
     assert done.returncode == 9
     assert done.stderr == (
-        f"HostError: host-b: {tmp_path}/runs/doctor is not there; put run.root on a file system that all hosts share\n"
+        f"HostError: host-b: {tmp_path}/runs/doctor does not exist there; "
+        "put run.root on a file system that all hosts share\n"
     )

@@ -91,7 +91,7 @@ def another_version(hosts, folder):
     ("fault", "message"),
     [
         (no_sshd, "host-b: ssh is refused; start sshd there"),
-        (no_cable, "host-b: cannot be reached; is it on"),
+        (no_cable, "host-b: cannot be reached; check that it is on"),
         (no_name, "host-b: its name does not resolve here; correct the hostfile, or /etc/hosts"),
         (another_version, "host-b has transformers 4.0.0, the others"),
     ],

@@ -28,4 +28,4 @@ class Order:
     grace_s: float
     """Seconds between SIGTERM and SIGKILL."""
     silence_s: float | None
-    """Longest time without a line from the driver; None on the driver's host, where the agent always notices its end."""
+    """Longest time without a line from the driver; None on the driver's host, where the agent always sees its end."""

@@ -294,7 +294,7 @@ def _route(name: str, peer: str, about: About) -> list[str]:
 
 
 def _own_name(name: str, about: About) -> list[str]:
-    """A note if the host's own name resolves to a loopback address, as to 127.0.1.1 on Debian. gloo would listen on that
+    """A note if the host's own name resolves to a loopback address, as 127.0.1.1 on Debian. gloo would listen on that
     address, and no other host could connect."""
     if about.own_address is None or ipaddress.ip_address(about.own_address).is_loopback:
         where = f"resolves to {about.own_address}" if about.own_address else "does not resolve"

@@ -1,4 +1,4 @@
-"""Processes of this host: the ranks of a run, and a whole session to its end."""
+"""Processes of this host: finds the ranks of a run, and ends all processes of a session."""
 
 import contextlib
 import os
@@ -23,16 +23,16 @@ class Rank:
     rank: int
     pid: int
     process: psutil.Process | None
-    """None where it was gone before anybody looked."""
+    """None if the process ended before it was looked up."""
 
     @property
     def alive(self) -> bool:
-        """False from the moment it died, also while its launcher has not yet noticed."""
+        """False from the moment the process died, also before its launcher has noticed."""
         return self.process is not None and is_alive(self.process)
 
 
 def local_ranks(run: RunDir, ranks: Iterable[int]) -> tuple[dict[int, Rank], set[int]]:
-    """Those of `ranks` that have said who they are: the ones that run here, and the numbers of those elsewhere."""
+    """The ranks in `ranks` that have written rank.json: those on this host, and the numbers of those on other hosts."""
     here: dict[int, Rank] = {}
     elsewhere: set[int] = set()
     for rank in ranks:
@@ -52,11 +52,11 @@ def _process(pid: int) -> psutil.Process | None:
 
 
 def signal_ranks(ranks: Iterable[Rank], number: signal.Signals) -> None:
-    """Sends a signal to those that are still there."""
+    """Sends a signal to the ranks that are still alive."""
     for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
             if rank.process is not None:
-                # Compares the start time first, so that nobody else with its process id is hit.
+                # send_signal compares the start time first, so that no other process with a reused id is hit.
                 rank.process.send_signal(number)
 
 
@@ -64,7 +64,7 @@ def end_session(leader: int, *, grace_s: float) -> None:
     """Ends all processes of a session but this one: SIGTERM, then SIGKILL after `grace_s` seconds; SIGKILL at once to a
     process that is stopped, which no other signal reaches.
 
-    The session also holds a rank that has not yet said who it is, and one whose launcher is gone.
+    The session also contains ranks that have not yet written rank.json, and ranks whose launcher is gone.
     """
     # The second SIGKILL is for a process that was being started during the first.
     for end in (_terminate, psutil.Process.kill, psutil.Process.kill):
@@ -84,7 +84,7 @@ def _terminate(process: psutil.Process) -> None:
 
 
 def _session(leader: int) -> list[psutil.Process]:
-    """The live processes of a session. Its id is not given away while one of them is there."""
+    """The live processes of a session. The id of the session is not reused while one of them exists."""
     members = []
     for pid in psutil.pids():
         with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""What a verb on an existing run or model reads of it: the config, and a corpus tokenized for that model."""
+"""Reads the config of an existing run or model, and finds or makes a corpus tokenized for that model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,9 +18,9 @@ from stack.train.rundir import RunDir
 
 
 def config_of(run: RunDir, overrides: Sequence[str]) -> Config:
-    """The config of a run with overrides, settled; what an earlier resume was told for once is forgotten.
+    """The config of a run with overrides, settled. Keys in `ONCE` that an earlier resume has set are reset.
 
-    Prints a line where the run's copy of its model folder must stand in for the folder.
+    Prints a line if the run's copy of its model folder is used because the folder cannot be read.
 
     Raises:
         ConfigError: as `from_yaml`.
@@ -35,7 +35,7 @@ def config_of(run: RunDir, overrides: Sequence[str]) -> Config:
 
 
 def prepared(cfg: Config, plan: Plan) -> Path:
-    """The corpus of a new run, made if it is not there yet, and found to fit the model and the batches.
+    """The corpus of a new run. Makes it if it does not exist, and checks that it fits the model and the batches.
 
     Raises:
         DataError: as `shards.prepare` and `open_batches`.
@@ -49,8 +49,8 @@ def prepared(cfg: Config, plan: Plan) -> Path:
 def of_run(run: RunDir, cfg: Config, plan: Plan) -> tuple[Config, Path]:
     """The corpus for a run that goes on or is evaluated, and `cfg` with the tokenizer of that corpus.
 
-    It is the one that the run has read, unless `cfg` asks for other text. Other text is tokenized with the run's own
-    tokenizer: `data.tokenizer=bpe` would learn a new one, whose token ids mean nothing to the model.
+    The corpus is the one that the run has read, unless `cfg` asks for other text. Other text is tokenized with the
+    run's own tokenizer: `data.tokenizer=bpe` would learn a new tokenizer, with token ids that do not fit the model.
 
     Raises:
         DataError: as `prepared`, or `data.tokenizer` was set to another vocabulary than the run's.
@@ -60,7 +60,7 @@ def of_run(run: RunDir, cfg: Config, plan: Plan) -> tuple[Config, Path]:
         corpus = run.corpus
     else:
         if cfg.data.tokenizer == before.tokenizer:
-            # The tokenizer may have been a base folder that has moved, of which the run has a copy.
+            # The tokenizer may come from a model folder that was moved. The run has a copy of that folder.
             likely = [replace(cfg.data, tokenizer=name) for name in (before.tokenizer, str(run.model))]
             own = replace(cfg.data, tokenizer=str(run.tokenizer))
             cfg = replace(cfg, data=next((data for data in likely if _is_the_same(data, run.corpus)), own))
@@ -74,8 +74,8 @@ def of_export(cfg: Config, plan: Plan, there: Data | None) -> Path:
     """The corpus to evaluate a model folder on.
 
     Args:
-        there: `data` of the run that the folder was exported from, where `cfg` asks for the same text. Its corpus may
-            lie on this disk; it is looked up and read, and nothing is written to the place that the export names.
+        there: `data` of the run that the folder was exported from, if `cfg` asks for the same text. The corpus of that
+            run may be on this disk. If so, it is read; nothing is ever written to the folder that the export names.
 
     Raises:
         DataError: as `prepared`.
@@ -93,15 +93,15 @@ def of_export(cfg: Config, plan: Plan, there: Data | None) -> Path:
 
 
 def _is_the_same(data: Data, corpus: Path) -> bool:
-    """Whether `data` makes the corpus that was in the folder `corpus`, which may be gone: its name has the
-    fingerprint."""
+    """Whether `data` makes the corpus that is or was in the folder `corpus`. The name of the folder has the fingerprint
+    of the settings, so the folder itself may be gone."""
     try:
         return manifest.folder_of(data, manifest.made_from(data, seed=data.split_seed)).name == corpus.name
     except DataError:
-        # Text or tokenizer is gone. If it is the text, `prepare` says so.
+        # The text or the tokenizer is gone. If the text is gone, `prepare` raises an error.
         return False
 
 
 def _same_text(one: Data, other: Data) -> bool:
-    """Whether two settings make the same corpus, wherever it is kept and however batches are made of it."""
+    """Whether two settings make the same corpus. Its folder, and how batches are made of it, do not count."""
     return other == replace(one, root=other.root, seq_len=other.seq_len, pack=other.pack, prefetch=other.prefetch)

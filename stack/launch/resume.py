@@ -1,4 +1,4 @@
-"""`stack resume`: what can be refused before anything is changed, what the user is told, and another attempt."""
+"""`stack resume`: checks the overrides before anything is changed, reports the changes, and starts the ranks."""
 
 import contextlib
 import math
@@ -28,8 +28,7 @@ def resume(run: RunDir, overrides: Sequence[str]) -> int:
     """Goes on with a run from its newest whole checkpoint, in the layout that the overrides ask for.
 
     Raises:
-        StackError: as `driver.train`; or the run is done, is at work, or its checkpoint is of another course of
-            training.
+        StackError: as `driver.train`; or the run is done or running, or its checkpoint does not fit the settings.
     """
     before = as_saved(run.config)
     cfg = config_of(run, overrides)
@@ -46,7 +45,7 @@ def resume(run: RunDir, overrides: Sequence[str]) -> int:
         notes = [line for line in (_told_changes(cfg, before), step and jump(cfg, before, step)) if line]
         with stop_requests() as requests:
             rundir.begin_again(run, cfg, plan, corpus=corpus)
-            # A full disk costs the notes, not the run.
+            # On a full disk the notes are lost, but the run starts.
             with contextlib.suppress(OSError), run.notes.open("a") as file:
                 file.writelines(f"{note}\n" for note in notes)
             print(*notes, sep="\n", end="\n" * bool(notes))
@@ -59,8 +58,8 @@ def _told_changes(cfg: Config, before: Config) -> str | None:
 
 
 def jump(cfg: Config, before: Config, step: int) -> str | None:
-    """How the learning rate jumps after `step` finished steps, and the keys that make it; None where it stays, or goes
-    on as it would have."""
+    """How the learning rate jumps after `step` finished steps, and the changed keys that cause the jump. None if the
+    rate stays the same or continues as without the changes."""
 
     def rate(of: Config, number: int) -> float:
         return learning_rate(number, of.train.steps, optim=of.optim, schedule=of.schedule)
@@ -80,7 +79,7 @@ def jump(cfg: Config, before: Config, step: int) -> str | None:
     )
     if [cause.key for cause in causes] != ["train.steps"]:
         return told
-    # Only here the user may not have thought of the learning rate.
+    # A user who changes only train.steps may not expect another learning rate.
     keep = f"schedule.kind=constant optim.lr={last:.6g}"
     return f"{told} under schedule.kind={cfg.schedule.kind}; to keep it, resume with {keep}"
 
@@ -89,25 +88,27 @@ def _checkpoints(cfg: Config, before: Config, run: RunDir) -> list[int]:
     """Steps of the run's checkpoints.
 
     Raises:
-        CheckpointError: there is none, and there are some where the run had them before.
+        CheckpointError: there is none in the folder of `cfg`, but there are some in the folder of `before`.
     """
     root, old = (manifest.root_of(c.checkpoint.path, run.path) for c in (cfg, before))
     there = manifest.steps(root)
     if not there and root != old and manifest.steps(old):
-        raise CheckpointError(f"{root} holds no checkpoint, {old} does; move that folder there, or keep its path")
+        raise CheckpointError(
+            f"{root} holds no checkpoint, but {old} does; move that folder to {root}, or keep checkpoint.path"
+        )
     return there
 
 
 def _check_goes_on(
     cfg: Config, before: Config, run: RunDir, there: Sequence[int], its_course: dict[str, object]
 ) -> int | None:
-    """What can be refused before anything is changed. The ranks then read the checkpoint itself.
+    """Checks what can be checked before anything is changed. The ranks read the checkpoint itself later.
 
     Args:
         there: steps of the run's checkpoints.
 
     Returns:
-        The step of the checkpoint, as far as it can be seen from here; None where there is none.
+        The step of the checkpoint that the ranks will probably use; None if there is none.
     """
     root, step = manifest.root_of(cfg.checkpoint.path, run.path), cfg.checkpoint.step
     manifest.check_step(step, there, where=root)
@@ -116,7 +117,7 @@ def _check_goes_on(
         try:
             found = manifest.read(folder)
         except CheckpointError:
-            # The ranks say what is wrong with it, and pass it over or end.
+            # The ranks report what is wrong with this checkpoint, and skip it or end.
             continue
         if cfg.model != before.model:
             from stack.models.build import parameter_shapes

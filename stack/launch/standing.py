@@ -1,4 +1,4 @@
-"""How a run stands, by what lies in its directory: it may be at work on another host, or be damaged."""
+"""The state of a run, from the files in its directory. The run may be on another host, and its files may be damaged."""
 
 import time
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from stack.train.lock import LOCK, Holder
 from stack.train.rundir import RunDir, read_json
 
 RUNNING, DONE, SAVED, FAILED, ENDED = "running", "done", "saved", "failed", "ended"
-#: A lock on another host that was not renewed for so long is that of a process which is gone.
+#: A lock of another host that was not renewed for this time belongs to a process that is gone.
 _STALE_S = 60.0
 _WORDS = 200
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How a run stands."""
+    """The state of a run."""
 
     state: str
-    """`running`, `done`, `saved` on request, `failed`; or `ended`, without leaving a word, as after SIGKILL."""
+    """`running`, `done`, `saved` on request, `failed`; or `ended` without a result, as after SIGKILL."""
     why: str = ""
-    """One line, where there is something to say."""
+    """The reason in one line, or an empty string."""
     exit_code: int = 0
 
     def __str__(self) -> str:
@@ -28,10 +28,10 @@ class Standing:
 
 
 def standing(run: RunDir, me: Holder) -> Standing:
-    """How a run stands.
+    """The state of a run.
 
     Args:
-        me: this process; to whom a process of the same host is visible.
+        me: this process, which sees the other processes of its host.
     """
     if run.done.exists():
         return Standing(DONE)
@@ -40,7 +40,7 @@ def standing(run: RunDir, me: Holder) -> Standing:
             return _told(state, file)
     if holder := at_work(run, me):
         return Standing(RUNNING, one_line(f"process {holder.pid} on {holder.host}"))
-    return Standing(ENDED, "it left no word: it was killed, or its host was")
+    return Standing(ENDED, "it wrote no result: the process was killed, or its host went down")
 
 
 def at_work(run: RunDir, me: Holder) -> Holder | None:
@@ -51,7 +51,7 @@ def at_work(run: RunDir, me: Holder) -> Holder | None:
         age_s = time.time() - file.stat().st_mtime
         gone = holder.is_gone if holder.place == me.place else age_s > _STALE_S
     except (OSError, ValueError, TypeError):
-        # There is none, or one that is damaged and names nobody.
+        # There is no lock, or a damaged one.
         return None
     return None if gone else holder
 
@@ -68,6 +68,6 @@ def _told(state: str, file: Path) -> Standing:
 
 
 def one_line(text: str) -> str:
-    """The first line, of printable letters alone: what is in a file must not steer a terminal."""
+    """The first line, without control characters: the content of a file must not control the terminal."""
     first = (text.strip().splitlines() or [""])[0][:_WORDS]
     return "".join(letter if letter.isprintable() else "?" for letter in first)

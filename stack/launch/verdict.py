@@ -1,4 +1,4 @@
-"""Why a run ended early: which rank failed first, from what the ranks of each host left behind."""
+"""Finds out why a run ended early: which rank failed first, from the reports of all hosts."""
 
 import time
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from stack.train.progress import Look, absent
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run ended early; becomes FAILED.json, or SAVED.json."""
+    """Why a run ended early. Is written to FAILED.json or SAVED.json."""
 
     type: str
     message: str
@@ -26,52 +26,52 @@ class Failure:
 
 @dataclass(frozen=True)
 class Ended:
-    """A rank that is no more, as its host saw it."""
+    """A rank that has ended, as its host saw it."""
 
     rank: int
     pid: int | None
-    """None where it never said who it is."""
+    """None if the rank never wrote rank.json."""
     outcome: str | None
-    """`done`, `error`, `stopped` by somebody else, or None: it had no time to say."""
+    """`done`, `error`, `stopped` by a signal, or None: the rank wrote nothing, as after SIGKILL."""
     error: dict[str, Any] | None = None
-    """What its error.json holds."""
+    """Content of its error.json."""
     hung: bool = False
-    """NCCL's watchdog ended it; it aborts the process, which then can tell nothing itself."""
+    """NCCL's watchdog aborted the process, which could then not write error.json."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a host's agent saw when the ranks there came to their end, or the first of them did."""
+    """What a host's agent saw when all its ranks had ended, or the first of them had failed."""
 
     host: str
     started: int
-    """Ranks that were started there."""
+    """Number of ranks that were started there."""
     ranks: list[Ended]
-    """Those of them that are no more."""
+    """The ranks that have ended."""
     launcher: int | None
-    """What it ended with; None while it was still at work."""
+    """Exit code of the launcher; None while it was still running."""
     looks: list[Look] = field(default_factory=list)
-    """Where ranks hang: those of the host that had neither failed nor ended."""
+    """When ranks hang: the ranks of the host that had neither failed nor ended."""
 
     @property
     def well(self) -> bool:
-        """Whether every rank of the host, and its launcher, has ended as it should."""
+        """Whether the launcher has ended and every rank of the host is done."""
         done = [rank for rank in self.ranks if rank.outcome == "done"]
         return self.launcher is not None and len(done) == self.started
 
 
 def first_failure(reports: Sequence[Report]) -> tuple[Failure | None, bool]:
-    """The rank that failed first, as far as `reports` tell; and whether no other report can change that.
+    """The rank that failed first according to `reports`, and whether no other report can change the result.
 
-    A rank that was killed leaves no word of its own; what its neighbours then write is only that it is gone, or that
-    their launcher stopped them.
+    A rank that was killed writes no error. The errors of other ranks then say only that a rank is gone, or that their
+    launcher stopped them.
     """
     ended = [(rank, report.host) for report in reports for rank in report.ranks]
     errors = sorted((rank.error["time"], rank.rank, host, rank.error) for rank, host in ended if rank.error)
     causes = [(error, host) for _, _, host, error in errors if not is_lost_peer(error["message"])]
     if causes:
         return _told(*causes[0]), True
-    # A rank without rank.json may still be starting, or was stopped before it wrote the file: no sign of a crash.
+    # A rank without rank.json may still be starting, or was stopped before it wrote the file. It did not crash.
     silent = [(rank, host) for rank, host in ended if rank.outcome is None and rank.pid is not None]
     if hung := next(((rank, host) for rank, host in silent if rank.hung), None):
         rank, host = hung
@@ -89,10 +89,10 @@ def first_failure(reports: Sequence[Report]) -> tuple[Failure | None, bool]:
 
 
 def blamed(failure: Failure, looks: Sequence[Look]) -> Failure:
-    """A hang by the rank that the others wait for: a rank that gave up cannot tell which one it waited for.
+    """The failure of a hang, with the rank that the others wait for. A rank that gave up cannot say which rank that is.
 
     Args:
-        looks: of all hosts.
+        looks: the states of the ranks of all hosts.
     """
     missing = absent(looks)
     if not missing or not failure.message.startswith(WAITED):
@@ -100,7 +100,7 @@ def blamed(failure: Failure, looks: Sequence[Look]) -> Failure:
     first = missing[0]
     state = "is stopped (SIGSTOP, or a debugger)" if first.stopped else "does not answer; its log has its Python stack"
     others = ", ".join(f"rank {seen.rank} on {seen.host}" for seen in missing[1:4])
-    also = f"; so it is with {others}" if others else ""
+    also = f"; the same holds for {others}" if others else ""
     message = (
         f"process {first.pid} on {first.host} {state}, {first.phase} after step {first.step}{also}; "
         f"rank {failure.rank} gave up: {failure.message}"
@@ -113,9 +113,9 @@ def _told(error: dict[str, Any], host: str) -> Failure:
 
 
 def _stopped(report: Report) -> Failure:
-    """Ranks were ended though none of them failed, or never came up."""
+    """The failure of a host whose ranks were stopped or never started, though no rank reported an error."""
     if report.launcher is None:
         message = f"rank {report.ranks[0].rank} was stopped by SIGTERM from outside"
     else:
-        message = f"the launcher ended with {report.launcher} before the run was done"
+        message = f"the launcher ended with exit code {report.launcher} before the run was done"
     return Failure("RankFailure", message, RankFailure.exit_code, None, report.host)

@@ -1,4 +1,4 @@
-"""The ranks that one host's agent has started, from their start to their end, as the host sees them."""
+"""Watches the ranks that the agent of one host has started, from their start to their end."""
 
 import signal
 import subprocess
@@ -13,21 +13,21 @@ from stack.train import rundir
 from stack.train.progress import Look, absent, look
 from stack.train.rundir import RunDir
 
-#: The run directory may be on a server that all hosts of a run ask: files of ranks that live are looked at so seldom.
+#: Seconds between two readings of the files of live ranks. All hosts of a run may read from the same file server.
 _FILES_S = 2.0
-#: What a rank has for writing its Python stack into its log.
+#: Seconds for a rank to write its Python stack into its log.
 _STACK_S = 0.3
 
 
 class Watch:
-    """Whether a rank of this host lives is asked of the kernel; its files are read once it does not."""
+    """Asks the kernel whether each rank of this host is alive, and reads the files of a rank once it is not."""
 
     def __init__(self, run: RunDir, order: Order, launchers: Sequence[subprocess.Popen]):
         self._run, self._order, self._launchers = run, order, launchers
         self.known: dict[int, Rank] = {}
-        """Ranks of this host that have said who they are."""
+        """Ranks of this host that have written rank.json."""
         self._elsewhere: set[int] = set()
-        """Ranks on other hosts: one srun starts those of all."""
+        """Ranks on other hosts; one srun starts the ranks of all hosts."""
         self._own = {command.rank: process for command, process in zip(order.commands, launchers, strict=True)}
         self._done: dict[int, Ended] = {}
         self._failed: set[int] = set()
@@ -35,29 +35,30 @@ class Watch:
         self._read_files = -_FILES_S
 
     def report(self) -> Report:
-        """How the ranks and their launchers stand now."""
+        """The present state of the ranks and their launchers."""
         due = time.monotonic() - self._read_files >= _FILES_S
         if due:
             self._read_files = time.monotonic()
             self._find()
         codes = [launcher.poll() for launcher in self._launchers]
-        # The first that is not 0; the others may never end.
+        # The first exit code that is not 0, because the other launchers may never end.
         code = next((code for code in codes if code), None if None in codes else 0)
         return Report(self._order.host, len(self._order.ranks), self._ended(read_errors=due), code)
 
     def ask_to_save(self) -> None:
-        """Asks each rank of this host once, as soon as it has said who it is; one that trains is enough for all."""
+        """Asks each rank of this host once to save, as soon as it has written rank.json. If one rank was asked, all
+        ranks of the run save."""
         signal_ranks((rank for number, rank in self.known.items() if number not in self._asked), signal.SIGTERM)
         self._asked.update(self.known)
         if not self._asked and self._elsewhere:
-            # On hosts of Slurm's. Its srun kills the ranks on SIGTERM, and passes SIGUSR1 on to them.
+            # With Slurm all ranks may be on other hosts. srun kills them on SIGTERM, and passes SIGUSR1 on to them.
             for launcher in self._launchers:
                 launcher.send_signal(signal.SIGUSR1)
             self._asked.update(self._order.ranks)
 
     def look(self) -> list[Look]:
-        """The ranks of this host that have neither failed nor ended, while ranks hang. Those that the others wait for
-        write their Python stacks into their logs."""
+        """While ranks hang: the states of the ranks of this host that have neither failed nor ended. Ranks that the others
+        wait for write their Python stacks into their logs."""
         looks = look(self._run, self._order.ranks)
         working = [self.known[seen.rank] for seen in absent(looks) if seen.rank in self.known and not seen.stopped]
         signal_ranks(working, signal.SIGUSR2)
@@ -72,7 +73,7 @@ class Watch:
         self._elsewhere |= elsewhere
 
     def _is_alive(self, rank: int) -> bool:
-        """Of a rank that has not said who it is, and of one elsewhere, whether its launcher lives."""
+        """Whether a rank is alive. For a rank without rank.json or on another host: whether its launcher is alive."""
         if rank in self.known:
             return self.known[rank].alive
         if rank in self._own:
@@ -84,7 +85,7 @@ class Watch:
         for rank in self._order.ranks:
             if rank not in self._done:
                 alive = self._is_alive(rank)
-                # One that failed may still be on its way out.
+                # A rank that has failed may still be ending.
                 if alive and read_errors and (self._run.rank(rank) / "error.json").exists():
                     self._failed.add(rank)
                 if alive and rank not in self._failed:

@@ -72,7 +72,7 @@ def test_the_time_left_is_that_of_this_attempt(tmp_path):
             "saved on request",
         ),
         ("FAILED.json", {"type": "HangError", "message": "a\nb", "exit_code": 8}, "failed", "HangError: a"),
-        (None, None, "ended", "it left no word: it was killed, or its host was"),
+        (None, None, "ended", "it wrote no result: the process was killed, or its host went down"),
     ],
 )
 def test_how_a_run_ended(tmp_path, file, told, state, why):

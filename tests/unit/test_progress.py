@@ -92,7 +92,7 @@ def test_a_hang_is_told_by_the_rank_that_the_others_wait_for():
 def test_a_rank_that_computes_for_ever_is_told_with_where_its_stack_is():
     found = blamed(HANG, [seen(2, 12), seen(3, 12)])
     assert found.message.startswith("process 102 on host-b does not answer; its log has its Python stack, training")
-    assert "after step 12; so it is with rank 3 on host-b; rank 1 gave up: " in found.message
+    assert "after step 12; the same holds for rank 3 on host-b; rank 1 gave up: " in found.message
 
 
 def test_a_hang_that_nobody_can_explain_stays_as_it_is():

@@ -51,7 +51,7 @@ def ends(run: RunDir, verdict: dict | None) -> threading.Thread:
 
 
 def test_a_run_that_is_not_at_work_is_told_so(run):
-    with pytest.raises(UsageError, match="is not running: ended: it left no word"):
+    with pytest.raises(UsageError, match="is not running: ended: it wrote no result"):
         stop(run, now=False, timeout_s=1)
     rundir.write_json(run.done, {"step": 5})
     with pytest.raises(UsageError, match=r"is not running: done$"):
@@ -81,10 +81,10 @@ def test_how_the_run_ended_is_told(at_work, verdict, code, told, capsys):
 
 
 def test_a_run_that_does_not_end_in_time(at_work):
-    with pytest.raises(StackError, match=r"still at work after 0\.1 s .*stack stop .* --now"):
+    with pytest.raises(StackError, match=r"still running after 0\.1 s .*stack stop .* --now"):
         stop(at_work, now=False, timeout_s=0.1)
     assert StopRequests(at_work).poll() == "save"
-    with pytest.raises(StackError, match="end it by hand"):
+    with pytest.raises(StackError, match="kill that process"):
         stop(at_work, now=True, timeout_s=0.1)
     assert StopRequests(at_work).poll() == "now"
 

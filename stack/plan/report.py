@@ -12,10 +12,10 @@ from stack.plan.policies import SCHEDULES, state_names
 
 
 def render(plan: Plan, cfg: Config, *, sequences: int | None = None) -> str:
-    """The table that `stack plan` prints and that is saved as plan.txt.
+    """The table that `stack plan` prints. A run saves it as plan.txt.
 
     Args:
-        sequences: in one epoch, where the corpus is prepared.
+        sequences: sequences in one epoch; None if the corpus is not prepared.
     """
     tokens = plan.global_size * plan.seq_len
     rows = [
@@ -35,10 +35,10 @@ def render(plan: Plan, cfg: Config, *, sequences: int | None = None) -> str:
     rows += [
         ("learning rate", f"{cfg.optim.lr:g}", _course(cfg)),
         ("recompute", cfg.activation.checkpoint, "activation.checkpoint"),
-        ("dtype", cfg.precision.dtype, "compute; masters, optimizer state and gradient sums are fp32"),
+        ("dtype", cfg.precision.dtype, "compute; master weights, optimizer state and gradient sums are fp32"),
         ("microbatches", plan.microbatches, plan.reasons["microbatches"]),
         ("tokens a step", f"{tokens:,}", f"{plan.global_size} sequences x {plan.seq_len} tokens"),
-        ("tokens in all", f"{tokens * cfg.train.steps:,}", f"{cfg.train.steps} steps"),
+        ("total tokens", f"{tokens * cfg.train.steps:,}", f"{cfg.train.steps} steps"),
         *_epochs(plan, cfg, sequences),
         ("bubble", f"{bubble(plan):.1%}", _bubble_formula(plan)),
         _checkpoint(plan, cfg),
@@ -67,13 +67,14 @@ def _epochs(plan: Plan, cfg: Config, sequences: int | None) -> list[tuple[str, s
 
 def _model(plan: Plan, cfg: Config) -> str:
     shape = plan.shape
-    active = f", {_count(shape.active_params)} at work for a token" if shape.active_params < shape.total_params else ""
+    active = f", {_count(shape.active_params)} active per token" if shape.active_params < shape.total_params else ""
     return f"{cfg.model.name}, {shape.layers} layers{active}"
 
 
 def bubble(plan: Plan) -> float:
-    """Idle share of a step with equal stages, for 1F1B and GPipe alike; several stages on a rank divide it by their
-    number (Narayanan et al. 2021, section 2.2). A schedule that splits the backward fills all of it but the start."""
+    """Idle share of a step with equal stages, for 1F1B and GPipe alike. Several stages on a rank divide the idle time
+    by their number (Narayanan et al. 2021, section 2.2). For a schedule that splits the backward the result is 0: weight
+    gradients fill all idle time but the start."""
     if SCHEDULES[plan.schedule].splits_backward:
         return 0.0
     idle = (plan.pipeline - 1) * plan.pipeline / plan.stages
@@ -82,7 +83,7 @@ def bubble(plan: Plan) -> float:
 
 def _bubble_formula(plan: Plan) -> str:
     if SCHEDULES[plan.schedule].splits_backward:
-        return "weight gradients fill it, if all stages and both parts of the backward were equal"
+        return "weight gradients fill the bubble, if all stages and both parts of the backward were equal"
     virtual = plan.stages // plan.pipeline
     idle = "(pipeline - 1)" if virtual == 1 else f"(pipeline - 1)/{virtual}"
     return f"{idle} / (microbatches + {idle}), if all stages were equal"
@@ -98,7 +99,7 @@ _REDUCE = {
     "microbatch": "gradients reduced after every backward",
 }
 _GATHER = {
-    "step": "parameters gathered at the start of the step and held",
+    "step": "parameters gathered at the start of the step and kept",
     "microbatch": "parameters gathered again for every microbatch",
 }
 
@@ -154,7 +155,7 @@ def _stage_table(plan: Plan) -> list[str]:
 
 
 def _memory_table(plan: Plan, cfg: Config) -> list[str]:
-    """A row for each rank of the pipe; its peak is less than the sum, since not all of it is there at once."""
+    """A row for each rank of the pipe. The peak is less than the sum of the row, since not all parts exist at once."""
     ranks = plan_memory(cfg, plan)
     unit, size = ("GiB", 2**30) if max(rank.peak for rank in ranks) >= 2**29 else ("MiB", 2**20)
     columns: dict[str, Callable[[RankMemory], int]] = {
@@ -170,7 +171,7 @@ def _memory_table(plan: Plan, cfg: Config) -> list[str]:
     used = {name: of for name, of in columns.items() if any(map(of, ranks))}
     largest = max(range(len(ranks)), key=lambda pipe_rank: ranks[pipe_rank].peak)
     lines = [
-        f"memory: {unit} on the device, without CUDA's own; largest in rank {plan.rank_of(largest, 0)}",
+        f"memory: {unit} on the device, without CUDA's own memory; largest in rank {plan.rank_of(largest, 0)}",
         "  ".join(["ranks  ", *(f"{name:>9}" for name in used), "in"]),
     ]
     for pipe_rank, rank in enumerate(ranks):

@@ -180,7 +180,7 @@ def test_the_best_run_is_told_with_the_command_that_goes_on_with_it(fakes, capsy
     run = fakes.last["optim.lr=0.2"]["run"]
     told = capsys.readouterr().out
     assert "\nbest: held-out loss 0.200000  optim.lr=0.2\n" in told
-    [command] = re.findall("to go on with it: (.*)", told)
+    [command] = re.findall("to continue this run: (.*)", told)
     assert shlex.split(command) == ["stack", "resume", run, "train.steps=10"]
     assert "3 done, 1 failed" in told
     kept = json.loads((fakes.folder / "sweep.json").read_text())

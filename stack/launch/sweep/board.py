@@ -1,4 +1,4 @@
-"""The jobs of a sweep on the user's screen: a live table on a terminal, else a line for each change; at the end a table
+"""Shows the jobs of a sweep: a live table on a terminal, otherwise a line for each change. At the end prints a table
 sorted by the objective."""
 
 import math
@@ -22,7 +22,7 @@ from stack.observe.table import aligned
 
 _REFRESH_HZ = 2
 _TITLES = ("job", "state", "step", "loss", "held-out", "time", "overrides")
-#: On a screen that is too small for all jobs those at work are shown first.
+#: Order of the live table: running jobs come first, in case the screen is too small for all jobs.
 _ORDER = (RUNNING, FAILED, STOPPED, WAITING, DONE)
 
 
@@ -67,7 +67,7 @@ class Board:
         self._print(text)
 
     def close(self, folder: Path) -> None:
-        """Takes the live table away, and prints the closing one, the best run and how to go on with it."""
+        """Removes the live table, and prints the final table, the best job and the command that continues its run."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -77,7 +77,7 @@ class Board:
         self._print("\n" + aligned([_TITLES, *map(self._cells, ranked)]))
         if best := best_of(self.jobs):
             self._print(f"\nbest: {best.measure} {best.value:.6f}  {best.job.name}")
-            self._print(f"to go on with it: {best.command}")
+            self._print(f"to continue this run: {best.command}")
         counts = Counter(job.state for job in self.jobs)
         told = ", ".join(f"{counts[state]} {state}" for state in (DONE, FAILED, STOPPED, WAITING) if counts[state])
         self._print(f"\n{told}: {folder / 'sweep.jsonl'}")
@@ -103,7 +103,7 @@ class Board:
         run = job.run
         if run is None:
             return None
-        # What is wrong with the file is told by the job itself.
+        # The job itself reports faults of the file.
         follower, seen = self._rows.setdefault(run.path, (Follower(run.metrics), []))
         seen[:] = (seen + follower.poll())[-1:]
         return seen[-1] if seen else None
@@ -117,13 +117,13 @@ class Board:
 
 
 def _rank(job: Job) -> tuple[float, float, int]:
-    """The lowest held-out loss first, then the lowest training loss, then those that have neither."""
+    """Sort key: the lowest held-out loss first, then the lowest training loss, then the jobs that have neither."""
     heldout, loss = (math.inf if loss is None else loss for loss in (job.objective, job.loss))
     return heldout, loss, _ORDER[::-1].index(job.state)
 
 
 def _shown(job: Job) -> str:
-    """How a job stands, in one word that says what this command did."""
+    """The state of a job, or for a running or skipped job what this command did with it."""
     told = job.state == RUNNING or job.how == "skipped"
     return job.how if told and job.how else job.state
 

@@ -1,4 +1,4 @@
-"""One job of a sweep: what it is, what its folder says of it, and the command that runs it."""
+"""One job of a sweep: its settings, its state according to its folder, and the command that runs it."""
 
 import json
 import math
@@ -21,43 +21,43 @@ from stack.observe import jsonl
 from stack.plan.layout import Plan, make_plan
 from stack.train.rundir import RunDir, read_json
 
-#: The `stack` command, by this interpreter.
+#: The `stack` command, with this interpreter.
 STACK = (*PYTHON, "-m", "stack")
-#: How a job stands. `waiting` to be started, `running`, `stopped` by whoever stopped the sweep.
+#: States of a job. A waiting job has not been started; a stopped one was stopped with the sweep.
 WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
 
 
 @dataclass
 class Job:
-    """One job, and how it stands; the scheduler alone changes it."""
+    """One job and its state. Only the scheduler changes it."""
 
     id: str
     swept: list[str]
-    """What tells it from the others, for people."""
+    """The overrides that distinguish the job from the others, for messages."""
     overrides: list[str]
-    """All of a single run's."""
+    """All overrides of the job's command."""
     cfg: Config
     nodes: int
     ranks_per_node: int
     devices: int
-    """GPUs that it needs of a host that has any."""
+    """GPUs that the job needs on a host with GPUs."""
     folder: Path
     state: str = WAITING
     how: str | None = None
-    """Whether this command `started` or `resumed` it, or `skipped` it since it was done before."""
+    """Whether this command `started` or `resumed` the job, or `skipped` it because it was done before."""
     exit_code: int | None = None
     objective: float | None = None
-    """Held-out loss that its run ended with, in nats a token; None where it has none that is finite."""
+    """Last held-out loss of its run, in nats per token; None if there is no finite one."""
     loss: float | None = None
-    """Training loss of its run's last step, likewise."""
+    """Training loss of the last step of its run, in nats per token; None if it is not finite."""
     fault: str | None = None
-    """Why it failed, where that was seen from outside."""
+    """Why the job failed, if this process and not the job itself reported the failure."""
     started: float | None = None
     ended: float | None = None
 
     @property
     def log(self) -> Path:
-        """What the command printed, of all its attempts."""
+        """The output of the command, of all attempts."""
         return self.folder / "log.txt"
 
     @property
@@ -66,12 +66,12 @@ class Job:
 
     @property
     def run(self) -> RunDir | None:
-        """Its newest run, if it has any. One that had no checkpoint is left as it is, beside the next one."""
+        """The newest run of the job, or None. An earlier run that had no checkpoint stays in the folder."""
         runs = sorted(self.folder.glob("*/*/config.yaml"), key=lambda file: file.parent.name)
         return RunDir(runs[-1].parent) if runs else None
 
     def row(self) -> dict[str, Any]:
-        """Its line in sweep.jsonl. Times are seconds since 1970."""
+        """The line of the job in sweep.jsonl. Times are seconds since 1970."""
         run = self.run
         return {
             "job": self.id,
@@ -89,15 +89,15 @@ class Job:
 
 
 def make_job(request: Request, swept: Sequence[str], folder: Path, devices: int | None) -> Job:
-    """A job that can be run, as far as that is known before it is started.
+    """Makes a job, and checks what can be checked before it is started.
 
     Args:
-        swept: what the sweeper gives it.
-        folder: of the sweep.
-        devices: GPUs of this host that it gets; None where it takes one for each rank, or none at all.
+        swept: the overrides from the sweeper.
+        folder: folder of the sweep.
+        devices: GPUs of this host for the job; None if the job takes one for each rank, or no GPU.
 
     Raises:
-        StackError: its config or its layout is wrong; the line names the job.
+        StackError: the config or the layout is wrong; the message names the job.
     """
     overrides = request.job(swept)
     identity = job_id([line for line in overrides if key_of(line) != "run.root"])
@@ -119,25 +119,25 @@ def make_job(request: Request, swept: Sequence[str], folder: Path, devices: int 
 def _plan(cfg: Config, devices: int | None) -> Plan:
     """
     Raises:
-        LayoutError: the ranks do not fit together, or not to the devices.
+        LayoutError: the layout is wrong, or needs more ranks than `devices`.
     """
     if devices is None:
         return make_plan(cfg)
     if cfg.launch.ranks_per_node == "auto":
-        # In the job it is the GPUs that the job sees.
+        # The job itself resolves auto to the number of GPUs that it sees.
         cfg = replace(cfg, launch=replace(cfg.launch, ranks_per_node=devices))
     plan = make_plan(cfg)
     ranks = plan.world_size // plan.nodes
     if ranks > devices:
         raise LayoutError(
-            f"launch.ranks_per_node={ranks} is more than hydra.launcher.devices={devices}, and NCCL takes one rank a "
-            f"GPU; use hydra.launcher.devices={ranks}"
+            f"launch.ranks_per_node={ranks} is more than hydra.launcher.devices={devices}, and NCCL takes one rank on "
+            f"each; use hydra.launcher.devices={ranks}"
         )
     return plan
 
 
 def look(job: Job) -> list[str] | None:
-    """The verb and arguments that the job needs yet, or None where it is done; by what lies in its folder."""
+    """The verb and arguments that finish the job, according to its folder; None if the job is done."""
     run = job.run
     if run is None:
         return ["train", *job.overrides]
@@ -147,12 +147,12 @@ def look(job: Job) -> list[str] | None:
     kept = manifest.steps(manifest.root_of(cfg.checkpoint.path, run.path))
     if not kept:
         return ["train", *job.overrides]
-    # A run that was killed after its last checkpoint has nothing left to do.
+    # A run that was killed after its last checkpoint has no step left.
     return ["resume", str(run.path)] if kept[-1] < cfg.train.steps else None
 
 
 def command(job: Job, arguments: Sequence[str], stack: Sequence[str] = STACK) -> list[str]:
-    """The job's command line: with launch.backend=slurm, outside of an allocation, in an allocation of its own."""
+    """The command line of the job. With launch.backend=slurm outside of an allocation, salloc makes one for the job."""
     words = [*stack, *arguments]
     if not needs_allocation(job.cfg):
         return words
@@ -164,7 +164,7 @@ def command(job: Job, arguments: Sequence[str], stack: Sequence[str] = STACK) ->
 def _check_allocation(cfg: Config) -> None:
     """
     Raises:
-        LayoutError: Slurm is to be asked for hosts, and cannot be, or nothing says how many ranks each has.
+        LayoutError: the job needs a Slurm allocation, but salloc is missing, or the ranks per host are not given.
     """
     if not needs_allocation(cfg):
         return
@@ -172,38 +172,38 @@ def _check_allocation(cfg: Config) -> None:
         raise LayoutError("launch.backend=slurm: there is no salloc on this host; sweep on a login node of the cluster")
     if cfg.launch.ranks_per_node == "auto":
         raise LayoutError(
-            "launch.ranks_per_node=auto: that counts the GPUs of this host, and Slurm gives others; use "
+            "launch.ranks_per_node=auto: auto counts the GPUs of this host, but the job runs on hosts from Slurm; use "
             "launch.ranks_per_node=8"
         )
 
 
 def needs_allocation(cfg: Config) -> bool:
-    """Whether a job waits for hosts that Slurm gives to it alone."""
+    """Whether a job runs in a Slurm allocation of its own, for which it has to wait."""
     return cfg.launch.backend == "slurm" and "SLURM_JOB_ID" not in os.environ
 
 
 def shares_hosts(cfg: Config) -> bool:
-    """Whether a job's hosts are those of all jobs: of a hostfile, or of the allocation that this command runs in."""
+    """Whether all jobs run on the same hosts: those of a hostfile, or of the allocation in which this command runs."""
     if cfg.launch.backend == "slurm":
         return not needs_allocation(cfg)
     return cfg.launch.hostfile is not None
 
 
 def is_elsewhere(cfg: Config) -> bool:
-    """Whether this command has no say in which devices a job uses."""
+    """Whether this command cannot choose the devices of a job."""
     return needs_allocation(cfg) or shares_hosts(cfg)
 
 
 def losses(job: Job) -> tuple[float | None, float | None]:
-    """The last held-out loss of the job's run, and the training loss of its last step, in nats a token; None for what
-    it does not have or what is not finite, so that no ranking ever puts it first.
+    """The last held-out loss of the job's run, and the training loss of its last step, in nats per token. None for a
+    loss that is missing or not finite, so that a ranking never puts it first.
 
     Raises:
         StackError: metrics.jsonl is damaged.
     """
     run = job.run
     rows = jsonl.latest(jsonl.read(run.metrics)) if run and run.metrics.exists() else []
-    # An evaluation before the first step says nothing of the job.
+    # An evaluation before the first step measures the first weights, not the job.
     rows = [row for row in rows if row.step]
     heldout = [row.heldout_loss for row in rows if row.heldout_loss is not None]
     return _last_finite(heldout), _last_finite([row.loss for row in rows])
@@ -219,18 +219,18 @@ class Best:
 
     job: Job
     measure: str
-    """Which loss that is."""
+    """Name of the loss: held-out loss or training loss."""
     value: float
 
     @property
     def command(self) -> str:
-        """What a shell takes to go on with its run, to twice the steps."""
+        """Shell command that continues the run to twice the steps."""
         assert self.job.run is not None
         return f"{self.job.run.resume_command} train.steps={2 * self.job.cfg.train.steps}"
 
 
 def best_of(jobs: Sequence[Job]) -> Best | None:
-    """Of the jobs that are done, the one with the lowest held-out loss, or training loss where none was evaluated."""
+    """The job that is done and has the lowest held-out loss, or the lowest training loss if no job was evaluated."""
     done = [job for job in jobs if job.state == DONE]
     for measure, of in (("held-out loss", attrgetter("objective")), ("training loss", attrgetter("loss"))):
         measured = [job for job in done if of(job) is not None]
@@ -241,7 +241,7 @@ def best_of(jobs: Sequence[Job]) -> Best | None:
 
 
 def why_failed(job: Job) -> str:
-    """One line: what the run says of itself, else the last thing that was printed."""
+    """One line: the error that the run has recorded, otherwise the last line of the job's output."""
     if job.fault:
         return job.fault
     run = job.run
@@ -249,7 +249,7 @@ def why_failed(job: Job) -> str:
     if told:
         return f"{told['type']}: {told['message'].strip().splitlines()[0]}"
     lines = job.log.read_text(errors="replace").strip().splitlines() if job.log.is_file() else []
-    return lines[-1] if lines else "it printed nothing"
+    return lines[-1] if lines else "the job printed nothing"
 
 
 def _wandb_id(run: RunDir) -> str | None:
@@ -258,5 +258,5 @@ def _wandb_id(run: RunDir) -> str | None:
 
 
 def _quoted(value: object) -> str:
-    """Text as Hydra's grammar takes any: in quotes."""
+    """A value in quotes, so that Hydra's grammar takes any text."""
     return json.dumps(str(value), ensure_ascii=False)

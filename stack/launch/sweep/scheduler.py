@@ -1,4 +1,4 @@
-"""Running jobs, each in a process tree of its own, so many at once as are wanted and have devices."""
+"""Runs jobs, each in a process tree of its own. Starts as many at once as `max_parallel` and the free devices allow."""
 
 import os
 import signal
@@ -24,12 +24,13 @@ from stack.launch.sweep.jobs import (
 )
 from stack.launch.sweep.slots import Slots
 
-#: Tells a job's `stack train` which process it must not outlive.
+#: Variable with the process id of the sweep. A job's `stack train` ends when that process is gone.
 SWEEP_PID = "STACK_SWEEP_PID"
 _POLL_S = 0.1
-#: What a job that is not to go on has for saving, before it is told to stop.
+#: Seconds between the two SIGTERMs to a running job, when the sweep ends without a request to save.
 _SAVE_S = 1.0
-#: A job that is told to stop gives its ranks `launch.grace_s`, up to three times, and then tells how it ended.
+#: A job that is told to stop waits up to three times `launch.grace_s` for its ranks. Then it has this many seconds to
+#: report how it ended.
 _LAST_WORDS_S = 15.0
 
 
@@ -45,8 +46,8 @@ class Scheduler:
 
     Args:
         requests: signals that asked the sweep to end, as they come in.
-        report: is told of each change of a job's state.
-        note: takes a line for the user.
+        report: called on each change of a job's state.
+        note: called with a line for the user.
         stack: the `stack` command.
     """
 
@@ -67,8 +68,8 @@ class Scheduler:
         self._started: list[_Started] = []
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Until each job is done or has failed. What is done already is not started; whatever ends this early stops the
-        jobs at work, which can then be resumed."""
+        """Runs until each job is done or has failed. Skips jobs that are done already. At an early end the running jobs are
+        stopped, and can be resumed."""
         waiting = list(jobs)
         try:
             while (waiting or self._started) and not self._is_over(jobs):
@@ -83,13 +84,13 @@ class Scheduler:
         return bool(self._requests) or (self._fail_fast and any(job.state == FAILED for job in jobs))
 
     def _start(self, job: Job) -> bool:
-        """False where it must wait for devices."""
+        """Starts a job. False if the job must wait for devices."""
         try:
             arguments = look(job)
             job.folder.mkdir(exist_ok=True)
             log = job.log.open("ab")
         except (StackError, OSError) as error:
-            # What an earlier command left is damaged, or the disk is full: this job's alone.
+            # The job's folder is damaged, or the disk is full. The other jobs are not affected.
             self._refuse(job, error)
             return True
         with log:
@@ -103,7 +104,7 @@ class Scheduler:
         devices = [] if is_elsewhere(job.cfg) else self._slots.take(job.devices)
         if devices is None:
             return False
-        # A session of its own: Ctrl-C reaches the sweep alone, which then stops its jobs in good order.
+        # A session of its own: Ctrl-C reaches the sweep only, which then stops its jobs in the right order.
         process = subprocess.Popen(
             command(job, arguments, self._stack),
             env=self._environment(job, devices),
@@ -120,12 +121,12 @@ class Scheduler:
 
     def _environment(self, job: Job, devices: list[str]) -> dict[str, str]:
         environment = {**os.environ, SWEEP_PID: str(os.getpid())}
-        # One run of `wandb agent` may be a sweep of ours; its jobs are not one run.
+        # This sweep may run under `wandb agent`, which sets the id of one W&B run. Each job is a run of its own.
         environment.pop("WANDB_RUN_ID", None)
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         elif self._max_parallel > 1 and not is_elsewhere(job.cfg):
-            # Jobs beside each other share the cores too.
+            # Jobs that run at the same time share the cores.
             cores = len(os.sched_getaffinity(0)) // (self._max_parallel * job.ranks_per_node)
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
         return environment
@@ -142,7 +143,7 @@ class Scheduler:
         self._slots.give_back(started.devices)
 
     def _end(self, job: Job, code: int, *, stopped: bool = False) -> None:
-        """Takes in how a job ended, by itself or `stopped`."""
+        """Records how a job ended: by itself, or `stopped` by the sweep."""
         job.exit_code, job.ended = code if code >= 0 else 128 - code, None if job.how == "skipped" else time.time()
         job.state = DONE if code == 0 else STOPPED if stopped or code == Requeue.exit_code else FAILED
         try:
@@ -153,16 +154,16 @@ class Scheduler:
         self._report(job)
 
     def _refuse(self, job: Job, error: Exception) -> None:
-        """A job that failed here, before its own command could say why."""
+        """Marks a job as failed because of an error in this process."""
         job.state, job.exit_code = FAILED, error.exit_code if isinstance(error, StackError) else RankFailure.exit_code
         job.fault = f"{type(error).__name__}: {error}"
         self._report(job)
 
     def _stop(self) -> None:
-        """All jobs at once: each stops its own ranks, and what does not end is killed. Where the sweep got Ctrl-C or
-        SIGTERM they have all the time that they need to save, until it gets another signal."""
+        """Stops all running jobs at once. Each stops its own ranks; a job that does not end is killed. After the first
+        Ctrl-C or SIGTERM the jobs have unlimited time to save, until the sweep gets another signal."""
         if saves(self._requests) and self._running():
-            self._note("the jobs at work save after this step, and end; a second Ctrl-C or signal ends them at once")
+            self._note("the running jobs save after this step, and end; a second Ctrl-C or signal ends them at once")
         self._terminate()
         began = time.monotonic()
         while self._running() and (saves(self._requests) or time.monotonic() - began < _SAVE_S):
@@ -173,7 +174,7 @@ class Scheduler:
             try:
                 code = started.process.wait(3 * grace_s + _LAST_WORDS_S)
             except subprocess.TimeoutExpired:
-                # Its ranks see that whoever started them is gone, and end too.
+                # The ranks of the job notice that their launcher is gone, and end too.
                 os.killpg(started.process.pid, signal.SIGKILL)
                 code = started.process.wait()
             self._leave(started)
@@ -183,7 +184,7 @@ class Scheduler:
         return [started for started in self._started if started.process.poll() is None]
 
     def _terminate(self) -> None:
-        """The first SIGTERM asks a job to save and end, the second one ends it."""
+        """Sends SIGTERM to all running jobs. The first SIGTERM asks a job to save and end, the second ends the job."""
         for started in self._running():
-            # The group holds an salloc as well, which passes it on, and none of the ranks.
+            # The process group has the job's command, or an salloc that passes the signal on, but none of the ranks.
             os.killpg(started.process.pid, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Which GPUs a job has. No two jobs at work have one in common."""
+"""Assigns GPUs to jobs. No two running jobs share a GPU."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,14 +9,14 @@ from stack.plan.policies import visible_devices
 
 
 class Slots:
-    """The GPUs of this host, lent to jobs. On a host without any, jobs need none."""
+    """The free GPUs of this host. On a host without GPUs, jobs need none."""
 
     def __init__(self) -> None:
         self._free = visible_devices()
         self.total = len(self._free)
 
     def take(self, count: int) -> list[str] | None:
-        """`count` GPUs that nobody has, or None where there are not so many now."""
+        """Takes `count` free GPUs. None if fewer are free."""
         if not self.total:
             return []
         if len(self._free) < count:
@@ -29,10 +29,10 @@ class Slots:
 
 
 def devices_of_a_job(devices: Any, slots: Slots) -> int | None:
-    """`hydra.launcher.devices` as a number; None where each job takes a GPU a rank, or there are no GPUs.
+    """`hydra.launcher.devices` as a number; None if each job takes one GPU for each rank, or none.
 
     Raises:
-        ConfigError: it is not `auto`, and not a number of GPUs that this host has.
+        ConfigError: the value is not `auto`, and not a number of GPUs that this host has.
     """
     if devices == "auto":
         return None
@@ -52,12 +52,12 @@ def devices_of_a_job(devices: Any, slots: Slots) -> int | None:
 def check_room(slots: Slots, jobs: Sequence[Job], max_parallel: int) -> None:
     """
     Raises:
-        LayoutError: so many of the jobs do not fit beside each other.
+        LayoutError: `max_parallel` jobs do not fit on the hosts or GPUs at the same time.
     """
     if max_parallel > 1 and any(shares_hosts(job.cfg) for job in jobs):
         raise LayoutError(
-            f"hydra.launcher.max_parallel={max_parallel}: the jobs have the same hosts, and would use the same GPUs "
-            "there; use hydra.launcher.max_parallel=1"
+            f"hydra.launcher.max_parallel={max_parallel}: all jobs run on the same hosts, and would use the same "
+            "GPUs; use hydra.launcher.max_parallel=1"
         )
     here = [job for job in jobs if not is_elsewhere(job.cfg)]
     each, max_parallel = max((job.devices for job in here), default=0), min(max_parallel, len(here))

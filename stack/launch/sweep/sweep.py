@@ -1,6 +1,6 @@
 """`stack train -m`: Hydra's sweeper makes jobs, and each is an ordinary `stack train` in a process tree of its own.
 
-Hydra is in this process alone: no rank, and no job, knows of it.
+Hydra's sweeper runs only in this process, not in jobs or ranks.
 """
 
 import contextlib
@@ -34,17 +34,17 @@ _WATCH_S = 1.0
 
 
 class _EndedEarlyError(StackError):
-    """Takes the sweeper's loop down where no more jobs are to be run; the board has told why."""
+    """Ends the sweeper's loop when no more jobs must be run. The board has already shown why."""
 
 
 def sweep(lines: Sequence[str], *, stack: Sequence[str] = STACK) -> int:
     """Runs all jobs of a sweep that are not done.
 
-    Returns 0, or 9 if a job failed, or 75 if jobs were asked to end and have saved, or 128 + the signal that stopped
-    the sweep.
+    Returns 0; 9 if a job failed; 75 if jobs were asked to end and have saved; or 128 + the number of the signal that
+    stopped the sweep.
 
     Args:
-        lines: overrides, those with several values among them, and Hydra's own for its launcher and sweeper.
+        lines: overrides, some with several values, and Hydra's own overrides for its launcher and sweeper.
         stack: the `stack` command that runs a job.
 
     Raises:
@@ -59,7 +59,7 @@ def sweep(lines: Sequence[str], *, stack: Sequence[str] = STACK) -> int:
         except _EndedEarlyError:
             pass
         except ConfigError:
-            # Optuna has no best trial where all have failed, which the board tells better.
+            # Optuna raises an error if all trials have failed. The board has shown the failures already.
             if not any(job.state == FAILED for job in work.board.jobs):
                 raise
         finally:
@@ -73,7 +73,7 @@ def sweep(lines: Sequence[str], *, stack: Sequence[str] = STACK) -> int:
 
 
 class _Work:
-    """What the jobs of one sweep share."""
+    """State that the jobs of one sweep share."""
 
     def __init__(self, request: Request, folder: Path, requests: list[signal.Signals], stack: Sequence[str]) -> None:
         self._request, self._folder, self._requests, self._stack = request, folder, requests, stack
@@ -86,10 +86,10 @@ class _Work:
         """Runs one list of a sweeper's jobs, each once, and returns their objectives.
 
         Raises:
-            StackError: one cannot work, and none was started; or no more are to be run.
+            StackError: a job's settings are wrong, and none was started; or the sweep ends early.
         """
         if max_parallel < 1:
-            raise ConfigError(f"hydra.launcher.max_parallel={max_parallel}: at least one job at once; use 1")
+            raise ConfigError(f"hydra.launcher.max_parallel={max_parallel}: at least one job must run at a time; use 1")
         slots = Slots()
         each = devices_of_a_job(devices, slots)
         asked = [make_job(self._request, swept, self._folder, each) for swept in jobs]
@@ -114,8 +114,8 @@ class _Work:
         return [self._known[job.id].objective for job in asked]
 
     def close(self) -> None:
-        """Says how the sweep ended, on the screen and in sweep.json."""
-        # Each may fail alone: nobody reads the output any more, or the disk is full.
+        """Reports how the sweep ended, on the screen and in sweep.json."""
+        # Handled separately: the output may be closed, or the disk may be full.
         with contextlib.suppress(OSError):
             self.board.close(self._folder)
         if self.board.jobs:
@@ -134,7 +134,7 @@ class _Work:
             self.board.note(text)
 
     def _tell(self, job: Job) -> None:
-        # Whoever read the output may be gone, or the disk be full; the jobs are not for that.
+        # A closed output or a full disk must not end the jobs.
         with contextlib.suppress(OSError), (self._folder / "sweep.jsonl").open("a") as file:
             file.write(json.dumps({"time": time.time(), **job.row()}) + "\n")
         with contextlib.suppress(OSError):
@@ -142,8 +142,9 @@ class _Work:
 
 
 def end_with_sweep() -> None:
-    """Where this command is a sweep's job: starts a thread that asks it to stop once the sweep was killed, which tells
-    nobody. Else its ranks would hold devices that a repeated sweep gives to other jobs."""
+    """If this command is a job of a sweep, starts a thread that stops the command once the process of the sweep is
+    gone. A sweep that was killed by SIGKILL cannot stop its jobs, and their ranks would use devices that a repeated
+    sweep gives to other jobs."""
     pid = os.environ.get(SWEEP_PID)
     if pid is None:
         return
@@ -159,7 +160,7 @@ def end_with_sweep() -> None:
 
 
 def _folder(request: Request) -> Path:
-    """Where the sweep lies: by what it is, so that the same sweep is found again.
+    """The folder of the sweep. Its name depends on the overrides, so that the same sweep is found again.
 
     Raises:
         ConfigError: the first job's config is wrong, or gives no objective to a sweeper that needs one.
@@ -174,13 +175,13 @@ def _folder(request: Request) -> Path:
 
 @contextlib.contextmanager
 def _removed_if_unused(folder: Path) -> Iterator[None]:
-    """Makes a folder, and takes it away again where no job came to be."""
+    """Makes a folder, and removes it at the end if no job was made."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"{error.filename or folder} cannot be created ({error.strerror}); sweep into a folder that can be written"
+            f"{error.filename or folder} cannot be created ({error.strerror}); use a writable folder"
         ) from error
     try:
         yield

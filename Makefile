@@ -8,18 +8,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
-# Where to find CPU wheels of torch, for a machine without a GPU; empty takes what pip is configured for.
+# Package index for torch, e.g. an index of CPU wheels for a machine without a GPU. Empty: the index that pip is set to.
 TORCH_INDEX ?=
 # Hydra overrides, e.g. make train ARGS="train.steps=50 parallel.zero=1".
 ARGS ?=
 # The recipe of `make train`, unless ARGS chooses one, e.g. make train ARGS="experiment=8b".
 RECIPE = $(if $(filter experiment=% ~experiment,$(ARGS)),,experiment=quickstart)
-# What resume, export, eval and verify are about, e.g. make export RUN=runs/quickstart/20261123-101500-a1b2 OUT=my-model.
+# Run directory for resume, export, eval, verify and wandb-sync, and folder that export writes, e.g.
+# make export RUN=runs/quickstart/20261123-101500-a1b2 OUT=my-model.
 RUN ?=
 OUT ?=
-# What the harness evaluates, and on which tasks, e.g. make eval-harness OUT=my-model TASKS=hellaswag,arc_easy.
+# Tasks of the harness, which evaluates the folder OUT, e.g. make eval-harness OUT=my-model TASKS=hellaswag,arc_easy.
 TASKS ?= python_source
-# What `make test`, `make test-ci` and `make test-all` run, e.g. make test TESTS=tests/unit.
+# Folders or files of tests for `make test`, `make test-ci` and `make test-all`, e.g. make test TESTS=tests/unit.
 TESTS ?= tests
 
 help: ## list the targets
@@ -27,7 +28,7 @@ help: ## list the targets
 
 setup: $(READY) ## make .venv with the tested versions
 
-# torch first and by its exact version: a range, or another package's wish for torch, can bring gigabytes of CUDA.
+# torch is installed first, with its exact version. From a version range pip may choose a build with gigabytes of CUDA.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than Python 3.11; use make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
@@ -44,7 +45,7 @@ check: $(READY) ## format, lint and types
 test: $(READY) ## run the fast tests, about half an hour on two cores (TESTS=tests/unit for a part)
 	$(BIN)/python -m pytest -m "not ci and not slow" $(TESTS)
 
-test-ci: $(READY) ## run what CI runs after the fast tests: dying ranks, two hosts, Slurm, a fresh clone
+test-ci: $(READY) ## run the tests that CI adds to the fast ones: killed ranks, two hosts, Slurm, a fresh clone
 	$(BIN)/python -m pytest -m "ci and not slow" $(TESTS)
 
 test-all: $(READY) ## run all tests, with the whole parity matrix
@@ -62,7 +63,7 @@ train: $(READY) ## train the quickstart, or another recipe (ARGS="experiment=8b 
 sweep: $(READY) ## train one run for each of several values (ARGS="optim.lr=1e-3,3e-3 run.seed=1,2")
 	$(BIN)/stack train -m $(ARGS)
 
-resume: $(READY) ## go on with a run (RUN=runs/NAME/ID ARGS="train.steps=200")
+resume: $(READY) ## continue a run (RUN=runs/NAME/ID ARGS="train.steps=200")
 	$(BIN)/stack resume $(RUN) $(ARGS)
 
 export: $(READY) ## write a run's newest checkpoint as a Hugging Face folder (RUN=... OUT=...)
@@ -74,7 +75,7 @@ eval: $(READY) ## held-out loss of a run or an exported folder (RUN=...)
 verify: $(READY) ## read every checkpoint of a run in full (RUN=...)
 	$(BIN)/stack verify $(RUN)
 
-doctor: $(READY) ## look at hosts and links, and at a layout's numbers (ARGS="--parity parallel.pipeline=4")
+doctor: $(READY) ## check hosts and links, and a layout's numbers (ARGS="--parity parallel.pipeline=4")
 	$(BIN)/stack doctor $(ARGS)
 
 wandb-sync: $(READY) ## upload all of a run to Weights & Biases, once (RUN=...)
@@ -84,12 +85,12 @@ eval-harness: $(READY) ## EleutherAI's harness on an exported folder (OUT=... TA
 	$(BIN)/pip install --quiet --progress-bar off -c constraints.txt -e '.[eval]'
 	$(BIN)/lm_eval run --model hf --model_args pretrained=$(OUT) --include_path benchmarks/eval_harness --tasks $(TASKS) $(ARGS)
 
-# accelerate is what the Trainer asks for; constraints.txt has everything else that it needs.
+# The Hugging Face Trainer needs accelerate, which is in the extra `bench`.
 bench: $(READY) ## measure against DeepSpeed, Trainer, FSDP2 and torch's pipelining
 	$(BIN)/pip install --quiet --progress-bar off -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-bench-checkpoints: $(READY) ## measure saving, loading and exporting against DeepSpeed's own
+bench-checkpoints: $(READY) ## measure saving, loading and exporting against DeepSpeed's checkpoints
 	$(BIN)/python -m benchmarks.checkpoints $(ARGS)
 
 bench-scaling: $(READY) ## measure how a step grows with sequence, microbatches, stages, layers, ranks

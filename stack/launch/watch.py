@@ -57,8 +57,8 @@ class Watch:
             self._asked.update(self._order.ranks)
 
     def look(self) -> list[Look]:
-        """While ranks hang: states of the ranks of this host that have neither failed nor ended. Ranks for which the others
-        wait write their Python stacks into their logs."""
+        """While ranks hang: the states of this host's ranks that have neither failed nor ended. Ranks that the others
+        wait for write their Python stacks into their logs."""
         looks = look(self._run, self._order.ranks)
         working = [self.known[seen.rank] for seen in absent(looks) if seen.rank in self.known and not seen.stopped]
         signal_ranks(working, signal.SIGUSR2)

@@ -73,8 +73,8 @@ def _model(plan: Plan, cfg: Config) -> str:
 
 def bubble(plan: Plan) -> float:
     """Idle share of a step with equal stages, for 1F1B and GPipe alike. Several stages on a rank divide the idle time
-    by their number (Narayanan et al. 2021, section 2.2). For a schedule that splits the backward the result is 0: weight
-    gradients fill all idle time but the start."""
+    by their number (Narayanan et al. 2021, section 2.2). For a schedule that splits the backward the result is 0:
+    weight gradients fill all idle time but the start."""
     if SCHEDULES[plan.schedule].splits_backward:
         return 0.0
     idle = (plan.pipeline - 1) * plan.pipeline / plan.stages

@@ -68,8 +68,8 @@ class Scheduler:
         self._started: list[_Started] = []
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Runs until each job is done or has failed. Skips jobs that are done already. At an early end the running jobs are
-        stopped, and can be resumed."""
+        """Runs until each job is done or has failed. Skips jobs that are done already. At an early end the running jobs
+        are stopped, and can be resumed."""
         waiting = list(jobs)
         try:
             while (waiting or self._started) and not self._is_over(jobs):

@@ -61,9 +61,9 @@ def find(
         if manifest is not None:
             return Found(folder, manifest)
         why = faults[0]
-        tell(f"checkpoint of step {candidate} is passed over: {why}")
+        tell(f"checkpoint of step {candidate} is skipped: {why}")
     if candidates:
-        raise CheckpointError(f"none of {len(candidates)} checkpoints in {root} is whole, the last because {why}")
+        raise CheckpointError(f"none of {len(candidates)} checkpoints in {root} is whole; the oldest: {why}")
     return None
 
 

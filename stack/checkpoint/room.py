@@ -47,7 +47,7 @@ def check(cfg: Config, plan: Plan, run: Path | None = None, *, tell: Callable[[s
         free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     except OSError as error:
         raise ConfigError(
-            f"{key}={folder} cannot be written ({error.strerror}); use a folder that can, or checkpoint.every=0"
+            f"{key}={folder} cannot be written ({error.strerror}); use a writable folder, or checkpoint.every=0"
         ) from error
     need = 4 * len(state_names(cfg)) * plan.shape.total_params
     if need > free:

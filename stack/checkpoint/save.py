@@ -144,9 +144,9 @@ class Saver:
     def _failed(self, step: int, future: "Future[float]", error: BaseException, must: bool) -> None:
         self._failures += 1
         if must or self._failures == _FAILURES:
-            row = "the last one" if must else f"the {_FAILURES}rd in a row"
+            row = "the last save" if must else f"the {_FAILURES}rd failure in a row"
             raise CheckpointError(
-                f"{_failure(step, error)}; it was {row}: make room, or set checkpoint.path to another disk"
+                f"{_failure(step, error)}; this was {row}: make room, or set checkpoint.path to another disk"
             )
         self._tell_failure(step, future, error)
 
@@ -154,7 +154,7 @@ class Saver:
         """Reports a failed save to the user, once for each save."""
         if self._told is not future:
             self._told = future
-            self._tell(f"{_failure(step, error)}; training goes on, and the checkpoints before it are whole")
+            self._tell(f"{_failure(step, error)}; training continues, and the earlier checkpoints are whole")
 
     def _slices(self, *, copy: bool) -> dict[str, Slice]:
         """The slices that this rank saves: the live tensors, or with `copy` copies of them in host memory."""
@@ -234,7 +234,7 @@ class Saver:
             # The old checkpoint gets a name that `retention.clear` does not remove, so that a crash between the two
             # renames does not lose both checkpoints of this step.
             aside = retention.set_aside(self._root, manifest.step, f"replaced-{secrets.token_hex(4)}")
-            self._tell(f"there was a checkpoint of step {manifest.step} already; it is set aside: {aside}")
+            self._tell(f"there was a checkpoint of step {manifest.step} already, which is set aside: {aside}")
         folder.rename(target)
         sync(self._root)
         self._retain()
@@ -249,7 +249,7 @@ class Saver:
             for step in retention.superfluous(saved, self._cfg):
                 retention.delete(self._root, step)
         except (CheckpointError, OSError) as error:
-            self._tell(f"older checkpoints stay as they are: {error}")
+            self._tell(f"old checkpoints could not be deleted: {error}")
 
 
 def _failure(step: int, error: BaseException) -> str:

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _is_full(sys.stdout):
             raise
         _drop_output()
-        print(f"UsageError: the output cannot be written ({error.strerror}); send it elsewhere", file=sys.stderr)
+        print(f"UsageError: the output cannot be written ({error.strerror}); redirect it elsewhere", file=sys.stderr)
         return code or UsageError.exit_code
     return code
 
@@ -127,7 +127,7 @@ def _check_folder() -> None:
     try:
         os.getcwd()
     except FileNotFoundError as error:
-        raise UsageError("the folder that this command was started in is gone; cd to one that is there") from error
+        raise UsageError("the folder that this command was started in was removed; cd to another folder") from error
 
 
 def _usage() -> str:

@@ -230,7 +230,7 @@ def _pretrained_rules(config: Config) -> None:
     for key in _SHAPING:
         theirs = {**FAMILIES[fields["model_type"]].defaults, **fields}.get(key)
         if theirs is not None and model.config.get(key, theirs) != theirs:
-            why = f"the weights of model.name={model.name} have {show(theirs)}; drop it (model=folder drops a preset's)"
+            why = f"the weights of model.name={model.name} have {show(theirs)}; drop it (model=folder has no preset)"
             refuse(f"{_FIELDS}{key}", model.config[key], why)
 
 

@@ -107,7 +107,7 @@ def check_fields(values: Mapping[str, Any], tree: Tree, family: str, path: str =
         if key not in tree:
             meant = _nearest(key, tree)
             hint = f"did you mean {meant}?" if meant else f"its keys are {', '.join(tree)};"
-            refuse(inner, value, f"{family} has no such key; {hint} drop a preset's with ~{inner}")
+            refuse(inner, value, f"{family} has no such key; {hint} drop a preset's key with ~{inner}")
         if isinstance(value, Mapping):
             check_fields(value, tree[key], family, inner)
         else:

@@ -74,8 +74,8 @@ class Encoder:
         documents = f"{self._documents_with:,} document" + ("s spell" if self._documents_with > 1 else " spells")
         which = some([f"{token} ({count:,})" for token, count in self._counts.most_common()])
         return (
-            f"{documents} special tokens: {which}; they were read {read[0]} (data.special_tokens={read[1]} takes them "
-            f"for {read[2]})"
+            f"{documents} special tokens: {which}; they were read {read[0]} (data.special_tokens={read[1]} reads them "
+            f"as {read[2]})"
         )
 
 
@@ -94,7 +94,7 @@ def _begin(hf: "PreTrainedTokenizerBase") -> tuple[int, ...]:
 
 
 def _cannot_encode(error: Exception) -> DataError:
-    return DataError(f"data.tokenizer cannot encode the text ({one_line(error)}); use one that knows all of it")
+    return DataError(f"data.tokenizer cannot encode the text ({one_line(error)}); use one that can encode all of it")
 
 
 def _special_tokens(hf: "PreTrainedTokenizerBase") -> set[str]:

@@ -213,7 +213,7 @@ def _write(cfg: Data, recipe: dict[str, Any], folder: Path, *, progress: bool) -
     )
     if progress:
         begins = tokens.hf.convert_ids_to_tokens(list(tokens.begin))
-        says = f"every document begins with {' '.join(begins)}, as the tokenizer does by itself" if begins else ""
+        says = f"every document begins with {' '.join(begins)}, which the tokenizer adds by itself" if begins else ""
         for line in filter(None, (texts.unread, says, tokens.note())):
             say(line)
 

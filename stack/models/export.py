@@ -184,7 +184,7 @@ def _whole_folder(out: Path, need: int) -> Iterator[Path]:
         UsageError: as `export`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is there already and not an empty folder; name a new one")
+        raise UsageError(f"{out} exists and is not an empty folder; name a new one")
     # The name contains a hash of this host, because the folder may be shared and process ids are unique on one host
     # only.
     made_by = f"{out.name}.partial-{hashlib.blake2b(place().encode(), digest_size=4).hexdigest()}"
@@ -202,7 +202,7 @@ def _whole_folder(out: Path, need: int) -> Iterator[Path]:
     try:
         free = shutil.disk_usage(partial).free
         if free < need:
-            raise UsageError(f"{out} needs {disk.size(need)} and its disk has {disk.size(free)}; name one elsewhere")
+            raise UsageError(f"{out} needs {disk.size(need)} and its disk has {disk.size(free)}; use another disk")
         yield partial
         sync_tree(partial)
         partial.replace(out)

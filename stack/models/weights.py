@@ -271,10 +271,10 @@ class Weights:
         if value.shape != parameter.shape:
             self._refuse_shape(name, self._place(name), list(value.shape), list(parameter.shape))
         if value.dtype not in _DTYPES:
-            raise CheckpointError(f"{place} is {value.dtype}, a quantized form; give the weights that it was made from")
+            raise CheckpointError(f"{place} is {value.dtype}, a quantized dtype; give the original weights")
         parameter.copy_(value)
         if not parameter.isfinite().all():
-            raise CheckpointError(f"{place} has values that are not finite; give weights that are")
+            raise CheckpointError(f"{place} has values that are not finite; give finite weights")
 
     def _check_equal(self, head: str, name: str, parameter: torch.Tensor) -> None:
         """Refuses tied parameters whose two tensors differ, since transformers would leave them untied."""

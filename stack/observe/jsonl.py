@@ -53,7 +53,7 @@ def read(path: Path, *, skipped: Callable[[str], object] | None = None) -> list[
     if faults:
         if skipped is None:
             raise StackError(f"{faults[0]}; delete that line to go on")
-        skipped(f"{faults[0]}; it is left out{_more(faults)}")
+        skipped(f"{faults[0]}; the line is skipped{_more(faults)}")
     return records
 
 
@@ -97,7 +97,7 @@ class Follower:
         records, faults = _parse(self._path, lines, first_line=self._tail.lines - len(lines) + 1)
         if faults and not self._told:
             self._told = True
-            self._tell(f"{faults[0]}; lines that are no rows are left out")
+            self._tell(f"{faults[0]}; lines that are no rows are skipped")
         if self._tail.restarts > self._restarts:
             records = [record for record in records if _order(record) > self._last]
             self._restarts = self._tail.restarts

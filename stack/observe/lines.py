@@ -64,7 +64,7 @@ class Lines:
     def close(self) -> None:
         """Tries to write the waiting lines once more, reports how many are lost, and closes the file."""
         if not self.flush():
-            self._tell(f"{len(self._waiting)} lines of {self._path} are lost: its disk took none to the end")
+            self._tell(f"{len(self._waiting)} lines of {self._path} are lost, because they could not be written")
         self._file.close()
 
     def _write(self) -> list[str]:
@@ -81,11 +81,11 @@ class Lines:
         except OSError as error:
             if not self._full:
                 self._full = True
-                told.append(f"{self._path} takes no lines ({error.strerror}): they are kept in memory until it does")
+                told.append(f"{self._path} cannot be written ({error.strerror}): new lines are kept in memory")
             return told
         if self._full:
             self._full = False
-            told.append(f"{self._path} takes lines again, and has those that were kept in memory")
+            told.append(f"{self._path} can be written again, and has the lines that were kept in memory")
         return told
 
     def _look(self) -> list[str]:
@@ -101,12 +101,12 @@ class Lines:
             self._file.close()
             self._file, self._begun = new, 0
             self._end_line()
-            return [f"{self._path} was removed or replaced: it goes on with this line, those before it are lost"]
+            return [f"{self._path} was removed or replaced: earlier lines are lost, the new file begins with this line"]
         # If the whole folder was moved, the path does not exist any more, and the open file is still the right one.
         if now.st_size != self._size:
             self._begun = 0
             self._end_line()
-            return [f"{self._path} was changed by another process; it goes on with the next line"]
+            return [f"{self._path} was changed by another process; new lines follow at its end"]
         return []
 
     def _end_line(self) -> None:

@@ -163,4 +163,4 @@ def _check_dtypes(found: dict[str, torch.dtype], compute: torch.dtype) -> None:
         name: dtype for name, dtype in found.items() if dtype != (compute if name == "parameters" else torch.float32)
     }
     if wrong:
-        raise RuntimeError(f"dtypes differ from what was promised: {wrong}")
+        raise RuntimeError(f"unexpected dtypes: {wrong}")

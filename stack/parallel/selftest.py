@@ -66,7 +66,7 @@ def _run() -> str:
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        return f"it did not end within {_TIMEOUT_S} s"
+        return f"no result within {_TIMEOUT_S} s"
     if done.returncode == 0:
         return ""
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -42,7 +42,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
                 f"{given}, line {number}: slots={show(slots)}: no host has so many; use at most {_MOST_SLOTS}"
             )
         if match["name"] in found:
-            raise LayoutError(f"{given}, line {number}: {match['name']} is there twice; keep one line")
+            raise LayoutError(f"{given}, line {number}: {match['name']} is listed twice; keep one line")
         found[match["name"]] = int(slots)
     if not found:
         raise LayoutError(f"{given}: names no host; {_EXAMPLE}")

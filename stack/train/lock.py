@@ -110,7 +110,7 @@ class RunLock:
                     watched = found
                     self._tell(
                         f"{self._run} was in use by {found.who}, which cannot be seen from here: waiting up to "
-                        f"{self._stale_s - found.age_s:.0f} s for a sign of life, then going on"
+                        f"{self._stale_s - found.age_s:.0f} s for it to renew its lock, then continuing"
                     )
                 # The guard is free while this process sleeps, because the holder needs it to release the lock.
                 time.sleep(min(_POLL_S, self._stale_s / 10))

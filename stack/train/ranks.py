@@ -50,7 +50,7 @@ def from_environment() -> Launched:
     if not 0 <= rank < world_size or world_size % here:
         raise UsageError(
             f"RANK={rank}, WORLD_SIZE={world_size}, {name}={here} (ranks on this host): these do not fit together; "
-            "start the ranks with one launcher, the same number on every host, and unset what an outer one has left"
+            "start the ranks with one launcher, the same number on every host, and unset variables of an outer launcher"
         )
     host = next((int(os.environ[name]) for name in _HOST if name in os.environ), 0)
     return Launched(rank=rank, world_size=world_size, hosts=world_size // here, local_rank=local_rank(), host=host)

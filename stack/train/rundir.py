@@ -247,7 +247,7 @@ def create_evaluation(parent: Path, cfg: Config, plan: Plan, *, corpus: Path, ch
         _describe(run, cfg, plan, corpus)
     except OSError as error:
         raise UsageError(
-            f"{error.filename or parent} cannot be created ({error.strerror}); evaluate where you can write"
+            f"{error.filename or parent} cannot be created ({error.strerror}); make its folder writable"
         ) from error
     return run
 
@@ -270,7 +270,7 @@ def create_check(parent: Path, cfg: Config, plan: Plan, *, parity: Sequence[str]
         _describe(run, cfg, plan, parent)
     except OSError as error:
         raise UsageError(
-            f"{error.filename or parent} cannot be created ({error.strerror}); set run.root to a folder that can"
+            f"{error.filename or parent} cannot be created ({error.strerror}); set run.root to a writable folder"
         ) from error
     return run
 

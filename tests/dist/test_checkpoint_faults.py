@@ -104,12 +104,12 @@ def fault_of(root: Path, step: int = 2) -> str:
 
 
 def passed_over(ranks: Any, root: Path) -> str:
-    """Checks that every rank passes over step 2 and takes step 1; returns the line for the user about step 2."""
+    """Checks that every rank skips step 2 and uses step 1; returns the line for the user about step 2."""
     answers = ranks(2).run(find_on_rank, root)
     assert [answer[0] for answer in answers] == [1, 1]
     assert answers[0][1] == answers[1][1]
     [line] = answers[0][1]
-    assert line.startswith("checkpoint of step 2 is passed over: ")
+    assert line.startswith("checkpoint of step 2 is skipped: ")
     return line
 
 
@@ -229,7 +229,7 @@ def test_without_any_whole_checkpoint_nothing_starts_from_zero(ranks, root):
         files_of(root, step)[-1].unlink()
     for step, _, error in ranks(2).run(find_on_rank, root):
         assert step is None
-        assert error.startswith(f"none of 2 checkpoints in {root} is whole, the last because ")
+        assert error.startswith(f"none of 2 checkpoints in {root} is whole; the oldest: ")
     shutil.rmtree(root)
     assert ranks(2).run(find_on_rank, root) == [(None, [], "")] * 2
 

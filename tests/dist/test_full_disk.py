@@ -81,9 +81,9 @@ def test_a_full_disk_costs_lines_and_not_the_run(zygote, small_disk, tmp_path, r
         assert codes.result() == [0, 0], log(run)
     assert [run.outcome(rank) for rank in (0, 1)] == ["done", "done"]
     notes = run.notes.read_text()
-    assert f"{run.metrics} takes no lines (No space left on device)" in notes
+    assert f"{run.metrics} cannot be written (No space left on device)" in notes
     if room == "again":
-        assert "takes lines again" in notes
+        assert "can be written again" in notes
         assert [record.step for record in read(run.metrics)] == list(range(1, _STEPS + 1))
         assert read_json(run.done)["step"] == _STEPS
         assert run.curve.exists()

@@ -187,7 +187,7 @@ def test_a_last_save_that_fails_fails_the_run(zygote, tmp_path):
 def test_without_a_place_to_save_the_run_ends_after_three_tries(zygote, tmp_path):
     run = tiny_run(tmp_path, {**_RUN, "checkpoint.every": 1, "checkpoint.path": "/proc/nowhere"})
     assert start(zygote, run) == [6, 6]
-    assert "the 3rd in a row" in run.errors()[0]["message"]
+    assert "the 3rd failure in a row" in run.errors()[0]["message"]
     assert "set checkpoint.path to another disk" in run.errors()[0]["message"]
     assert len(read(run.metrics)) in (3, 4)
 
@@ -199,7 +199,7 @@ def test_damage_is_passed_over_with_a_warning(zygote, tmp_path, expected):
     shard = manifests.folder_of(root, 6) / "rank-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     assert start(zygote, tiny_again(run)) == [0, 0], log(run)
-    assert "checkpoint of step 6 is passed over" in run.notes.read_text()
+    assert "checkpoint of step 6 is skipped" in run.notes.read_text()
     assert curve(run) == expected(zygote)
     # The damaged checkpoint was renamed, and the new one is whole.
     assert manifests.read(manifests.folder_of(root, 6)).step == 6

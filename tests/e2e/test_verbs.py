@@ -123,7 +123,7 @@ def test_eval_takes_no_older_checkpoint_in_silence(run, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1])
     done = stack(tmp_path, "eval", copy)
     assert done.returncode == 6, done.stdout + done.stderr
-    assert f"checkpoint of step {newest} is passed over" in done.stdout
+    assert f"checkpoint of step {newest} is skipped" in done.stdout
     assert f"the newest whole one: checkpoint.step={before}" in done.stdout
 
 

@@ -63,18 +63,18 @@ model.config.rope_theta=1e4 | no such key; did you mean model.config.rope_parame
 model.config.n_embd=4 | no such key; did you mean model.config.hidden_size?
 model.config.foo=4 | no such key; no family has it
 # keys that the family does not have
-model.config.n_inner=4 | llama has no such key; did you mean intermediate_size? drop a preset's with \
+model.config.n_inner=4 | llama has no such key; did you mean intermediate_size? drop a preset's key with \
 ~model.config.n_inner
 model.config.layer_norm_eps=1e-5 -> model.config.layer_norm_eps=1e-05 | llama has no such key; did you mean \
-rms_norm_eps? drop a preset's with ~model.config.layer_norm_eps
+rms_norm_eps? drop a preset's key with ~model.config.layer_norm_eps
 model.config.rope_parameters={partial_rotary_factor: 0.5} -> model.config.rope_parameters.partial_rotary_factor=0.5 | \
 llama has no such key; its keys are rope_type, rope_theta, factor, original_max_position_embeddings, \
 low_freq_factor, high_freq_factor, attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate, \
-short_factor, long_factor; drop a preset's with ~model.config.rope_parameters.partial_rotary_factor
+short_factor, long_factor; drop a preset's key with ~model.config.rope_parameters.partial_rotary_factor
 model.name=gpt2 -> model.config.intermediate_size=512 | gpt2 has no such key; did you mean n_inner? drop a preset's \
-with ~model.config.intermediate_size
+key with ~model.config.intermediate_size
 model.name=qwen3_moe -> model.config.intermediate_size=512 | qwen3_moe has no such key; did you mean \
-moe_intermediate_size? drop a preset's with ~model.config.intermediate_size
+moe_intermediate_size? drop a preset's key with ~model.config.intermediate_size
 # groups
 experment=8b | no such key; did you mean experiment?
 experiment=8bb | no such choice; did you mean 8b? choices are 1b, 405b_plan, 70b, 8b, finetune, quickstart

@@ -37,7 +37,7 @@ def test_documents_that_spell_special_tokens_are_counted():
     line = encoder.note()
     assert line.startswith("4 documents spell special tokens: </s> (4), <s> (2), ")
     assert "<sep> (1)" in line
-    assert line.endswith("; they were read as these tokens (data.special_tokens=text takes them for ordinary text)")
+    assert line.endswith("; they were read as these tokens (data.special_tokens=text reads them as ordinary text)")
 
 
 def test_a_special_token_is_counted_in_any_case_where_the_text_is_made_lower_case():

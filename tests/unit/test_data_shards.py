@@ -145,7 +145,7 @@ def test_a_document_has_the_tokens_of_the_tokenizer_and_the_end(tmp_path, capsys
         cfg = corpus(tmp_path, chats, tokenizer=str(tmp_path / "tokenizer"), special_tokens=how)
         opened = Corpus.open(prepare(cfg, seed=SEED))
         said = [line for line in capsys.readouterr().err.splitlines() if "special" in line or "begins" in line]
-        assert said[0] == "data: every document begins with <s>, as the tokenizer does by itself"
+        assert said[0] == "data: every document begins with <s>, which the tokenizer adds by itself"
         assert said[1].startswith(
             "data: 3 documents spell special tokens: <|x|> (2), </s> (1), <s> (1); they were read"
         )

@@ -182,10 +182,10 @@ def test_what_is_there_is_not_written_over(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     write(tiny_config(), out)
-    with pytest.raises(UsageError, match=r"out is there already and not an empty folder; name a new one"):
+    with pytest.raises(UsageError, match=r"out exists and is not an empty folder; name a new one"):
         write(tiny_config(), out)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="exists and is not an empty folder"):
         write(tiny_config(), tmp_path / "file")
     with pytest.raises(UsageError, match=r"cannot be written \(File exists\)"):
         write(tiny_config(), tmp_path / "file" / "out")

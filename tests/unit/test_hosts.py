@@ -33,7 +33,7 @@ def test_a_hostfile_keeps_its_order_and_its_comments_to_itself(hostfile):
     [
         ("node-0\n", "line 1: 'node-0' is no host"),
         ("node-0 slots=0\n", "line 1: 'node-0 slots=0' is no host"),
-        ("a slots=1\na slots=2\n", "line 2: a is there twice"),
+        ("a slots=1\na slots=2\n", "line 2: a is listed twice"),
         ("# nothing\n", "names no host"),
         ("node-0 slots=1025\n", "line 1: slots=1025: no host has so many; use at most 1024"),
         (f"node-0 slots={'9' * 5000}\n", "line 1: slots=9+[.]{3}: no host has so many; use at most 1024"),

@@ -31,13 +31,13 @@ def test_rows_wait_for_room_and_are_written_in_order(tmp_path):
         assert path.stat().st_size == size + 100
         assert steps_of(path) == [1]
         [line] = told
-        assert line.startswith(f"{path} takes no lines (File too large): they are kept in memory")
+        assert line.startswith(f"{path} cannot be written (File too large): new lines are kept in memory")
         assert [record.step for record in follower.poll()] == [1]
     writer.write(row(5))
     writer.close()
     assert steps_of(path) == [1, 2, 3, 4, 5]
     assert [record.step for record in follower.poll()] == [2, 3, 4, 5]
-    assert told[1:] == [f"{path} takes lines again, and has those that were kept in memory"]
+    assert told[1:] == [f"{path} can be written again, and has the lines that were kept in memory"]
 
 
 def test_rows_that_never_found_room_are_counted(tmp_path):
@@ -48,7 +48,7 @@ def test_rows_that_never_found_room_are_counted(tmp_path):
         for step in (1, 2):
             writer.write(row(step))
         writer.close()
-    assert told[-1] == f"2 lines of {path} are lost: its disk took none to the end"
+    assert told[-1] == f"2 lines of {path} are lost, because they could not be written"
     # The next writer removes the unfinished row.
     MetricsWriter(path).close()
     assert path.read_bytes() == b""
@@ -114,7 +114,7 @@ def test_garbage_in_between_costs_a_line_and_no_row(tmp_path, garbage, ended):
     assert f"{path}:2 is not a metrics row" in line
     assert len(line) < 400
     assert [record.step for record in read(path, skipped=told.append)] == [1, 2, 3]
-    assert told[1].endswith("it is left out, and so are 1 more")
+    assert told[1].endswith("the line is skipped, and so are 1 more")
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_another_host_that_renews_it_holds_it(run, host):
     renewing.join()
     assert '"pid": 4711' in (run / LOCK).read_text()
     [line] = told
-    assert "waiting up to 5 s for a sign of life" in line
+    assert "waiting up to 5 s for it to renew its lock" in line
 
 
 def test_an_attempt_that_was_killed_elsewhere_is_waited_for_and_not_refused(run):

@@ -250,7 +250,7 @@ def test_online_without_a_server_or_a_key_goes_on_offline(
     assert time.monotonic() - before < 2
     started.finish()
     assert time.monotonic() - before < 8 + 3
-    assert started.notes[0].startswith("W&B goes on offline: ")
+    assert started.notes[0].startswith("W&B continues offline: ")
     assert reason in started.notes[0]
     assert "stack wandb-sync" in started.notes[1]
     (folder,) = (started.run.path / "wandb").glob("offline-run-*")
@@ -484,7 +484,7 @@ def test_finish_that_hangs_returns_by_the_deadline(started: Started, monkeypatch
     assert reached.is_set()
     assert time.monotonic() - before < 3 + 3
     assert len(started.notes) == 1
-    assert "it did not finish within log.wandb.timeout_s=3" in started.notes[0]
+    assert "not finished within log.wandb.timeout_s=3" in started.notes[0]
     started.sink.advance()
     started.sink.finish()
     assert len(started.notes) == 1

@@ -49,7 +49,7 @@ def test_a_save_that_failed_in_the_background_is_told_at_once_and_counted_at_the
         saver.told.clear()
     saver._running = 1500, failed()
     saver.finished()
-    with pytest.raises(CheckpointError, match="step 1500 could not be saved: no room; it was the 3rd in a row"):
+    with pytest.raises(CheckpointError, match="step 1500 could not be saved: no room; this was the 3rd failure"):
         saver.wait()
 
 
@@ -108,7 +108,7 @@ def with_room_for(monkeypatch: pytest.MonkeyPatch, plan: Any, checkpoints: float
 
 @pytest.mark.parametrize("path", ["/dev/null/x", "/proc/x"])
 def test_a_place_that_takes_no_file_is_refused(tmp_path, path):
-    with pytest.raises(ConfigError, match=rf"checkpoint.path={path} cannot be written \(.*\); use a folder that can"):
+    with pytest.raises(ConfigError, match=rf"checkpoint.path={path} cannot be written \(.*\); use a writable folder"):
         room.check(*config(tmp_path, f"checkpoint.path={path}"))
     assert line_on(*config(tmp_path, f"checkpoint.path={path}", every=0)) == ""
 

@@ -223,7 +223,7 @@ FAULTS = {
         lambda t: t.update({"model.layers.5.x": torch.ones(1), "score.weight": torch.ones(1)}),
         r"holds tensors of no parameter of LlamaForCausalLM: model.layers.5.x, score.weight; give",
     ),
-    "quantized": ("llama", lambda t: t.update({_UP: t[_UP].to(torch.int8)}), rf"{_UP} is torch.int8, a quantized form"),
+    "quantized": ("llama", lambda t: t.update({_UP: t[_UP].to(torch.int8)}), rf"{_UP} is torch.int8, a quantized"),
     "two heads": ("llama", _other_head, "lm_head.weight differs from model.embed_tokens.weight, but tie_word_emb"),
 }
 

@@ -28,10 +28,10 @@ def passed_over(mode: str) -> list[str]:
         name, value = "WANDB_MODE", os.environ.get("WANDB_MODE", "")
         asked = _MODES.get(value.lower(), "disabled") if value else None
     if asked not in (None, mode):
-        lines.append(f"{name}={value} is passed over, since log.wandb.mode={mode} decides; set log.wandb.mode={asked}")
+        lines.append(f"{name}={value} is ignored, since log.wandb.mode={mode} decides; set log.wandb.mode={asked}")
     if mode != "disabled" and "WANDB_RUN_ID" in os.environ and agents_run_id() is None:
         lines.append(
-            f"WANDB_RUN_ID={os.environ['WANDB_RUN_ID']} is passed over, since every run directory is a W&B run of its "
-            "own; only the runs of `wandb agent` are named by it"
+            f"WANDB_RUN_ID={os.environ['WANDB_RUN_ID']} is ignored, since every run directory is a W&B run of its "
+            "own; only runs under `wandb agent` use this id"
         )
     return lines

@@ -92,7 +92,7 @@ class Session:
                 # The library treats the run id as in use until its service process has ended.
                 library.teardown()
                 self._mode = "offline"
-                self._note(f"W&B goes on offline: {library.describe(error)}")
+                self._note(f"W&B continues offline: {library.describe(error)}")
             else:
                 self._note(f"W&B run: {self.run.url}")
         if self.run is None:

@@ -75,7 +75,7 @@ class WandbSink:
         self._wake.set()
         self._thread.join(self._timeout_s)
         if self._thread.is_alive():
-            self._fail(f"it did not finish within log.wandb.timeout_s={self._timeout_s:g}")
+            self._fail(f"not finished within log.wandb.timeout_s={self._timeout_s:g}")
             self._guard(self._kill)
         self._tell()
 

@@ -95,7 +95,7 @@ def _parse(text: str) -> Fault:
     if values.get("phase") not in PHASES:
         raise ConfigError(f"{FAULT}={text}: phase must be {_listed(PHASES)}")
     if (kind == "sleep") != (values.get("seconds", 0) > 0):
-        raise ConfigError(f"{FAULT}={text}: seconds is for the fault sleep only, as in sleep:phase=step,seconds=2")
+        raise ConfigError(f"{FAULT}={text}: seconds is for sleep only, as in sleep:phase=step,seconds=2")
     return Fault(kind, **values)
 
 

@@ -63,14 +63,14 @@ def test_several_faults_and_other_ranks(monkeypatch):
     ("value", "words"),
     [
         ("kil:phase=step", "no such fault; use kill, stop, full or sleep"),
-        ("kill", "'' is not one of rank, step, phase or seconds=..., each once"),
+        ("kill", "'' is not one of rank, step, phase or seconds=..., each given once"),
         ("kill:rank=1", "phase must be step, save.stage, "),
         ("kill:phase=save.never", "phase must be step, save.stage, "),
         ("kill:phase=step,rank=one", "rank is a number, as in rank=1"),
         ("kill:phase=step,when=1", "'when=1' is not one of"),
         ("kill:phase=step,step=1,step=2", "'step=2' is not one of"),
-        ("sleep:phase=step", "seconds belong to sleep"),
-        ("kill:phase=step,seconds=1", "seconds belong to sleep"),
+        ("sleep:phase=step", "seconds is for sleep"),
+        ("kill:phase=step,seconds=1", "seconds is for sleep"),
         ("kill:phase=step;nonsense", "STACK_FAULT=nonsense: no such fault"),
     ],
 )

@@ -41,7 +41,7 @@ def test_a_save_that_failed_in_the_background_is_told_at_once_and_counted_at_the
         assert saver.finished() is None
         assert saver.finished() is None
         assert saver.told == [
-            f"checkpoint of step {step} could not be saved: no room; training goes on, and the checkpoints before it "
+            f"checkpoint of step {step} could not be saved: no room; training continues, and the earlier checkpoints "
             "are whole"
         ]
         saver.wait()
@@ -86,7 +86,7 @@ def test_a_kill_at_any_moment_of_a_second_save_of_a_step_leaves_one_of_them(save
     shutil.rmtree(saver._root / "made")
     commit(saver, 4)
     assert manifests.read(manifests.folder_of(saver._root, 4)).step == 4
-    assert "it is set aside" in saver.told[-1]
+    assert "already, which is set aside" in saver.told[-1]
 
 
 def config(tmp_path: Path, *overrides: str, every: int = 10) -> tuple[Any, Any]:

@@ -47,7 +47,7 @@ def trial(checkout: Path, folder: Path, data: Path) -> dict[str, float]:
     began = time.time()
     with output.open("wb") as file:
         driver = subprocess.Popen(
-            [sys.executable, "-P", "-m", "stack.cli.main", "train", *_QUICKSTART, *folders],
+            [sys.executable, "-P", "-m", "stack", "train", *_QUICKSTART, *folders],
             env={**os.environ, "PYTHONPATH": str(checkout)},
             cwd=folder,
             stdout=file,

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.helpers.tiers import in_ci_unless
+
 #: A stand-in for srun. It gives each task an environment of its own, passes signals on, and ends with the highest exit
 #: code.
 SRUN = """#!{python}
@@ -69,7 +71,7 @@ def by_deepspeed(start_in, tmp_path_factory):
     return curve(start_in(tmp_path_factory.mktemp("deepspeed"), {"run.name": '"\u00e9"', "log.wandb.mode": "offline"}))
 
 
-@pytest.mark.parametrize("backend", ["local", "torchrun"])
+@pytest.mark.parametrize("backend", in_ci_unless(lambda backend: backend == "local", ["local", "torchrun"]))
 def test_a_backend_of_this_host_gives_the_same_run(start, by_deepspeed, backend):
     assert curve(start({"launch.backend": backend})) == by_deepspeed
 

@@ -111,6 +111,7 @@ def test_a_slow_end_of_rank_0_is_no_failure(start):
     assert command.json("DONE.json")["step"] == 5
 
 
+@pytest.mark.ci
 def test_two_runs_at_once_share_a_root_and_the_making_of_the_corpus(start, tmp_path):
     name = """ü [1] * $x 'q' ;"""
     settings = {**ONE_RANK, "data.root": tmp_path / "data", "run.name": f'"{name}"', "log.wandb.mode": "disabled"}

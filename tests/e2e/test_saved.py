@@ -94,6 +94,7 @@ def test_a_run_is_stopped_from_another_shell(running):
     assert re.search(rf"{command.run.name} +saved +{step}/1000000 ", listed.stdout), listed.stdout
 
 
+@pytest.mark.ci
 def test_one_rank_that_is_asked_is_enough(running):
     command = running()
     command.rank(1).terminate()
@@ -117,6 +118,7 @@ def test_without_checkpoints_it_ends_at_once(running):
     assert_failed(command, 130, "Interrupted", "stopped by Ctrl-C")
 
 
+@pytest.mark.ci
 def test_before_the_first_step_there_is_nothing_to_save(start):
     command = start(SELDOM)
     command.rank(0)

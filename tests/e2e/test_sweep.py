@@ -27,6 +27,7 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.ci
 @pytest.mark.timeout(600)
 def test_a_sweep_is_stopped_gone_on_with_and_then_done(start, tmp_path):
     command = start(SETTINGS, SWEEP)

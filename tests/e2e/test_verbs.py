@@ -146,6 +146,7 @@ def test_an_export_is_evaluated_wherever_it_lies(run, tmp_path):
     assert heldout(done.stdout) == pytest.approx(read(run / "metrics.jsonl")[3].heldout_loss, rel=1e-5)
 
 
+@pytest.mark.ci
 def test_training_goes_on_from_an_export_as_from_any_folder(start_in, run, tmp_path):
     settings = {
         "model.name": out(run),
@@ -164,6 +165,7 @@ def test_training_goes_on_from_an_export_as_from_any_folder(start_in, run, tmp_p
     assert not (command.run / "checkpoints").exists()
 
 
+@pytest.mark.ci
 def test_a_run_at_work_is_left_alone_and_goes_on_after_a_kill(start, tmp_path):
     command = start({"train.steps": 100_000, "schedule.kind": "constant", "checkpoint.every": 20})
     command.wait_for(lambda: list(command.run.glob("checkpoints/step-*")), "a checkpoint")

@@ -7,7 +7,6 @@ import pytest
 
 from tests.e2e.conftest import as_overrides
 from tests.helpers.runs import STACK, Command
-from tests.helpers.tiers import in_ci_unless
 from tests.helpers.wandb_server import KEY, WandbServer
 
 TIMEOUT_S = 10
@@ -81,7 +80,8 @@ def test_a_run_is_in_wandb_as_it_is_on_disk(launch, without):
     assert not [file for file in written if KEY.encode() in file.read_bytes()]
 
 
-@pytest.mark.parametrize("fault", in_ci_unless(lambda fault: fault == "down", ["down", "stall", 401, 500]))
+@pytest.mark.ci
+@pytest.mark.parametrize("fault", ["down", "stall", 401, 500])
 def test_the_curve_is_the_same_without_a_server_and_sync_makes_it_good(launch, without, fault):
     with WandbServer() as server:
         server.fault = None if fault == "down" else fault

@@ -17,6 +17,7 @@ from stack.checkpoint import manifest as manifests
 from stack.checkpoint import retention
 from stack.checkpoint.load import reason
 from stack.checkpoint.manifest import File, Manifest, Parameter
+from stack.checkpoint.staging import Staging
 from stack.checkpoint.storage import SaveSlices, Slice, Writer, slices_of
 from stack.config.schema import Checkpoint
 from stack.disk import size, sync, write_whole
@@ -69,7 +70,7 @@ class Saver:
         self._tell, self._phase = tell, phase
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: tuple[int, Future[float]] | None = None
-        self._staged: dict[str, torch.Tensor] = {}
+        self._staging = Staging()
         self._failures = 0
         self._told: Future[float] | None = None
         """The failed save that was reported to the user last."""
@@ -167,19 +168,11 @@ class Saver:
             with self._engine.parts(group, load=False) as parts:
                 slices = slices_of(parts)
                 if copy:
-                    for key, part in slices.items():
-                        part.tensor = self._stage(key, part.tensor)
+                    self._staging.copy(group, slices)
                 found |= slices
         if copy and self._engine.mesh.device.type == "cuda":
             torch.cuda.synchronize()
         return found
-
-    def _stage(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Copies a tensor into a host buffer. The buffers are reused by later saves, since allocating pinned memory is
-        slow."""
-        if key not in self._staged:
-            self._staged[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return self._staged[key].copy_(tensor, non_blocking=True)
 
     def _write(self, facts: dict[str, Any], slices: dict[str, Slice], started: float) -> float:
         """Writes a checkpoint and returns the seconds since `started`. Runs on the thread of the pool. If one rank

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -128,6 +129,10 @@ def fake_cuda(current: int) -> Iterator[FakeCuda]:
             return move(tensor, *args, **options)
         return cuda.copy(tensor, torch.device(device), bool(options.get("non_blocking")))
 
+    def register(_pointer: int, size: int, _flags: int) -> int:
+        cuda.calls.append(("register", size))
+        return 0
+
     def record_stream(tensor: torch.Tensor, stream: FakeStream) -> None:
         cuda.calls.append(("keep", tuple(tensor.shape), repr(stream)))
 
@@ -142,6 +147,8 @@ def fake_cuda(current: int) -> Iterator[FakeCuda]:
             (torch.cuda, "set_stream", cuda.set_stream),
             (torch.cuda, "Stream", cuda.stream),
             (torch.cuda, "Event", Event),
+            (torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register)),
+            (torch.cuda, "check_error", lambda _code: None),
             (torch.Tensor, "pin_memory", pin_memory),
             (torch.Tensor, "to", to),
             (torch.Tensor, "record_stream", record_stream),

@@ -1,12 +1,15 @@
-"""Under 1F1B the number of a rank's receive buffers does not grow with the number of microbatches."""
+"""Under 1F1B the number of a rank's receive buffers does not grow with the number of microbatches, and an evaluation
+makes no new ones."""
 
 from datetime import timedelta
 
 from tests.helpers.tiny import replica_batch, tiny_config
 
 
-def count_buffers() -> tuple[int, int, int]:
-    """Number of distinct receive buffers for hidden states and for gradients after a step, and of microbatches."""
+def count_buffers() -> tuple[int, int, int, bool, int]:
+    """Number of distinct receive buffers for hidden states and for gradients after a step, and of microbatches; whether
+    the buffers are the same after an evaluation and another step; and the number of outputs that the evaluation left
+    behind."""
     import torch.distributed as dist
 
     from stack.parallel.engine import Engine
@@ -17,15 +20,26 @@ def count_buffers() -> tuple[int, int, int]:
     plan = make_plan(cfg, dist.get_world_size())
     mesh = make_mesh(plan, timeout=timedelta(seconds=60))
     engine = Engine(cfg, plan, mesh)
-    engine.train_batch(replica_batch(cfg, 0, replica=0, replicas=1, kind="full"), lr=1e-3)
+    batches = [replica_batch(cfg, number, replica=0, replicas=1, kind="full") for number in range(3)]
+    engine.train_batch(batches[0], lr=1e-3)
     stage = engine._pipeline.stages[0]
 
-    def distinct(received: dict) -> int:
+    def distinct(received: dict) -> set[int]:
         buffers = [getattr(info, "buffer", None) for infos in received.values() for info in infos]
-        return len({buffer.data_ptr() for buffer in buffers if buffer is not None})
+        return {buffer.data_ptr() for buffer in buffers if buffer is not None}
 
-    return distinct(stage.args_recv_info), distinct(stage.grad_recv_info), plan.microbatches
+    before = distinct(stage.args_recv_info), distinct(stage.grad_recv_info)
+    engine.eval_batch(batches[1])
+    left = len(stage.fwd_cache) + len(stage.output_chunks)
+    engine.train_batch(batches[2], lr=1e-3)
+    same = before == (distinct(stage.args_recv_info), distinct(stage.grad_recv_info))
+    return len(before[0]), len(before[1]), plan.microbatches, same, left
 
 
 def test_1f1b_keeps_as_many_buffers_as_stages(ranks):
-    assert ranks(4).run(count_buffers) == [(0, 4, 16), (4, 4, 16), (4, 4, 16), (4, 0, 16)]
+    assert ranks(4).run(count_buffers) == [
+        (0, 4, 16, True, 0),
+        (4, 4, 16, True, 0),
+        (4, 4, 16, True, 0),
+        (4, 0, 16, True, 0),
+    ]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from stack import disk
+from stack.launch import environment
 from stack.launch import watch as watching
 from stack.launch.environment import environment_of
 from stack.launch.order import Command, Order
@@ -127,3 +128,14 @@ def test_ranks_inherit_nothing_of_an_outer_launcher():
     assert {name: found[name] for name in kept} == kept
     assert (found["NCCL_DEBUG"], found["PYTHONSAFEPATH"]) == ("INFO", "1")
     assert environment_of({"CUDA_VISIBLE_DEVICES": "2,3"}, {}, 2)["STACK_VISIBLE_DEVICES"] == "2,3"
+
+
+def test_ranks_with_gpus_get_settings_of_the_allocator_unless_the_user_has_some(monkeypatch):
+    monkeypatch.setattr(environment, "local_devices", lambda: 2)
+    found = environment_of({}, {}, 2)
+    assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert found["NCCL_LAUNCH_ORDER_IMPLICIT"] == "1"
+    assert "DS_ACCELERATOR" not in found
+    for host, given in (({"PYTORCH_CUDA_ALLOC_CONF": "x"}, {}), ({}, {"PYTORCH_ALLOC_CONF": "x"})):
+        found = environment_of(host, given, 2)
+        assert [value for name, value in found.items() if name.startswith("PYTORCH_")] == ["x"]

@@ -18,7 +18,8 @@ def ds_config(cfg: Config, *, replicas: int, rank_params: int, streams: bool) ->
         cfg: config of the run.
         replicas: number of ranks in a data-parallel group.
         rank_params: largest number of parameters that the stages of any one rank have; no bucket is larger.
-        streams: whether the device has streams for communication. On a CPU, which has none, `overlap_comm` hangs.
+        streams: whether the device is a GPU. It has streams for communication, and copies from page-locked memory. On a
+            CPU `overlap_comm` hangs.
     """
     return {
         "train_micro_batch_size_per_gpu": cfg.batch.micro_size,
@@ -90,15 +91,19 @@ def _zero(cfg: Config, *, rank_params: int, streams: bool) -> dict[str, Any]:
             "zero_hpz_partition_size": cfg.parallel.hpz,
             "zero_quantized_weights": cfg.parallel.quantized_weights,
         }
-    return zero | _offload(cfg)
+    return zero | _offload(cfg, pinned=streams)
 
 
-def _offload(cfg: Config) -> dict[str, Any]:
+def _offload(cfg: Config, *, pinned: bool) -> dict[str, Any]:
+    """
+    Args:
+        pinned: whether host memory is page-locked. From pageable memory each copy to a GPU makes the host wait.
+    """
     offload, found = cfg.parallel.offload, {}
     if offload.optimizer != "none":
-        found["offload_optimizer"] = {"device": offload.optimizer, "pin_memory": False}
+        found["offload_optimizer"] = {"device": offload.optimizer, "pin_memory": pinned}
         if offload.optimizer == "nvme":
             found["offload_optimizer"]["nvme_path"] = offload.folder
     if offload.params != "none":
-        found["offload_param"] = {"device": offload.params, "pin_memory": False}
+        found["offload_param"] = {"device": offload.params, "pin_memory": pinned}
     return found

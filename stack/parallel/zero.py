@@ -104,7 +104,7 @@ class ZeroEngine(RankEngine):
         self._zero, self._reduce_once = deepspeed_zero_stage(cfg), cfg.parallel.reduce == "step"
         self._holds = self._zero == 3 and cfg.parallel.gather == "step"
         self._gathers: Gathers | None = None
-        self._fused = cfg.optim.fused
+        self._fused, self._offloads = cfg.optim.fused, cfg.parallel.offload.optimizer != "none"
         # With several stages, the last backward of one stage is not the last one to add to a weight that stages share.
         self._reduces_early = self._zero == 3 and cfg.parallel.overlap and self._reduce_once and len(stages) == 1
         self._gradient_dtype: torch.dtype | None = None
@@ -177,6 +177,9 @@ class ZeroEngine(RankEngine):
             yield
             if self._gradient_dtype is None:
                 self._gradient_dtype = self._live_gradient_dtype()
+        if self._offloads and self.mesh.device.type == "cuda":
+            # Copies of gradients to page-locked memory do not make the host wait, and the host reads them next.
+            torch.cuda.synchronize(self.mesh.device)
         if self.tied is not None:
             # Each copy is alone in its parameter group, so the two ranks hold the same part of it.
             self.sum_tied([gradient for parameter, gradient in self._reduced() if parameter is self.tied])

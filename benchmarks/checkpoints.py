@@ -1,6 +1,7 @@
-"""Saving, loading and exporting a 300M-parameter state, against DeepSpeed's own and a plain copy.
+"""Times saving, loading and exporting a state of 300 M parameters. Saving is compared with DeepSpeed's own
+`save_checkpoint`, and exporting with a plain copy of the file.
 
-`python -m benchmarks.checkpoints` runs everything in turn and writes checkpoints.md.
+`python -m benchmarks.checkpoints` runs all measurements and writes checkpoints.md.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from benchmarks import process
 from benchmarks.report import hardware, versions
 
 _PAGE = Path(__file__).with_suffix(".md")
-#: Layouts that load what pp2 x dp2 has saved, with 4 ranks.
+#: Layouts of 4 ranks that load the checkpoint of pp2 x dp2, with their pipeline stages.
 _LOADS = {"same: pp2 x dp2": 2, "pp1 x dp4": 1, "pp4 x dp1": 4}
 _LOAD_TURNS = 2
 
@@ -24,10 +25,10 @@ Seconds = list[float]
 
 
 def main() -> int:
-    """Measures and writes the page."""
+    """Runs the measurements and writes the page."""
     arguments = argparse.ArgumentParser(prog="python -m benchmarks.checkpoints", description=__doc__)
     arguments.add_argument("--work", default="300m", help="name of the work, see benchmarks/work.py")
-    arguments.add_argument("--folder", type=Path, help="on the disk to measure; else a temporary folder")
+    arguments.add_argument("--folder", type=Path, help="parent of the checkpoints' folder, on the disk to measure")
     args = arguments.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="stack-bench-", dir=args.folder))
     try:
@@ -59,7 +60,7 @@ def _page(saved: dict[str, Any], loads: dict[str, dict[str, Seconds]], exported:
     first = statistics.median(loads["same: pp2 x dp2"]["first_s"])
     stall, write = saved["deepspeed_stall_s"], saved["deepspeed_write_s"]
     rows = [
-        ("save", "training waits, s", "of DeepSpeed's", "until on the disk, s", "of DeepSpeed's"),
+        ("save", "training waits, s", "ratio to DeepSpeed", "until on the disk, s", "ratio to DeepSpeed"),
         ("DeepSpeed `save_checkpoint`, then fsync", _shown(stall), "", _shown(write), ""),
         *(
             (
@@ -72,7 +73,8 @@ def _page(saved: dict[str, Any], loads: dict[str, dict[str, Seconds]], exported:
             for way, key in (("`async_save=false`", "sync"), ("`async_save=true`", "async"))
         ),
     ]
-    load_rows = [("load into", "first, s", "of the same layout's", "again, s", "of the same layout's", "verify, s")]
+    ratio = "ratio to the same layout"
+    load_rows = [("load into", "first load, s", ratio, "later loads, s", ratio, "verify, s")]
     for name, found in loads.items():
         of_first, of_again = (
             f"{statistics.median(found[k]) / base:.2f}" for k, base in (("first_s", first), ("again_s", same))
@@ -87,21 +89,23 @@ def _page(saved: dict[str, Any], loads: dict[str, dict[str, Seconds]], exported:
     python -m benchmarks.checkpoints
 
 Four ranks as pp2 x dp2, ZeRO-3, fp32: {saved["ours_bytes"][0] / 1e9:.2f} GB of masters and AdamW's moments, and
-{saved["deepspeed_bytes"][0] / 1e9:.2f} GB in DeepSpeed's files of the same engine. The ways to save follow one another
-in one run; each waits for the disk to be idle, and a first turn is left out. Seconds are those of the slowest rank:
-median (least to most). A ratio is of one turn's; goals: background stall at most 0.25, until on the disk at most 1.2.
-DeepSpeed neither hashes its files nor brings them to the disk: an fsync of each was added to its second column.
+{saved["deepspeed_bytes"][0] / 1e9:.2f} GB in DeepSpeed's files of the same engine. One run makes all three
+kinds of saves in turn. Each save begins when the disk is idle, and the first turn is not counted. Seconds are
+those of the slowest rank: median (least to most). A ratio compares two saves of the same turn. Goals: with
+`async_save=true` the training waits at most 0.25 of DeepSpeed's time, and the files are on the disk within 1.2 of
+DeepSpeed's time. DeepSpeed neither hashes its files nor writes them through to the disk, so its second column includes
+an fsync of each file.
 
 {_table(rows)}
 
-Loading what pp2 x dp2 saved, each layout in fresh processes, in turn; the first load of a process also allocates the
-optimizer's state. Verifying is reading all files, hashing them and looking for what is not finite, before anything is
-loaded. Goal: another layout at most 1.5.
+Each layout loads what pp2 x dp2 saved, in fresh processes, in turn. The first load of a process also allocates the
+optimizer's state. Before a load, verifying reads all files, hashes them and looks for values that are not finite.
+Goal: a load into another layout takes at most 1.5 of the time of the same layout.
 
 {_table(load_rows)}
 
 Export of the weights to one safetensors file in fp32, in one process: {_rates(rates[0])} MB/s. A plain copy of that
-file, to the disk: {_rates(rates[1])} MB/s. Ratio of one turn's: {_ratios(exported["copy_s"], exported["export_s"])}.
+file with fsync: {_rates(rates[1])} MB/s. Ratio within one turn: {_ratios(exported["copy_s"], exported["export_s"])}.
 
 {", ".join(f"{name} {value}" for name, value in about.items())}
 """

@@ -1,1 +1,1 @@
-"""The programs that are compared; each rank runs one as a module."""
+"""The programs that the benchmarks compare. Each rank runs one of them as a module."""

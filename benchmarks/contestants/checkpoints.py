@@ -1,4 +1,4 @@
-"""Saving, loading and exporting one state, ours and DeepSpeed's own, by the same engine on the same ranks."""
+"""Times saving, loading and exporting one state with one engine on the same ranks: our code, and DeepSpeed's own save."""
 
 import argparse
 import json
@@ -30,11 +30,11 @@ _TURNS = 3
 def main() -> None:
     """Entry of a rank."""
     arguments = common.parser()
-    arguments.add_argument("--folder", type=Path, required=True, help="where checkpoints go")
+    arguments.add_argument("--folder", type=Path, required=True, help="folder of the checkpoints")
     arguments.add_argument("--pipeline", type=int, default=2)
     arguments.add_argument("--zero", type=int, default=3)
     arguments.add_argument(
-        "--do", choices=("save", "load", "export"), default="save", help="the last two: what it left"
+        "--do", choices=("save", "load", "export"), default="save", help="`load` and `export` use what `save` wrote"
     )
     args = common.start(arguments)
     if args.do == "export":
@@ -60,7 +60,7 @@ def _report(found: dict[str, Any]) -> None:
 
 
 def _fill(engine: Engine) -> None:
-    """A state as after many steps: no zeros that a file system could leave out."""
+    """Fills the state with random values, as after many steps: a file system may not store zeros."""
     for group in range(engine.rank_engine.groups):
         with engine.rank_engine.parts(group, load=True) as parts:
             for part in parts:
@@ -71,7 +71,7 @@ def _fill(engine: Engine) -> None:
 
 
 def _save(engine: Engine, args: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of each turn, of the slowest rank: the three ways to save one after another, then once more."""
+    """Seconds of the slowest rank for each save. A turn has the three kinds of saves, one after another."""
     ways = ("deepspeed", "sync", "async")
     found: dict[str, list[float]] = {f"{way}_{what}": [] for way in ways for what in ("stall_s", "write_s")}
     savers = {
@@ -85,7 +85,7 @@ def _save(engine: Engine, args: argparse.Namespace, facts: dict[str, Any]) -> di
         )
         for way in ways[1:]
     }
-    # The first turn allocates what later ones use again.
+    # The first turn is not counted: it allocates memory that later turns use again.
     for turn in range(_TURNS + 1):
         for way in ways:
             _quiet()
@@ -115,7 +115,7 @@ def _save(engine: Engine, args: argparse.Namespace, facts: dict[str, Any]) -> di
 
 
 def _to_disk(folder: Path) -> None:
-    """What our saves do before they say that they are done: a rank brings its own files to the disk."""
+    """Each rank writes its share of the files through to the disk, as our saves do before they report success."""
     for file in sorted(folder.rglob("*.pt"))[dist.get_rank() :: dist.get_world_size()]:
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
@@ -123,7 +123,7 @@ def _to_disk(folder: Path) -> None:
 
 
 def _load(engine: Engine, mesh: Mesh, root: Path) -> dict[str, Any]:
-    """Seconds to verify and to load, of each turn."""
+    """Seconds of each turn to verify and to load."""
     found: dict[str, list[float]] = {"verify_s": [], "load_s": []}
     for _ in range(_TURNS):
         checkpoint: Any = None
@@ -138,7 +138,7 @@ def _load(engine: Engine, mesh: Mesh, root: Path) -> dict[str, Any]:
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds to export the weights in fp32, and to copy the file that this has made to another and to the disk."""
+    """Seconds to export the weights in fp32, and to copy the exported file with an fsync."""
     cfg = common.config(args.work, 1, pipeline=1, zero=0)
     root = args.folder / "ours"
     folder = manifests.folder_of(root, manifests.steps(root)[-1])
@@ -189,7 +189,7 @@ def _slowest(seconds: float) -> float:
 
 
 def _quiet() -> None:
-    """Nothing of an earlier turn is still on its way to the disk."""
+    """Waits until the disk has all files of earlier saves, so that their writes do not slow the next save. Collective."""
     dist.barrier()
     if dist.get_rank() == 0:
         os.sync()

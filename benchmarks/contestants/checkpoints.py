@@ -1,4 +1,4 @@
-"""Times saving, loading and exporting one state with one engine on the same ranks: our code, and DeepSpeed's own save."""
+"""Times saving, loading and exporting one state on the same ranks, with our code and with DeepSpeed's own save."""
 
 import argparse
 import json
@@ -189,7 +189,7 @@ def _slowest(seconds: float) -> float:
 
 
 def _quiet() -> None:
-    """Waits until the disk has all files of earlier saves, so that their writes do not slow the next save. Collective."""
+    """Waits until the disk has all files of earlier saves, whose writes would slow the next save. Collective."""
     dist.barrier()
     if dist.get_rank() == 0:
         os.sync()

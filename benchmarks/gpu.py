@@ -1,7 +1,7 @@
 """The suite for one NVIDIA GPU: `python -m benchmarks.gpu [--part a,b,c]`, see benchmarks/gpu.md.
 
-Every job is a process of its own with a time limit, the most telling ones first. What is there is written after each
-job, so that a suite which is cut off leaves all that it has. This process needs no torch.
+Every job is a process of its own with a time limit; the most important jobs come first. The results are written after
+each job, so that a suite that is cut off keeps those of all finished jobs. This process needs no torch.
 """
 
 import argparse
@@ -36,15 +36,15 @@ PARTS = {
     "e": "largest model that fits",
     "f": "memory against the plan",
 }
-#: Seconds that a job needs at least; with less left it is not started.
+#: A job is not started with fewer seconds left.
 _LEAST_S = 20
 
-#: The setting that each line of the ablation turns one key of.
+#: The best setting. Each row of the ablation changes one of its keys.
 BEST = {
     "parallel.zero": 3, "precision.compile": True, "kernels.loss": "chunked", "parallel.overlap": True,
     "optim.fused": True, "data.pack": False,
 }  # fmt: skip
-#: Keys of the ablation with the values they are turned to, the ones that should tell most first.
+#: Keys of the ablation with their changed values. Those that should matter most come first.
 TURNED = (
     ("precision.compile", False), ("kernels.loss", "logits"), ("activation.checkpoint", "full"),
     ("activation.checkpoint", "selective"), ("parallel.zero", 0), ("parallel.zero", 1),
@@ -52,7 +52,7 @@ TURNED = (
     ("optim.fused", False), ("data.prefetch", False), ("model.attention", "flash_attention_2"),
     ("kernels.loss", "liger"), ("kernels.rms_norm", "liger"), ("kernels.rope", "liger"), ("kernels.swiglu", "liger"),
 )  # fmt: skip
-#: Packages without which a value means nothing.
+#: Packages that a value needs; without its package a value is left out of the ablation.
 _NEEDS = {"liger": "liger_kernel", "flash_attention_2": "flash_attn"}
 _LEAST_MEMORY = {"parallel.reduce": "microbatch", "parallel.gather": "microbatch"}
 
@@ -66,14 +66,14 @@ class Job:
     command: tuple[str, ...]
     limit_s: int = 120
     tokens: bool = False
-    """Whether its result is a speed, of the named work."""
+    """Whether the job measures the speed of the named work."""
 
 
 def main() -> int:
     """Runs the chosen parts. The exit code is 2 without a GPU, 1 when a job failed."""
     args = _arguments()
     if args.device == "cuda" and (not local_devices() or shutil.which("nvidia-smi") is None):
-        print("benchmarks.gpu needs one NVIDIA GPU with its driver; --device cpu --work tiny tries it", file=sys.stderr)
+        print("benchmarks.gpu needs one NVIDIA GPU with its driver; --device cpu --work tiny tries the suite on a CPU", file=sys.stderr)
         return 2
     suite = Suite(args)
     for job in jobs(args):
@@ -84,12 +84,12 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--part", default=",".join(PARTS), help=f"of {','.join(PARTS)}; default all")
+    parser.add_argument("--part", default=",".join(PARTS), help=f"any of {','.join(PARTS)}; default: all")
     parser.add_argument("--work", default="1b", help="name of the work, see benchmarks/work.py")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="overrides of the work")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--steps", type=int, default=5, help="measured optimizer steps of a job")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them, discarded")
+    parser.add_argument("--warmup", type=int, default=2, help="optimizer steps before the measured ones")
     parser.add_argument("--limit-s", type=int, default=540, help="seconds for all jobs together")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the results")
     args = parser.parse_args()
@@ -100,7 +100,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """All jobs of the chosen parts, the order of the parts as given."""
+    """All jobs of the chosen parts, in the order in which the parts are given."""
     made = {"a": _environment, "b": _contestants, "c": _ablation, "d": _tests, "e": _largest, "f": _memory}
     for part in args.part:
         yield from made[part](args)
@@ -145,7 +145,7 @@ def _ablation(args: argparse.Namespace) -> Iterator[Job]:
     for key, value in TURNED:
         package = _NEEDS.get(str(value))
         if package is None or importlib.util.find_spec(package):
-            # Compiled layers have kernels of their own: Liger's are to be compared with layers that are not compiled.
+            # torch.compile generates its own kernels, so Liger's kernels are compared with layers that are not compiled.
             eager = {"precision.compile": False} if value == "liger" and key != "kernels.loss" else {}
             name = f"{key}={value}{', not compiled' if eager else ''}"
             yield Job("c", name, _ours(args, BEST | {key: value} | eager), 90, tokens=True)
@@ -186,7 +186,7 @@ def _model(args: argparse.Namespace) -> list[str]:
 
 
 class Suite:
-    """Runs jobs one after another and keeps what they gave."""
+    """Runs jobs one after another and stores their results."""
 
     def __init__(self, args: argparse.Namespace):
         self._args, self._work = args, make_work(args.work, args.set)
@@ -223,10 +223,10 @@ class Suite:
         self.write()
 
     def write(self) -> Path:
-        """Puts this suite beside those of before, as JSON and as a page.
+        """Adds this suite to the results of earlier ones, as JSON and as a page.
 
         Returns:
-            The page.
+            The path of the page.
         """
         folder: Path = self._args.out
         folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +240,7 @@ class Suite:
 
 
 def _speed(step_s: float, work: Work, record: dict[str, Any]) -> dict[str, Any]:
-    """Model FLOPs utilisation: of the device's data sheet, and of the product measured in part a of this suite."""
+    """Model FLOPs utilisation of the peak in the data sheet, and of the matrix product measured in part a."""
     flops, dtype = work.flops(1), work.dtype
     measured = next((job.get("matmul_tflops") for job in record["jobs"] if job["part"] == "a"), None)
     return {
@@ -250,7 +250,7 @@ def _speed(step_s: float, work: Work, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _process(command: list[str], limit_s: int, *, device: str) -> dict[str, Any]:
-    """What a job reports as its last RESULT line, or `error` with the end of its output."""
+    """Runs a job; returns its last RESULT line, or `error` with the end of its output."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -261,7 +261,7 @@ def _process(command: list[str], limit_s: int, *, device: str) -> dict[str, Any]
     }  # fmt: skip
     if device == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "STACK_TEST_DEVICE": "cpu"}
-    # A session of its own: whatever a job has started ends with it.
+    # The job gets a session of its own, so that a timeout also kills the processes that the job started.
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
@@ -287,7 +287,7 @@ def _process(command: list[str], limit_s: int, *, device: str) -> dict[str, Any]
 
 
 def _reason(lines: list[str]) -> str:
-    """The last line that names an error, else the last one."""
+    """The last output line that names an error, else the last line."""
     named = [line for line in lines if "Error" in line or "error" in line]
     return (named or lines or [""])[-1].strip()[:200]
 

@@ -1,4 +1,4 @@
-"""Jobs of the GPU suite that are no contestants, each in a process of its own: environment, memory, largest."""
+"""Jobs of the GPU suite that do not compare programs, each in a process of its own: environment, memory, largest."""
 
 import argparse
 import json
@@ -24,20 +24,20 @@ from stack.parallel.mesh import make_mesh
 from stack.plan.layout import Plan, make_plan
 from stack.plan.memory import RankMemory, plan_memory
 
-#: Kept free on the device: CUDA's context, workspaces, and what the allocator cannot hand out again.
+#: Bytes kept free on the device for CUDA's context, workspaces, and fragmentation of the allocator.
 RESERVED_BYTES = 4 * 2**30
 #: Share of the host's free memory that an offloaded model may take.
 HOST_SHARE = 0.8
-#: A layer of the width of Llama 3.1 8B, and a short sequence: states decide what fits.
+#: The width of Llama 3.1 8B. `largest` uses a short sequence with it, so that model states decide how much fits.
 WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 _PACKAGES = ("torch", "deepspeed", "transformers", "triton", "liger-kernel", "flash-attn", "numpy")
 
 
 def main() -> None:
-    """Entry of a job."""
+    """Runs one job and prints its result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", choices=("environment", "memory", "largest"))
-    parser.add_argument("--size", type=int, default=8192, help="of the matrices of `environment`")
+    parser.add_argument("--size", type=int, default=8192, help="rows and columns of the matrices of `environment`")
     parser.add_argument("--work", default="1b")
     parser.add_argument("--set", nargs="*", default=[])
     parser.add_argument("--cfg", nargs="*", default=[])
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """Versions and clocks, and the bf16 product of two square matrices as what the device can do."""
+    """Versions, clocks, and the speed of a bf16 product of two square matrices, as the limit of the device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda), "cores": str(os.cpu_count())}
     for package in _PACKAGES:
@@ -63,7 +63,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
         left @ right
         seconds.append(_now() - began)
     if device.type == "cuda":
-        # Just after the products: the clocks that they ran at.
+        # Read just after the products, so that the clocks are those of the products.
         query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,memory.total,temperature.gpu"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
         values = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().split(", ")
@@ -79,7 +79,7 @@ def _now() -> float:
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """The measured peak of two steps beside the planned one."""
+    """The measured and the planned peak of two steps."""
     work = make_work(args.work, args.set)
     cfg, plan = _run_of(work, args.cfg)
     zero.init_distributed(timeout=common.TIMEOUT)
@@ -90,8 +90,8 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def largest(args: argparse.Namespace) -> dict[str, Any]:
-    """The most layers that the plan has room for, and a real step of that model; one layer in ten less where the
-    device has no room after all."""
+    """The largest number of layers that fits by the plan, and two real steps of that model. After an out-of-memory
+    error the model is tried with a tenth of the layers less, at most twice."""
     work = make_work(args.work, args.set)
     cuda = torch.cuda.is_available()
     if cuda:
@@ -121,7 +121,7 @@ def largest(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _most_layers(work: Work, settings: list[str], *, room: int, host: int) -> int:
-    """Bisection over the depth by the plan; 0 where one layer is too many."""
+    """Largest number of layers that fits by the plan, by bisection; 0 if one layer does not fit."""
 
     def fits(layers: int) -> bool:
         [planned] = plan_memory(*_run_of(_deep(work, layers), settings))
@@ -147,7 +147,7 @@ def _run_of(work: Work, settings: list[str]) -> tuple[Config, Plan]:
 
 
 def _steps(work: Work, cfg: Config, plan: Plan) -> tuple[int, float, float]:
-    """Peak bytes, seconds of the last of two steps, and its loss."""
+    """Two steps: the peak in bytes, the seconds of the second step, and its loss."""
     mesh = make_mesh(plan, timeout=common.TIMEOUT)
     engine = Engine(cfg, plan, mesh)
     for step in range(2):

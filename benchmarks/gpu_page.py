@@ -2,7 +2,7 @@
 
 from typing import Any
 
-#: Column, key of the job, factor, digits behind the point.
+#: For each column: its title, the key of the job, a factor, and the number of decimals.
 _COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("tokens/s", "tokens_per_s", 1, 0),
     ("step s", "step_s", 1, 3),
@@ -21,8 +21,8 @@ _COLUMNS: tuple[tuple[str, str, float, int], ...] = (
 
 
 def page(records: list[dict[str, Any]]) -> str:
-    """All runs, the newest first."""
-    lines = ["# One GPU: results", "", "Written by `python -m benchmarks.gpu`; what it runs is in gpu.md.", ""]
+    """The Markdown page of all runs, the newest first."""
+    lines = ["# One GPU: results", "", "Written by `python -m benchmarks.gpu`. gpu.md describes the jobs.", ""]
     for record in reversed(records):
         lines += [f"## {record['date']}, {record['gpu'] or record['device']}", "", f"    {record['command']}", ""]
         lines += [f"Work: {record['work']}.", ""]
@@ -54,7 +54,7 @@ def _cell(value: float | None, factor: float, digits: int) -> str:
 
 
 def _details(jobs: list[dict[str, Any]]) -> list[str]:
-    """What is not a number: the environment, and the tests that did not pass."""
+    """Results that are not numbers: the environment, and the tests that did not pass."""
     lines = [f"- {name}: {value}" for job in jobs for name, value in job.get("versions", {}).items()]
     lines += [f"- {line}" for job in jobs for line in job.get("summary", []) if not line.startswith("PASSED")]
     return [*lines, ""] if lines else []

@@ -1,4 +1,4 @@
-"""What is compared with what. A goal is a ratio of tokens/s; 0 is a setting that is only shown."""
+"""The comparisons of `benchmarks.run`. A goal is a ratio of tokens/s; 0 means that the setting has no goal."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Entry:
     """One setting of ours, and the ratio to the peer that it should reach.
 
-    cfg: keys of our config, as `section.key=value`.
+    cfg: overrides of our config, as `section.key=value`.
     """
 
     cfg: tuple[str, ...]
@@ -20,7 +20,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Settings of ours against one peer on equally many ranks; the peer is its module and its own arguments."""
+    """Settings of ours against one peer on the same number of ranks.
+
+    peer: module of the peer in `benchmarks.contestants`, then its arguments.
+    """
 
     name: str
     about: str
@@ -31,7 +34,7 @@ class Comparison:
 
 _PP1 = ("parallel.pipeline=1",)
 _PP2 = ("parallel.pipeline=2",)
-#: Where the PipelineEngine cuts the small model; ours has another cut that is as good.
+#: The PipelineEngine's split of the small model. Our planner chooses another split with the same cost.
 _PP4 = ("parallel.pipeline=4", "parallel.split=[0,3,5,7]")
 _ZERO1, _ZERO2, _ZERO3 = (f"parallel.zero={stage}" for stage in (1, 2, 3))
 _REDUCE, _GATHER = "parallel.reduce=microbatch", "parallel.gather=microbatch"
@@ -50,7 +53,7 @@ _PLAIN_ZERO3 = Comparison(
 
 _HF_TRAINER = Comparison(
     name="hf_trainer",
-    about="pp1 x dp2: our ZeRO-3 against Hugging Face's Trainer with DeepSpeed ZeRO-3, its sizes left on auto.",
+    about="pp1 x dp2: our ZeRO-3 against Hugging Face's Trainer with DeepSpeed ZeRO-3 and its sizes on auto.",
     ranks=2,
     ours={"zero3": Entry((*_PP1, _ZERO3), goal=1.3)},
     peer=("hf_trainer",),
@@ -78,7 +81,7 @@ _FSDP2 = Comparison(
 
 _PIPELINE_ENGINE_PP2 = Comparison(
     name="pipeline_engine_pp2",
-    about="pp2 x dp2: ours against DeepSpeed's PipelineEngine with ZeRO-1, the most it can.",
+    about="pp2 x dp2: ours against DeepSpeed's PipelineEngine with ZeRO-1, the highest stage that it supports.",
     ranks=4,
     ours={
         "zero1": Entry((*_PP2, _ZERO1)),
@@ -107,7 +110,7 @@ _PIPELINE_ENGINE_PP4 = Comparison(
 
 _PIPELINE_ENGINE_COMPILED = Comparison(
     name="pipeline_engine_compiled",
-    about="pp2 x dp2, both with compiled decoder layers.",
+    about="pp2 x dp2: ours against DeepSpeed's PipelineEngine, both with compiled decoder layers.",
     ranks=4,
     ours={
         "zero1, compiled": Entry((*_PP2, _ZERO1, _COMPILE)),
@@ -118,7 +121,7 @@ _PIPELINE_ENGINE_COMPILED = Comparison(
 
 _ABLATION = Comparison(
     name="ablation",
-    about="pp2 x dp2: our ZeRO-3 with one key turned against our defaults.",
+    about="pp2 x dp2: our ZeRO-3 with one key changed against our ZeRO-3 with defaults.",
     ranks=4,
     ours={
         key: Entry((*_PP2, _ZERO3, key))
@@ -138,7 +141,7 @@ _ABLATION = Comparison(
 
 _TORCH_PIPELINE = Comparison(
     name="torch_pipeline",
-    about="pp2 x dp2: our ZeRO-3 against torch.distributed.pipelining's 1F1B over FSDP2 that keeps what it gathered.",
+    about="pp2 x dp2: our ZeRO-3 against 1F1B of torch.distributed.pipelining over FSDP2, which keeps gathered parameters.",
     ranks=4,
     ours={
         "zero3": Entry((*_PP2, _ZERO3)),
@@ -149,7 +152,7 @@ _TORCH_PIPELINE = Comparison(
 
 _TORCH_PIPELINE_RESHARD = Comparison(
     name="torch_pipeline_reshard",
-    about="pp2 x dp2: our gathers in each microbatch against those of 1F1B over FSDP2, which reduces once a step.",
+    about="pp2 x dp2: ours against 1F1B over FSDP2. Both gather in each microbatch; FSDP2 reduces once a step.",
     ranks=4,
     ours={
         "zero3, gather=microbatch": Entry((*_PP2, _ZERO3, _GATHER)),

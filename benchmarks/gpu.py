@@ -73,7 +73,7 @@ def main() -> int:
     """Runs the chosen parts. The exit code is 2 without a GPU, 1 when a job failed."""
     args = _arguments()
     if args.device == "cuda" and (not local_devices() or shutil.which("nvidia-smi") is None):
-        print("benchmarks.gpu needs one NVIDIA GPU with its driver; --device cpu --work tiny tries the suite on a CPU", file=sys.stderr)
+        print("benchmarks.gpu needs one NVIDIA GPU with its driver; --device cpu --work tiny tries it on a CPU", file=sys.stderr)
         return 2
     suite = Suite(args)
     for job in jobs(args):
@@ -145,7 +145,7 @@ def _ablation(args: argparse.Namespace) -> Iterator[Job]:
     for key, value in TURNED:
         package = _NEEDS.get(str(value))
         if package is None or importlib.util.find_spec(package):
-            # torch.compile generates its own kernels, so Liger's kernels are compared with layers that are not compiled.
+            # torch.compile generates kernels of its own, so Liger's are compared with layers that are not compiled.
             eager = {"precision.compile": False} if value == "liger" and key != "kernels.loss" else {}
             name = f"{key}={value}{', not compiled' if eager else ''}"
             yield Job("c", name, _ours(args, BEST | {key: value} | eager), 90, tokens=True)

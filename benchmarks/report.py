@@ -1,4 +1,4 @@
-"""Where results go: a table on the screen, one JSON a result, one dated Markdown page with a section a comparison."""
+"""Writes results: a table on the screen, a JSON file for each result, and a Markdown page for each day."""
 
 import datetime
 import itertools
@@ -22,7 +22,7 @@ Result = dict[str, Any]
 
 
 def versions() -> dict[str, str]:
-    """Python, the packages that matter, and the commit of this checkout."""
+    """Versions of Python and of the packages that matter for speed, and the commit of this checkout."""
     root = Path(__file__).parent
     commit = _output("git", "-C", str(root), "rev-parse", "--short", "HEAD")
     dirty = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """The CPU's name, its cores, the memory of this machine, and its GPUs where they were used."""
+    """Name of the CPU, number of cores, memory, and the GPUs if the benchmark used them."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -46,7 +46,7 @@ def hardware(device: str) -> dict[str, Any]:
 
 
 def title(device: str) -> str:
-    """Of the page and the picture of today."""
+    """Title of today's page and picture."""
     place = {"cpu": "a CPU", "cuda": "GPUs"}[device]
     return f"Engine on {place}, {datetime.date.today().isoformat()}"
 
@@ -64,7 +64,7 @@ def write(results: Sequence[Result], folder: Path) -> Path:
     """Writes the JSON of each result and the page of the day.
 
     Returns:
-        The page; it has every comparison that `folder` has from today.
+        The path of the page, which has all of today's comparisons in `folder`.
     """
     (folder / "results").mkdir(parents=True, exist_ok=True)
     for result in results:
@@ -82,8 +82,9 @@ def page(results: Sequence[Result], *, title: str, picture: str) -> str:
     lines = [
         f"# {title}",
         "",
-        "Ours and the peer run in turn, each in fresh processes, and end at the same loss. tokens/s: of the median",
-        "step, median over the turns; the ratio is ours over the peer's in the same turn.",
+        "`stack` (ours) and the other program (the peer) run in turn, each in fresh processes, and end at the same",
+        "loss. tokens/s is the speed of the median step, as the median over the turns. A ratio divides our tokens/s by",
+        "the peer's of the same turn.",
         "",
         f"![Ratio of tokens/s, ours over the peer's]({picture})",
         "",
@@ -94,12 +95,12 @@ def page(results: Sequence[Result], *, title: str, picture: str) -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results of any comparisons as a Markdown table that is also readable as it stands."""
+    """The results as a Markdown table with aligned columns, for the screen."""
     return aligned([_HEADER, *(_row(result, result["name"]) for result in results)])
 
 
 def _place(result: Result) -> tuple[int, str, str, int]:
-    """Where a result belongs; those of a comparison that is no more come last."""
+    """Sort key of a result: the order of `comparisons.py`, then comparisons that it no longer has."""
     name, entry = result["comparison"], result["entry"]
     order, entries = list(COMPARISONS), list(COMPARISONS[name].ours) if name in COMPARISONS else []
     place = order.index(name) if name in order else len(order)
@@ -134,7 +135,7 @@ def _section_lines(name: str, results: list[Result]) -> list[str]:
         f"ours {min(losses):.6f} to {max(losses):.6f}",
         f"- versions: {', '.join(f'{package} {version}' for package, version in first['versions'].items())}",
         f"- hardware: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB{gpus}",
-        f"- load average of the minute before the runs, the run before included: {min(loads)} to {max(loads)}",
+        f"- load average of the machine in the minute before each run, which may include the previous run: {min(loads)} to {max(loads)}",
         f"- date: {first['date']}",
         "",
     ]
@@ -152,14 +153,14 @@ def _peer_row(result: Result) -> tuple[str, ...]:
 
 
 def _costs(result: Result, side: str) -> tuple[str, str]:
-    """CPU seconds of all ranks together, and the largest memory of each rank in the last turn."""
+    """CPU seconds a step of all ranks together, and the peak memory of each rank in the last turn."""
     turns = result["turns"]
     cpu_s = statistics.median(turn[side]["cpu_s_per_step"] for turn in turns)
     return f"{cpu_s:.2f}", " ".join(map(str, turns[-1][side]["peak_mib"]))
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows, the header first, as a Markdown table."""
+    """Rows as a Markdown table with aligned columns; the first row is the header."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows

@@ -1,7 +1,7 @@
-"""How our engine's step grows with what it is given: `python -m benchmarks.scaling [AXIS ...]`.
+"""How time and memory of a step grow with the work: `python -m benchmarks.scaling [AXIS ...]`.
 
-Each axis leaves one base point along one field. Nothing may grow faster than the arithmetic of the step (model FLOPs,
-from `stack.plan.shape`), so the exponents of both are fitted and set side by side.
+Each axis starts from one base point and changes one setting. Time and memory must not grow faster than the arithmetic
+of the step (model FLOPs, from `stack.plan.shape`). The page therefore shows the fitted exponents of all of them.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from benchmarks.work import Work, make_work
 
 #: A fitted exponent may exceed that of the arithmetic by this much.
 MARGIN = 0.1
-#: What is fitted, and how it is called.
+#: The measures that exponents are fitted to, with their titles.
 MEASURES = {"step_s": "step time", "cpu_s_per_step": "CPU time", "grown_mib": "peak memory"}
 FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of ours: its place on an axis, the ranks, keys of the config and overrides of the work."""
+    """One run of ours: its place on an axis, its ranks, its pipeline stages and its overrides of the work."""
 
     x: int
     ranks: int = 4
@@ -54,7 +54,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Axis:
-    """Points along one field, all else as at the base."""
+    """Points that differ from the base point in one setting."""
 
     name: str
     label: str
@@ -62,7 +62,7 @@ class Axis:
     points: list[Point] = field(default_factory=list)
 
 
-#: 4 ranks as pp2 x dp2, ZeRO-3, the small work with 8 microbatches.
+#: Sequences of a step at the base point: 2 replicas with 8 microbatches of 2 sequences.
 _SEQUENCES = 32
 AXES = {
     axis.name: axis
@@ -70,13 +70,13 @@ AXES = {
         Axis(
             "seq_len",
             "tokens in a sequence",
-            "pp2 x dp2; sequences a step are kept, so tokens grow with their length.",
+            "pp2 x dp2; the number of sequences a step is constant, so the tokens grow with the length.",
             [Point(n, settings=(f"seq_len={n}",) if n != 256 else ()) for n in (128, 256, 512, 1024)],
         ),
         Axis(
             "microbatches",
             "microbatches",
-            "pp2 x dp2; microbatches of a replica, 2 x 256 tokens each.",
+            "pp2 x dp2; the number of microbatches of a replica grows, with 2 x 256 tokens each.",
             [Point(n, settings=(f"microbatches={n}",) if n != 8 else ()) for n in (2, 4, 8, 16)],
         ),
         Axis(
@@ -91,13 +91,13 @@ AXES = {
         Axis(
             "layers",
             "decoder layers",
-            "pp2 x dp2; the embedding and the head stay as they are.",
+            "pp2 x dp2; the embedding and the head are the same at every point.",
             [Point(n, settings=(f"shape.num_hidden_layers={n}",) if n != 8 else ()) for n in (2, 4, 8, 16)],
         ),
         Axis(
             "ranks",
             "ranks",
-            "pp1, data parallel alone; each replica has 8 microbatches of 2 x 256 tokens: work grows with the ranks.",
+            "pp1, data parallel only; each replica has 8 microbatches of 2 x 256 tokens, so work grows with ranks.",
             [Point(n, ranks=n, pipeline=1) for n in (1, 2, 4)],
         ),
     )
@@ -147,9 +147,10 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Scaling of the engine on a CPU",
         "",
-        "Each axis leaves one base point: 4 ranks as pp2 x dp2, ZeRO-3, the small work. Exponents are fitted to the",
-        f"points of an axis; one that exceeds the arithmetic's (model FLOPs of a step) by more than {MARGIN} is",
-        "marked. Memory is the largest of any rank, less what it held before the model was built.",
+        "All axes start from one base point: 4 ranks as pp2 x dp2, ZeRO-3, the small work. An axis changes one",
+        "setting. A power law is fitted to the points of each axis, and the table shows its exponents. FASTER marks",
+        f"an exponent that exceeds that of the arithmetic (model FLOPs of a step) by more than {MARGIN}. Memory is the",
+        "largest growth of a rank's memory from the time before the model was built to its peak.",
         "",
         "![Growth along each axis](scaling.png)",
         "",
@@ -173,9 +174,9 @@ def page(result: dict[str, Any]) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="AXIS", help=f"default: {' '.join(AXES)}")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of each point; the median counts")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each point; the page shows their median")
     parser.add_argument("--steps", type=int, default=4, help="measured optimizer steps of a run")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them, discarded")
+    parser.add_argument("--warmup", type=int, default=2, help="optimizer steps before the measured ones")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in AXES]:
@@ -186,7 +187,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _measured(axis: Axis, args: argparse.Namespace, kept: dict[Point, dict[str, Any]], *, title: str) -> dict[str, Any]:
-    """The points of an axis and its exponents; a point that another axis has too is measured once."""
+    """Measures the points of an axis and fits the exponents. A point that several axes share is measured once."""
     points = []
     for point in axis.points:
         same = dataclasses.replace(point, x=0)

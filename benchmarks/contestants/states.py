@@ -1,4 +1,4 @@
-"""Bytes of model states on each rank, counted when there are most of them: gradients reduced, nothing updated yet."""
+"""Bytes of model states on each rank, counted at their peak: after gradients are reduced and before the update."""
 
 import gc
 import json
@@ -15,7 +15,8 @@ from stack.parallel.mesh import make_mesh
 from stack.plan.layout import make_plan
 
 PIPELINE = 2
-#: Elements that are reduced together. The buffer for them is as large for a model of any size: kept out of the count.
+#: Elements that are reduced together. Their buffer has the same size for any model; a small bucket keeps it out of the
+#: count.
 BUCKET = 1000
 
 
@@ -30,7 +31,7 @@ def main() -> None:
 
 
 def _count(work: Work, zero_stage: int) -> list[int]:
-    """Bytes on each rank."""
+    """Bytes of model states on each rank with this ZeRO stage."""
     before = _storages()
     policy = {"reduce": "microbatch"} if zero_stage > 1 else {}
     if zero_stage == 3:
@@ -58,7 +59,8 @@ def _count(work: Work, zero_stage: int) -> list[int]:
 
 
 def _storages() -> dict[int, int]:
-    """Address and bytes of each storage of a live tensor; the hidden states in flight are a hundredth of them."""
+    """Address and bytes of each storage of a live tensor. Hidden states between stages are included, a hundredth of the
+    bytes."""
     gc.collect()
     storages = [t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.device.type == "cpu"]
     return {s.data_ptr(): s.nbytes() for s in storages}

@@ -1,1 +1,1 @@
-"""Speed of our engine against what it replaces. Every figure is a ratio of two commands run in turn."""
+"""Benchmarks of the engine against other programs. A speed is a ratio of two commands that run in turn."""

@@ -141,7 +141,7 @@ _ABLATION = Comparison(
 
 _TORCH_PIPELINE = Comparison(
     name="torch_pipeline",
-    about="pp2 x dp2: our ZeRO-3 against 1F1B of torch.distributed.pipelining over FSDP2, which keeps gathered parameters.",
+    about="pp2 x dp2: our ZeRO-3 against torch.distributed.pipelining's 1F1B over FSDP2 that keeps gathered parameters.",
     ranks=4,
     ours={
         "zero3": Entry((*_PP2, _ZERO3)),

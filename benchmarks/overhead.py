@@ -1,7 +1,7 @@
-"""What a run costs beside its steps: `python -m benchmarks.overhead RUN_DIR`.
+"""Time that a run spends outside of its steps: `python -m benchmarks.overhead RUN_DIR`.
 
-A row of metrics.jsonl says when it was written and how long its step took. What else lies between two rows, where no
-evaluation or checkpoint does, is metrics, logging, health checks and waiting for data.
+A row of metrics.jsonl has the time at which it was written and the duration of its step. The rest of the time between
+two rows is spent on metrics, logging, health checks and waiting for data, if there was no evaluation or checkpoint.
 """
 
 import argparse
@@ -17,10 +17,11 @@ _WARMUP = 3
 
 
 def shares(rows: list[tuple[float, float, bool]]) -> list[float]:
-    """For each step without an evaluation or a checkpoint: the share of the time since the row before that was not it.
+    """Share of the time between two rows that was not the step, for each step without evaluation or checkpoint.
 
     Args:
-        rows: when it was written in Unix seconds, seconds of its step, and whether one of these came between.
+        rows: for each row the Unix time of writing, the seconds of its step, and whether there was an evaluation or a
+            checkpoint.
     """
     return [
         1 - took / (end - before) for (before, *_), (end, took, evaluated) in itertools.pairwise(rows) if not evaluated
@@ -28,7 +29,7 @@ def shares(rows: list[tuple[float, float, bool]]) -> list[float]:
 
 
 def main() -> int:
-    """Prints median and spread."""
+    """Prints the median and the spread."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
     parser.add_argument("run", type=Path, help="a finished run's folder")
     metrics = parser.parse_args().run / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""The picture of a page of results: a bar for each setting of ours, grouped by the peer it is held to."""
+"""The picture of a page of results: a bar for each setting of ours, grouped by the peer that it is compared with."""
 
 import itertools
 from collections.abc import Sequence
@@ -22,10 +22,11 @@ _GREY = "#999999"
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Writes a PNG: ratio of tokens/s with the spread over the turns, a line at the peer's speed, a tick at each goal.
+    """Writes a PNG: ratios of tokens/s with their spread over the turns, a line at the peer's speed, and ticks at goals.
 
     Args:
-        results: with `comparison`, `variant`, `entry`, `ratio`, `spread` and `goal`; those of a comparison together.
+        results: with `comparison`, `variant`, `entry`, `ratio`, `spread` and `goal`. The results of a comparison must be
+            adjacent.
     """
     groups = [(key, list(found)) for key, found in itertools.groupby(results, key=_group)]
     rows = sum(len(found) + 1.6 for _, found in groups)
@@ -67,7 +68,7 @@ def _bar(axes: Axes, result: dict[str, Any], y: float, *, widest: float) -> None
     if goal:
         axes.plot([goal, goal], [y - 0.45, y + 0.45], color="black", linewidth=2.2, solid_capstyle="butt", zorder=4)
     beyond = max(high, goal) + 0.014 * widest
-    # On white, so that the line at 1 does not cross the figures.
+    # A white background, so that the line at 1 does not cross the figures.
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     axes.text(beyond, y, f"{ratio:.2f}", fontsize=8.5, color=_INK, va="center", zorder=5, bbox=box)
 
@@ -105,11 +106,11 @@ def _style(axes: Axes) -> None:
 
 
 def draw_scaling(axes_found: Sequence[dict[str, Any]], path: Path, *, measures: dict[str, str]) -> None:
-    """Writes a PNG: a panel for each axis of `scaling.py`, what was measured and the arithmetic over the first point.
+    """Writes a PNG with a panel for each axis of `scaling.py`: measures and arithmetic, relative to the first point.
 
     Args:
         axes_found: with `label`, `exponents` and `points`, which hold `x`, `flops` and the measures.
-        measures: key of each measure and its name.
+        measures: the title of each measure, by its key.
     """
     columns = min(3, len(axes_found) + 1)
     rows = -(-(len(axes_found) + 1) // columns)
@@ -127,7 +128,7 @@ def draw_scaling(axes_found: Sequence[dict[str, Any]], path: Path, *, measures: 
     panels[-1].text(
         0.5,
         0.1,
-        "each over its first point; numbers: fitted exponents",
+        "relative to the first point; numbers: fitted exponents",
         ha="center",
         fontsize=8,
         color="#555555",
@@ -147,7 +148,7 @@ def _panel(panel: Axes, found: dict[str, Any], measures: dict[str, str]) -> None
         panel.plot(xs, values, style, color=color, linewidth=1.3, markersize=4.5, label=f"{name} ^{exponents[key]:.2f}")
     panel.set_xscale("log", base=2)
     panel.set_yscale("log", base=2)
-    # Room for the exponents, and no drama where nothing grows.
+    # The limits leave room for the exponents, and an axis along which nothing grows looks flat.
     drawn = [point[key] / points[0][key] for point in points for key in ("flops", *measures)]
     panel.set_ylim(min(0.8, min(drawn) / 1.15), max(4.0, max(drawn) * 1.3))
     panel.set_xticks(xs, [str(x) for x in xs])

@@ -1,4 +1,4 @@
-"""One contestant in fresh processes."""
+"""Runs one contestant (our engine or a peer) in fresh processes."""
 
 import json
 import os
@@ -9,26 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-#: As in contestants/common.py, which this process does not import: it needs no torch.
+#: Equal to RESULT of contestants/common.py, which is not imported here because it imports torch.
 RESULT = "RESULT"
 RUN_TIMEOUT_S = 900
 ROOT = Path(__file__).parents[1]
 
 
 class BenchmarkError(Exception):
-    """A contestant failed, or two did not do the same work."""
+    """A contestant failed, or two contestants did not do the same work."""
 
 
 def command_of(contestant: Sequence[str], *, ranks: int) -> list[str]:
     """The command of a contestant: its module, then its arguments."""
     module, *arguments = contestant
-    # Standalone: on a port that is free.
+    # --standalone makes the launcher choose a free port.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [sys.executable, *launcher, "-m", f"benchmarks.contestants.{module}", *arguments]
 
 
 def shown(command: Sequence[str]) -> str:
-    """The command as a reader would type it."""
+    """The command as a user would type it."""
     return shlex.join(["python", *command[1:]])
 
 
@@ -36,7 +36,7 @@ def run(command: list[str], *, device: str) -> dict[str, Any]:
     """Runs a contestant and returns what its rank 0 reports.
 
     Raises:
-        BenchmarkError: it failed, or took too long.
+        BenchmarkError: the contestant failed, or took too long.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if device == "cpu":
@@ -49,7 +49,7 @@ def run(command: list[str], *, device: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired as error:
         raise BenchmarkError(f"no end after {RUN_TIMEOUT_S} s: {shown(command)}") from error
     finally:
-        # On SIGTERM the launcher stops its ranks; SIGKILL would leave them behind.
+        # On SIGTERM the launcher stops its ranks; after SIGKILL the ranks would go on running.
         process.terminate()
         process.wait()
     found = [line for line in output.splitlines() if line.startswith(RESULT)]

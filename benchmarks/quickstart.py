@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from benchmarks.process import ROOT, BenchmarkError
 
-#: With steps enough to be alive when the rank is killed.
+#: Enough steps that the run is alive when the rank is killed.
 _QUICKSTART = ("experiment=quickstart", "train.steps=100000", "train.eval_every=0", "log=wandb_disabled")
 #: Longest wait for a start or an end, in seconds.
 _TIMEOUT_S = 300.0
@@ -80,7 +80,7 @@ def trial(checkout: Path, folder: Path, data: Path) -> dict[str, float]:
 
 
 def _first_row(metrics: Path) -> str:
-    """The first row, or an empty text as long as it is not whole."""
+    """The first row, or an empty string until it is complete."""
     rows = metrics.read_text() if metrics.exists() else ""
     return rows.split("\n", 1)[0] if "\n" in rows else ""
 

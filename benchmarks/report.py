@@ -135,7 +135,7 @@ def _section_lines(name: str, results: list[Result]) -> list[str]:
         f"ours {min(losses):.6f} to {max(losses):.6f}",
         f"- versions: {', '.join(f'{package} {version}' for package, version in first['versions'].items())}",
         f"- hardware: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB{gpus}",
-        f"- load average of the machine in the minute before each run, which may include the previous run: {min(loads)} to {max(loads)}",
+        f"- load average in the minute before each run, the previous run included: {min(loads)} to {max(loads)}",
         f"- date: {first['date']}",
         "",
     ]

@@ -1,7 +1,8 @@
 """Compares our engine with its peers: `python -m benchmarks.run [NAME ...]`.
 
 Ours and the peer run in turn, each in fresh processes, on the same model, first weights, tokens, precision, optimizer
-and threads. Both report the loss of their last step; unless they agree, they did not do the same work.
+and threads. Both report the loss of their last step. If the losses differ, the programs did not do the same work, and
+the comparison fails.
 """
 
 import argparse
@@ -20,14 +21,14 @@ from benchmarks.process import BenchmarkError, command_of, run, shown
 from benchmarks.work import WORKS, make_work
 from stack.errors import ConfigError
 
-#: Relative; bf16 differs by the order of sums.
+#: Relative tolerance; in bf16 the order of sums changes the loss.
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 Turn = dict[str, dict[str, Any]]
 
 
 def main() -> int:
-    """Runs the chosen comparisons; the exit code is 1 when one could not be made."""
+    """Runs the chosen comparisons. The exit code is 1 if one of them failed."""
     args = _arguments()
     results, failed, page = [], 0, None
     for name in args.names or COMPARISONS:
@@ -50,12 +51,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: {' '.join(COMPARISONS)}")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each contestant")
     parser.add_argument("--steps", type=int, default=12, help="measured optimizer steps of a turn")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them, discarded")
+    parser.add_argument("--warmup", type=int, default=3, help="optimizer steps before the measured ones")
     parser.add_argument("--work", default="small", help=f"one of {', '.join(WORKS)}")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="of the work, e.g. seq_len=512")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="overrides of the work, e.g. seq_len=512")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--compile", action="store_true", help="decoder layers of both, in every comparison")
-    parser.add_argument("--ranks", type=int, help="other than the comparison's, for those without a pipeline")
+    parser.add_argument("--compile", action="store_true", help="compile ours and the peer in every comparison")
+    parser.add_argument("--ranks", type=int, help="instead of the comparison's ranks, if it has no pipeline")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the results")
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in COMPARISONS]:
@@ -70,7 +71,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _compare(comparison: Comparison, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A result for each setting of ours."""
+    """Runs all turns of a comparison. Returns a result for each setting of ours."""
     work, variant = make_work(args.work, args.set), _variant(args)
     contestants = {"peer": comparison.peer, **{name: ("ours", *e.arguments) for name, e in comparison.ours.items()}}
     commands = {name: _command(comparison, contestant, args) for name, contestant in contestants.items()}
@@ -97,7 +98,7 @@ def _compare(comparison: Comparison, args: argparse.Namespace) -> list[dict[str,
 
 
 def _variant(args: argparse.Namespace) -> str:
-    """What tells these results from those of the defaults."""
+    """The options that differ from the defaults, for the names of results."""
     words = [args.work] if args.work != "small" else []
     words += args.set + (["compiled"] if args.compile else []) + ([args.device] if args.device != "cpu" else [])
     words += [f"{args.ranks} ranks"] if args.ranks else []
@@ -125,11 +126,11 @@ def _turn(commands: dict[str, list[str]], args: argparse.Namespace, *, title: st
     """Runs every contestant once, the peer first.
 
     Raises:
-        BenchmarkError: they did not do the same work.
+        BenchmarkError: a contestant failed, or two contestants did not do the same work.
     """
     turn: Turn = {}
     for name, command in commands.items():
-        # Tells a reader whether the machine was busy with something else.
+        # The load average shows whether the machine was busy with something else.
         load = round(os.getloadavg()[0], 2)
         turn[name] = {**run(command, device=args.device), "load_before": load}
         speed, loss, peer = turn[name]["tokens_per_s"], turn[name]["loss"], turn["peer"]

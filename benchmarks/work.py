@@ -1,4 +1,4 @@
-"""What all contestants do: a named amount of work, and overrides of it. No torch: the harness reads it too."""
+"""The work that all contestants do: named models and batches, and overrides of them. Does not import torch."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from stack.errors import ConfigError
 from stack.plan.shape import ModelShape, model_shape
 
 _CHOICES = {"dtype": ("fp32", "bf16"), "checkpoint": ("none", "full")}
-#: Overrides of this beginning are fields of the model.
+#: Overrides with this prefix are fields of the model.
 _SHAPE = "shape."
 
 
@@ -21,12 +21,13 @@ _SHAPE = "shape."
 class Work:
     """A Llama, and the tokens that a replica sees in one optimizer step.
 
-    shape: fields of LlamaConfig; its context is `seq_len` and its tie is `tied`.
+    shape: fields of LlamaConfig, except the context length (`seq_len`) and the tied embeddings (`tied`).
     seq_len: tokens in a sequence.
     micro_size: sequences in a microbatch.
-    microbatches: of a replica, in a step.
-    dtype: fp32 or bf16, of the compute; masters, sums and optimizer are fp32.
-    checkpoint: of activations; none or full.
+    microbatches: microbatches of a replica in a step.
+    dtype: of the computation, fp32 or bf16; master weights, gradient sums and optimizer state are fp32.
+    checkpoint: activation checkpointing, none or full.
+    tied: whether the input and output embeddings are one parameter.
     """
 
     shape: Mapping[str, Any] = field(default_factory=dict)
@@ -39,7 +40,7 @@ class Work:
 
     @property
     def llama(self) -> dict[str, Any]:
-        """All fields of LlamaConfig that are not the class's own."""
+        """All fields of LlamaConfig that differ from its defaults."""
         return {**self.shape, "max_position_embeddings": self.seq_len, "tie_word_embeddings": self.tied}
 
     @property
@@ -52,7 +53,7 @@ class Work:
         return model_shape(Model(name="llama", config=self.llama))
 
     def tokens(self, replicas: int) -> int:
-        """Targets in one optimizer step."""
+        """Target tokens in one optimizer step."""
         return replicas * self.microbatches * self.micro_size * self.seq_len
 
     def flops(self, replicas: int) -> float:
@@ -101,7 +102,7 @@ def make_work(name: str, settings: Sequence[str] = ()) -> Work:
     """The named work with single fields overridden, e.g. `seq_len=512` or `shape.num_hidden_layers=4`.
 
     Raises:
-        ConfigError: no such work or field, or a value of another type; the message is one line.
+        ConfigError: there is no such work or field, or the value has another type; the message is one line.
     """
     if name not in WORKS:
         raise ConfigError(f"work={name}: must be one of {', '.join(WORKS)}")
@@ -118,7 +119,7 @@ def make_work(name: str, settings: Sequence[str] = ()) -> Work:
 
 
 def split_setting(setting: str) -> tuple[str, Any]:
-    """`key=value` as the key and the value that YAML reads.
+    """Splits `key=value`; the value is parsed as YAML.
 
     Raises:
         ConfigError: there is no `=`, or the value is not YAML.
@@ -133,10 +134,10 @@ def split_setting(setting: str) -> tuple[str, Any]:
 
 
 def apply_settings(tree: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """`tree` (a config as nested dicts) with dotted keys set in it; what they may be is for the schema to judge.
+    """Sets dotted keys in `tree` (a config as nested dicts). The values are checked later, against the schema.
 
     Raises:
-        ConfigError: a key leads through something that is no section.
+        ConfigError: a key has a part that is not a section.
     """
     for key, value in map(split_setting, settings):
         *path, last = key.split(".")

@@ -34,7 +34,8 @@ class Comparison:
 
 _PP1 = ("parallel.pipeline=1",)
 _PP2 = ("parallel.pipeline=2",)
-#: The PipelineEngine's split of the small model. Our planner chooses another split with the same cost.
+#: The PipelineEngine's split of the small model, set for ours because both must have the same split. Our planner would
+#: choose another split with the same cost.
 _PP4 = ("parallel.pipeline=4", "parallel.split=[0,3,5,7]")
 _ZERO1, _ZERO2, _ZERO3 = (f"parallel.zero={stage}" for stage in (1, 2, 3))
 _REDUCE, _GATHER = "parallel.reduce=microbatch", "parallel.gather=microbatch"
@@ -141,7 +142,7 @@ _ABLATION = Comparison(
 
 _TORCH_PIPELINE = Comparison(
     name="torch_pipeline",
-    about="pp2 x dp2: our ZeRO-3 against torch.distributed.pipelining's 1F1B over FSDP2 that keeps gathered parameters.",
+    about="pp2 x dp2: our ZeRO-3 against 1F1B of torch's pipelining over FSDP2, which keeps gathered parameters.",
     ranks=4,
     ours={
         "zero3": Entry((*_PP2, _ZERO3)),

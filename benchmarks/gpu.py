@@ -73,7 +73,9 @@ def main() -> int:
     """Runs the chosen parts. The exit code is 2 without a GPU, 1 when a job failed."""
     args = _arguments()
     if args.device == "cuda" and (not local_devices() or shutil.which("nvidia-smi") is None):
-        print("benchmarks.gpu needs one NVIDIA GPU with its driver; --device cpu --work tiny tries a CPU", file=sys.stderr)
+        print(
+            "benchmarks.gpu needs one NVIDIA GPU with its driver; --device cpu --work tiny tries a CPU", file=sys.stderr
+        )
         return 2
     suite = Suite(args)
     for job in jobs(args):

@@ -22,11 +22,11 @@ _GREY = "#999999"
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Writes a PNG: ratios of tokens/s with their spread over the turns, a line at the peer's speed, and ticks at goals.
+    """Writes a PNG: ratios of tokens/s with their spread over the turns, a line at the peer's speed, ticks at goals.
 
     Args:
-        results: with `comparison`, `variant`, `entry`, `ratio`, `spread` and `goal`. The results of a comparison must be
-            adjacent.
+        results: with `comparison`, `variant`, `entry`, `ratio`, `spread` and `goal`; results of one comparison
+            must be adjacent.
     """
     groups = [(key, list(found)) for key, found in itertools.groupby(results, key=_group)]
     rows = sum(len(found) + 1.6 for _, found in groups)

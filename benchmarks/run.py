@@ -53,7 +53,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12, help="measured optimizer steps of a turn")
     parser.add_argument("--warmup", type=int, default=3, help="optimizer steps before the measured ones")
     parser.add_argument("--work", default="small", help=f"one of {', '.join(WORKS)}")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="overrides of the work, e.g. seq_len=512")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="overrides of the work, e.g. seq_len=512"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile", action="store_true", help="compile ours and the peer in every comparison")
     parser.add_argument("--ranks", type=int, help="instead of the comparison's ranks, if it has no pipeline")

@@ -1,4 +1,4 @@
-"""What every contestant shares: model, first weights, batches, optimizer, process group, clock."""
+"""Shared by all contestants: model, first weights, batches, optimizer, process group and clock."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ from stack.parallel.mesh import local_device
 from stack.plan.layout import make_plan
 
 GRAD_CLIP = 1.0
-#: One group of parameters, as in DeepSpeed's examples; a weight decay of 0 makes that equal to our two groups.
+#: A weight decay of 0 makes one group of parameters, as in DeepSpeed's examples, equal to our two groups.
 ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0}
 TIMEOUT = timedelta(seconds=300)
 #: First word of the line in which rank 0 hands the harness its result.
@@ -40,16 +40,16 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--work", default="small", help="name of the work, see benchmarks/work.py")
     arguments.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="overrides of the work")
     arguments.add_argument("--steps", type=int, default=12, help="measured optimizer steps")
-    arguments.add_argument("--warmup", type=int, default=3, help="steps before them, discarded")
+    arguments.add_argument("--warmup", type=int, default=3, help="optimizer steps before the measured ones")
     return arguments
 
 
 def start(arguments: argparse.ArgumentParser) -> argparse.Namespace:
-    """Joins the process group, on a CPU with one thread. Peers too do without the shared-memory op that DeepSpeed
-    compiles: only its all-reduce for inference would use it.
+    """Joins the process group and sets the number of threads, one on a CPU. No contestant compiles DeepSpeed's
+    shared-memory operator, since only DeepSpeed's all-reduce for inference would use it.
 
     Returns:
-        The command line; `work` is the Work, and `rss_before_mib` the resident memory before there is a model.
+        The command line. Its `work` is the Work, and `rss_before_mib` is the resident memory before the model is built.
     """
     args = arguments.parse_args()
     args.work = make_work(args.work, args.set)
@@ -62,10 +62,10 @@ def start(arguments: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def config(work: Work, replicas: int, **parallel: Any) -> Config:
-    """The run in our own terms; `parallel` are fields of that section."""
+    """Our config for the work; `parallel` has fields of the section of that name."""
     cfg = Config()
     cfg.model.config = work.llama
-    # There is no text: the planner would hold the vocabulary to a BPE's.
+    # The batches need no tokenizer. With `bpe` the planner would compare data.vocab_size with the model's vocabulary.
     cfg.data.seq_len, cfg.data.tokenizer = work.seq_len, "synthetic"
     cfg.batch.micro_size, cfg.batch.global_size = work.micro_size, work.micro_size * work.microbatches * replicas
     cfg.precision.dtype, cfg.activation.checkpoint = work.dtype, work.checkpoint
@@ -80,14 +80,14 @@ def whole_model(work: Work) -> LlamaForCausalLM:
     """The Hugging Face model on this rank's device, in the dtype of the work, with the weights that every layout of
     ours starts from."""
     cfg = config(work, replicas=1, pipeline=1, zero=0)
-    # Ours may put a loss of its own in the place of the head's forward: peers have the class's.
+    # `stack` may replace the forward of the head by its chunked loss; the peers need the model class's own forward.
     cfg.kernels.loss = "logits"
     [stage] = build_stages(cfg, make_plan(cfg, 1), 0, device=local_device())
     return stage.model
 
 
 def peer_config(work: Work, zero_optimization: dict[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed config as its documentation writes it, with torch's fused AdamW as ours has it."""
+    """A DeepSpeed config as in DeepSpeed's documentation, but with torch's fused AdamW, which ours has too."""
     return {
         "train_micro_batch_size_per_gpu": work.micro_size,
         "gradient_accumulation_steps": work.microbatches,
@@ -99,14 +99,14 @@ def peer_config(work: Work, zero_optimization: dict[str, Any]) -> dict[str, Any]
 
 
 def bucket(work: Work) -> int:
-    """Elements of a DeepSpeed bucket: the whole model where that is smaller than DeepSpeed's own default."""
+    """Elements of a DeepSpeed bucket: DeepSpeed's default, or the whole model if that is smaller."""
     return int(min(5e8, max(1e7, work.arithmetic.total_params)))
 
 
 def replica_batch(work: Work, step: int, *, replica: int, replicas: int) -> Batch:
     """A replica's part of the global batch of a step: a pure function of the step.
 
-    Small ids are far more frequent, so that the loss falls from the first step on and wrong updates show in it.
+    Small ids are far more frequent than large ones, so the loss falls from the first step on and shows wrong updates.
     """
     shape = (replicas, work.microbatches, work.micro_size, work.seq_len + 1)
     uniform = np.random.default_rng([11, step]).random((int(np.prod(shape[:3])), shape[3]))
@@ -121,7 +121,7 @@ def replica_batch(work: Work, step: int, *, replica: int, replicas: int) -> Batc
 
 
 def on_device(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels, int64 [microbatches, micro_size, seq_len]."""
+    """Token ids and labels on the device, both int64 [microbatches, micro_size, seq_len]."""
     device = local_device()
     return torch.from_numpy(batch.input_ids).to(device), torch.from_numpy(batch.labels).to(device)
 
@@ -135,18 +135,18 @@ class Clock:
         self._cpu_seconds: list[float] = []
 
     def begin(self) -> None:
-        """The batch is there and the step begins."""
+        """Starts the clock of a step whose batch is ready."""
         _synchronize()
         self._began = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
-        """The step has ended."""
+        """Records the time since `begin`."""
         _synchronize()
         self._seconds.append(time.perf_counter() - self._began[0])
         self._cpu_seconds.append(time.process_time() - self._began[1])
 
     def lap(self) -> None:
-        """A step's result was read while the next step may be running: it took the time since the one before."""
+        """Records the time since the last result was read. For steps that overlap: the next step may already run."""
         wall, cpu = time.perf_counter(), time.process_time()
         self._seconds.append(wall - self._began[0])
         self._cpu_seconds.append(cpu - self._began[1])
@@ -168,7 +168,7 @@ class Clock:
         result = {
             "tokens_per_s": args.work.tokens(replicas) / median,
             "step_s": median,
-            # Of all ranks together; other processes on the machine change it little.
+            # Sum over the ranks. Other processes on the machine change CPU time little.
             "cpu_s_per_step": sum(cpu_seconds),
             "peak_mib": [round(peak) for peak in peaks],
             "rss_before_mib": [round(mib) for mib in before],
@@ -205,14 +205,14 @@ def measure(
 
 
 def leave() -> NoReturn:
-    """Ends the groups and the process, without the interpreter's farewell as in `stack.train`. Collective."""
+    """Ends the groups and the process. Skips the interpreter's shutdown, as `stack.train` does. Collective."""
     zero.close()
     sys.stdout.flush()
     os._exit(0)
 
 
 def _peak_mib() -> float:
-    """Peak of this rank: memory of tensors on the GPU, or resident memory on a CPU."""
+    """Peak memory of this rank: of tensors on the GPU, or resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

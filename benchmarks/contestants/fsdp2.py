@@ -23,7 +23,7 @@ def main() -> None:
     )
     args = common.start(arguments)
     world_size = dist.get_world_size()
-    # FSDP2 keeps the masters: its parameters are fp32, and the policy casts what it gathers.
+    # FSDP2's parameters are the fp32 masters; the policy casts them when they are gathered.
     model = common.whole_model(args.work).float()
     if args.work.checkpoint == "full":
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -43,7 +43,7 @@ def main() -> None:
         losses = []
         last = args.work.microbatches - 1
         for index, (input_ids, labels) in enumerate(zip(*common.on_device(batch), strict=True)):
-            # Gradients are summed without communication, and reduced in the last backward.
+            # Gradients are summed without communication and reduced in the last backward of the step.
             model.set_requires_gradient_sync(index == last)
             model.set_is_last_backward(index == last)
             loss = model(input_ids=input_ids, labels=labels, shift_labels=labels).loss
@@ -58,18 +58,18 @@ def main() -> None:
 
 
 def shard(root: torch.nn.Module, layers: torch.nn.ModuleList, work: Work, *, mesh: DeviceMesh, reshard: bool) -> None:
-    """Shards the layers and then what is left in the root over `mesh`, computing in the dtype of the work."""
+    """Shards each layer, then the other parameters of the root, over `mesh`. Computes in the dtype of the work."""
     policy = MixedPrecisionPolicy()
     if work.dtype == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    # What is left is needed again at once, when the backward begins.
+    # The backward begins with the parameters of the root, so freeing them after the forward would gather them twice.
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 def adamw(parameters: Iterable[torch.Tensor]) -> torch.optim.AdamW:
-    """The optimizer of every contestant."""
+    """AdamW with the settings that all contestants share."""
     given = common.ADAMW
     return torch.optim.AdamW(
         parameters,

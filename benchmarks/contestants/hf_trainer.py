@@ -30,8 +30,8 @@ _ZERO3 = {
 class Sequences(Dataset):
     """All sequences of the run, in the order in which the Trainer deals them out.
 
-    A batch of `micro_size` sequences goes to each rank in turn, so that a step is microbatch by microbatch, and a
-    microbatch replica by replica.
+    The Trainer gives `micro_size` sequences to each rank in turn. The sequences of a step are therefore ordered by
+    microbatch, and those of a microbatch by replica.
     """
 
     def __init__(self, work: Work, *, steps: int, replicas: int):
@@ -51,7 +51,8 @@ class Sequences(Dataset):
             self._kept = (step, batches)
         batch = self._kept[1][replica]
         labels = torch.from_numpy(batch.labels[microbatch, sequence])
-        # Ours are shifted already. The Trainer counts targets in `shift_labels`; `labels` has it ask for a loss.
+        # The labels are already shifted. The Trainer counts the targets in `shift_labels`, and asks the model for a loss
+        # only if there are `labels`.
         return {
             "input_ids": torch.from_numpy(batch.input_ids[microbatch, sequence]),
             "labels": labels,
@@ -60,7 +61,7 @@ class Sequences(Dataset):
 
 
 class Timing(TrainerCallback):
-    """Times each step as the others are timed: the Trainer has fetched the batches when a step begins."""
+    """Times the same interval as for other contestants: the Trainer fetches the batches before a step begins."""
 
     def __init__(self, clock: common.Clock):
         self._clock = clock
@@ -73,7 +74,7 @@ class Timing(TrainerCallback):
 
 
 class LossKeeper(Trainer):
-    """The Trainer, keeping the losses of a step's microbatches."""
+    """A Trainer that keeps the losses of a step's microbatches."""
 
     def __init__(self, **given: Any):
         super().__init__(**given)
@@ -89,18 +90,18 @@ def main() -> None:
     """Entry of a rank."""
     arguments = common.parser()
     arguments.add_argument("--compile", action="store_true", help="the model through torch.compile")
-    # What the Trainer fills in follows from the hidden size: on a small model many small buckets.
+    # The Trainer derives `auto` sizes from the hidden size, which gives many small buckets for a small model.
     arguments.add_argument("--tuned", action="store_true", help="the ZeRO-3 settings of the plain loop")
-    arguments.add_argument("--show-config", action="store_true", help="print the DeepSpeed config that came of it")
-    # Accelerate starts the process group through DeepSpeed only where there is none. It takes ours, which also keeps
-    # DeepSpeed from compiling an op; it finds the backend itself and must come to the same one.
+    arguments.add_argument("--show-config", action="store_true", help="print the resulting DeepSpeed config")
+    # Accelerate uses an existing process group and would otherwise start one through DeepSpeed, which would compile an
+    # operator. Accelerate chooses the backend itself; it must be the backend of the existing group.
     args = common.start(arguments)
     world_size, work = dist.get_world_size(), args.work
     clock = common.Clock(args)
-    # Before the arguments: they announce ZeRO-3 to transformers, which from then on shards models that it makes, and
-    # would draw other first weights.
+    # The model is built before TrainingArguments: these announce ZeRO-3 to transformers, which would then shard the
+    # model while building it and draw other first weights.
     model = common.whole_model(work)
-    # Nothing is saved there.
+    # The Trainer needs an output folder but saves nothing.
     with tempfile.TemporaryDirectory() as folder:
         trainer = LossKeeper(
             model=model,
@@ -111,7 +112,7 @@ def main() -> None:
         trainer.train()
     if args.show_config and dist.get_rank() == 0:
         print(json.dumps(trainer.accelerator.state.deepspeed_plugin.deepspeed_config, indent=2, default=str))
-    # Each is its part of the replica's mean over all its targets.
+    # Each loss is the microbatch's part of the replica's mean over all targets, so the sum is that mean.
     clock.report(float(torch.stack(trainer.losses).sum()), replicas=world_size, split=[0])
     common.leave()
 
@@ -135,23 +136,24 @@ def _training_arguments(args: argparse.Namespace, folder: str) -> TrainingArgume
         lr_scheduler_type="constant",
         warmup_steps=0,
         train_sampling_strategy="sequential",
-        # It would take out `shift_labels`, which the model's forward has in its keywords only, and shift once more.
+        # The Trainer would remove `shift_labels`, since the model's forward takes it only through **kwargs. The model
+        # would then shift the labels a second time.
         remove_unused_columns=False,
         gradient_checkpointing=work.checkpoint == "full",
         torch_compile=args.compile,
-        # Nothing but training in the step.
+        # Progress bar, logging and saving would add time to the steps.
         disable_tqdm=True,
         logging_strategy="no",
         save_strategy="no",
         report_to=[],
-        # On pinned memory a batch goes to the GPU while the one before is at work.
+        # From pinned memory a batch is copied to the GPU while the GPU works on the batch before.
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 
 
 def _deepspeed(work: Work, *, tuned: bool) -> dict[str, Any]:
-    """The ZeRO-3 example of transformers' documentation: what it leaves open, the Trainer fills in. The optimizer is
-    torch's fused AdamW, as in ours; DeepSpeed's own would compile an op."""
+    """The ZeRO-3 example of transformers' documentation; the Trainer fills in the `auto` values. The optimizer is
+    torch's fused AdamW, as in ours, because DeepSpeed's AdamW would compile an operator."""
     return {
         "bf16": {"enabled": "auto"},
         "optimizer": {

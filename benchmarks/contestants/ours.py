@@ -28,13 +28,13 @@ def main() -> None:
     engine = Engine(cfg, plan, mesh)
     clock = common.Clock(args)
     loss = _train(engine, args, cfg, mesh, clock)
-    # Already of the global batch.
+    # The engine's loss is already the mean over the global batch.
     clock.report(loss, replicas=mesh.replicas, split=list(plan.first_layers))
     common.leave()
 
 
 def _train(engine: Engine, args: argparse.Namespace, cfg: Config, mesh: Mesh, clock: common.Clock) -> float:
-    """All steps as the training loop starts and reads them; returns the loss of the last one."""
+    """Runs all steps in the way of the training loop. Returns the loss of the last step."""
     steps = range(args.warmup + args.steps)
 
     def load(step: int) -> DeviceBatch:
@@ -55,7 +55,7 @@ def _train(engine: Engine, args: argparse.Namespace, cfg: Config, mesh: Mesh, cl
 
 
 def _config(args: argparse.Namespace, world_size: int) -> Config:
-    """The work on one rank, then the keys of the command line, then as many replicas as there are ranks for."""
+    """Our config: the work for one replica, the keys of the command line, then the global batch of all replicas."""
     base = common.config(args.work, replicas=1, pipeline=1)
     cfg = to_config(apply_settings(asdict(base), args.cfg))
     cfg.batch.global_size *= world_size // cfg.parallel.pipeline

@@ -25,20 +25,20 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder layer; it keeps its positions, since only hidden states are passed between layers."""
+    """A decoder layer with its own copy of the positions, since only hidden states are passed between layers."""
 
     def __init__(self, layer: nn.Module, rotary: nn.Module, seq_len: int):
         super().__init__()
         self.layer = layer
         weight = next(layer.parameters())
         positions = torch.arange(seq_len, device=weight.device)[None]
-        # In the dtype of the weights, as the model's own forward has it.
+        # The rotary tables have the dtype of the weights, as in the model's own forward.
         cos, sin = rotary(weight, positions)
         for name, value in (("positions", positions), ("cos", cos), ("sin", sin)):
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        # No mask: sdpa's kernel knows causality by itself.
+        # Without a mask, scaled_dot_product_attention uses its causal kernel.
         return self.layer(
             hidden,
             attention_mask=None,
@@ -66,7 +66,7 @@ def main() -> None:
     arguments.add_argument("--compile", action="store_true", help="decoder layers through torch.compile")
     args = common.start(arguments)
     if args.work.tied:
-        arguments.error("tied embeddings are not written for this peer; use --set tied=false")
+        arguments.error("this peer does not support tied embeddings; use --set tied=false")
     model = common.whole_model(args.work)
     if args.compile:
         for layer in model.model.layers:
@@ -104,7 +104,7 @@ def _pipeline_module(model: LlamaForCausalLM, work: Work, *, stages: int) -> Pip
         layers=layers,
         num_stages=stages,
         loss_fn=lambda logits, labels: F.cross_entropy(logits.float().flatten(0, -2), labels.flatten()),
-        # The head costs about a layer: with it counted as one, the stages are those of our planner.
+        # The head costs about as much as a layer. Counting the head as a layer gives the split of our planner.
         partition_method="type:Decoder|Head",
         activation_checkpoint_interval=1 if work.checkpoint == "full" else 0,
         checkpointable_layers=["Decoder"],

@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def zero3(work: Work, *, persistence: int) -> dict[str, Any]:
-    """The example of DeepSpeed's ZeRO tutorial, with buckets that hold a whole small model."""
+    """The example of DeepSpeed's ZeRO tutorial, with buckets large enough for a whole small model."""
     return {
         "stage": 3,
         "contiguous_gradients": True,

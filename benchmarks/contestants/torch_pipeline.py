@@ -1,5 +1,5 @@
-"""Peer: `torch.distributed.pipelining` with 1F1B, and FSDP2 over the data group of each stage, as torchtitan joins
-them."""
+"""Peer: `torch.distributed.pipelining` with 1F1B, and FSDP2 over the data group of each stage, as torchtitan
+combines them."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from stack.plan.layout import make_plan
 
 
 class Part(nn.Module):
-    """A stage of the Hugging Face model: its decoder layers, on the first the embedding, on the last norm and head.
+    """A stage of the Hugging Face model: decoder layers, in the first stage the embedding, in the last norm and head.
 
     forward(x): int64 ids [micro_size, seq_len] or hidden states [micro_size, seq_len, hidden].
     Returns hidden states, or logits [micro_size, seq_len, vocab].
@@ -42,7 +42,7 @@ class Part(nn.Module):
         hidden = x if self.embedding is None else self.embedding(x)
         tables = self.rotary(hidden, positions)
         for layer in self.layers:
-            # No mask: sdpa's kernel knows causality by itself.
+            # Without a mask, scaled_dot_product_attention uses its causal kernel.
             hidden = layer(
                 hidden, attention_mask=None, position_ids=positions, position_embeddings=tables, use_cache=False
             )
@@ -54,14 +54,14 @@ def main() -> None:
     arguments = common.parser()
     arguments.add_argument("--stages", type=int, default=2)
     arguments.add_argument("--compile", action="store_true", help="each decoder layer through torch.compile")
-    # A pipeline runs a layer many times a step; torchtitan's default keeps what is gathered for all of them.
+    # A pipeline runs each layer once for every microbatch. By default torchtitan gathers parameters once for a step.
     arguments.add_argument("--reshard", action="store_true", help="free parameters after the forward of a layer")
     args = common.start(arguments)
     if args.work.tied:
-        arguments.error("pipelining has no tied embeddings; use --set tied=false")
+        arguments.error("torch.distributed.pipelining does not support tied embeddings; use --set tied=false")
     replicas = dist.get_world_size() // args.stages
     mesh = init_device_mesh(local_device().type, (args.stages, replicas), mesh_dim_names=("pipe", "data"))
-    # The planner's cut, as ours has it.
+    # The split is that of our planner.
     plan = make_plan(common.config(args.work, replicas, pipeline=args.stages, zero=1), dist.get_world_size())
     index = mesh["pipe"].get_local_rank()
     layers = plan.layers_of(index)
@@ -88,7 +88,7 @@ def main() -> None:
         _clip(list(part.parameters()), mesh["pipe"])
         optimizer.step()
         optimizer.zero_grad()
-        # Other stages know no loss; the mean over all ranks comes out right.
+        # Only the last stage has a loss. Multiplied by the stages, its mean over all ranks is the mean over replicas.
         return torch.stack(losses).mean().detach() * args.stages if losses else torch.zeros(())
 
     common.measure(

@@ -51,7 +51,7 @@ class Sequences(Dataset):
             self._kept = (step, batches)
         batch = self._kept[1][replica]
         labels = torch.from_numpy(batch.labels[microbatch, sequence])
-        # The labels are already shifted. The Trainer counts the targets in `shift_labels`, and asks the model for a loss
+        # The labels are already shifted. The Trainer counts the targets in `shift_labels`, and asks for a loss
         # only if there are `labels`.
         return {
             "input_ids": torch.from_numpy(batch.input_ids[microbatch, sequence]),

@@ -74,7 +74,8 @@ def main() -> int:
     args = _arguments()
     if args.device == "cuda" and (not local_devices() or shutil.which("nvidia-smi") is None):
         print(
-            "benchmarks.gpu needs one NVIDIA GPU with its driver; --device cpu --work tiny tries a CPU", file=sys.stderr
+            "benchmarks.gpu needs one NVIDIA GPU with its driver; --device cpu --work tiny tries it on a CPU",
+            file=sys.stderr,
         )
         return 2
     suite = Suite(args)

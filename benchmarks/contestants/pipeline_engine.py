@@ -38,7 +38,7 @@ class Decoder(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        # Without a mask, scaled_dot_product_attention uses its causal kernel.
+        # Without a mask, transformers asks sdpa for causal attention.
         return self.layer(
             hidden,
             attention_mask=None,

@@ -42,7 +42,7 @@ class Part(nn.Module):
         hidden = x if self.embedding is None else self.embedding(x)
         tables = self.rotary(hidden, positions)
         for layer in self.layers:
-            # Without a mask, scaled_dot_product_attention uses its causal kernel.
+            # Without a mask, transformers asks sdpa for causal attention.
             hidden = layer(
                 hidden, attention_mask=None, position_ids=positions, position_embeddings=tables, use_cache=False
             )

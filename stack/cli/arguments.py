@@ -92,4 +92,4 @@ def _hint(run: "RunDir", verb: str, rest: Sequence[str]) -> str:
         return f"; did you mean {shlex.join(['stack', verb, str(meant), *rest])}?"
     if verb != "eval" and (run.path / "config.json").is_file():
         return "; it is a model folder; to train it: stack train experiment=finetune model.name=FOLDER"
-    return "; stack train prints the path of its run directory on its first line"
+    return "; stack ls lists the run directories"

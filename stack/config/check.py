@@ -218,7 +218,8 @@ def _pretrained_rules(config: Config) -> None:
     if model.init == "scratch":
         return
     if model.name in FAMILIES:
-        why = f"model.name={model.name} is a family, and has no weights; give it a model folder, or use scratch"
+        where = f"./{model.name} for the folder" if Path(model.name).is_dir() else "a model folder"
+        why = f"model.name={model.name} is a family, and has no weights; give it {where}, or use scratch"
         refuse("model.init", model.init, why)
     fields = base_fields(model.name)
     if "quantization_config" in fields:

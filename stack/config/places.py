@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from stack.config.families import FAMILIES
 from stack.config.schema import Config
 from stack.errors import ConfigError
 
@@ -12,7 +13,7 @@ def settled(cfg: Config) -> Config:
     """The config with absolute paths, as it is saved with a run, so that the run can be resumed from another folder.
 
     A value that may be either a path or a name (`model.name`, `data.name`, `data.tokenizer`) is a path if it names an
-    existing folder.
+    existing folder. The name of a model family is always the family: `./llama` is the folder.
 
     Raises:
         ConfigError: a path is empty or begins with an unknown `~user`.
@@ -20,7 +21,7 @@ def settled(cfg: Config) -> Config:
     return replace(
         cfg,
         run=replace(cfg.run, root=absolute("run.root", cfg.run.root)),
-        model=replace(cfg.model, name=_folder("model.name", cfg.model.name)),
+        model=replace(cfg.model, name=name if (name := cfg.model.name) in FAMILIES else _folder("model.name", name)),
         data=replace(
             cfg.data,
             root=absolute("data.root", cfg.data.root),

@@ -166,7 +166,9 @@ def _close(cfg: Config, run: RunDir, console: Console, failure: Failure | None) 
         where = f"\nlog: {run.launcher_log(failure.host)}"
     elif failure.type == "Interrupted" and run.trains:
         kept = manifest.steps(manifest.root_of(cfg.checkpoint.path, run.path))
-        where = f"\nto go on from step {kept[-1]}: {run.resume_command}" if kept else ""
+        where = (
+            f"\nto go on from step {kept[-1]}: {run.resume_command}" if kept else f"; nothing was saved in {run.path}"
+        )
     first_line = failure.message.strip().splitlines()[0]
     # The same Ctrl-C may have ended the reader of the output.
     with contextlib.suppress(OSError):

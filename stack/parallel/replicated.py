@@ -16,10 +16,7 @@ from stack.parallel.norm import clip, global_norm
 from stack.parallel.optimizer import make_optimizer, skip_unless_finite
 from stack.parallel.parts import Part
 from stack.parallel.rank_engine import RankEngine
-from stack.plan.policies import MASTER
-
-#: Most bytes of gradients that one collective reduces, except of a single larger gradient.
-_BUCKET_BYTES = 64 << 20
+from stack.plan.policies import MASTER, REPLICATED_BUCKET_BYTES
 
 
 class ReplicatedEngine(RankEngine):
@@ -162,7 +159,9 @@ def average(gradients: list[torch.Tensor], group: dist.ProcessGroup) -> None:
         gradients: of any shapes; those of each dtype in the same order on every rank.
         group: the ranks to average over.
     """
-    for bucket in _take_tensors(gradients, _BUCKET_BYTES):
+    if dist.get_world_size(group) == 1:
+        return
+    for bucket in _take_tensors(gradients, REPLICATED_BUCKET_BYTES):
         # A tensor that is alone in its bucket is not copied.
         flat = _flatten_dense_tensors(bucket)
         dist.all_reduce(flat, group=group)

@@ -16,6 +16,7 @@ from stack.config.kernels import loss_kernel
 from stack.config.schema import Config
 from stack.plan.activations import FP32, WIDTH, LayerActivations, layer_activations
 from stack.plan.layout import Plan
+from stack.plan.policies import REPLICATED_BUCKET_BYTES
 
 #: Tokens in a chunk of the chunked loss on a GPU, as in stack/models/loss.py.
 _CHUNK_TOKENS = 1024
@@ -175,18 +176,20 @@ def _offloaded(cfg: Config, found: dict[str, Any], shard: int, largest: int) -> 
 def _bucket(cfg: Config, plan: Plan, whole: int) -> dict[str, int]:
     """Bytes of the buffers for gradient reduction: the fields `bucket`, `reducing` and `within` of `RankMemory`.
 
-    ZeRO-3 keeps the bucket, moves gradients into it, and reduces a copy of it into a shard. ZeRO-1 and 2 allocate the
-    bucket and a copy of it for the reduction. With overlap they allocate two buckets, of which one is reduced while the
-    backward fills the other. A bucket that holds all gradients is reduced only after the backward has ended.
+    ZeRO-0 reduces copies of its gradients. ZeRO-3 keeps the bucket, moves gradients into it, and reduces a copy of it
+    into a shard. ZeRO-1 and 2 allocate the bucket and a copy of it for the reduction. With overlap they allocate two
+    buckets, of which one is reduced while the backward fills the other. A bucket that holds all gradients is reduced
+    only after the backward has ended.
 
     Args:
         cfg: config of the run.
         plan: its layout.
         whole: bytes of the whole gradients if they are reduced at the end of the step; 0 if each backward reduces.
     """
-    if plan.zero == 0:
-        return {"bucket": 0, "reducing": 0, "within": 0}
     largest = plan.largest_rank_params
+    if plan.zero == 0:
+        copied = min(REPLICATED_BUCKET_BYTES, largest * FP32) if plan.replicas > 1 else 0
+        return {"bucket": 0, "reducing": copied, "within": 0}
     # The estimate is for a GPU, which has streams.
     zero = ds_config(cfg, replicas=plan.replicas, rank_params=largest, streams=True)["zero_optimization"]
     size, one = zero["reduce_bucket_size"] * FP32, zero["reduce_bucket_size"] >= largest

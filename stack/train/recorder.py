@@ -39,7 +39,7 @@ class Recorder:
             launched: this rank's place.
             screen: stream for lines for the user, or None where a driver shows metrics.jsonl.
         """
-        self._run, self._plan, self._engine = run, plan, engine
+        self._run, self._plan, self._engine, self._name = run, plan, engine, cfg.run.name
         self._writes = launched.rank == 0
         self._peak = _device_peak(cfg.precision.dtype)
         self._first = True
@@ -101,7 +101,7 @@ class Recorder:
             records = read(self._run.metrics, skipped=self.note)
             drawn = any(record.step for record in records)
             if drawn:
-                title = f"{self._run.path.parent.name}: {self._plan.summary}"
+                title = f"{self._name}: {self._plan.summary}"
                 draw(records, self._run.curve, title=title, changes=self._changes())
             return drawn
         # A failure to draw the curve must not make a finished run fail.

@@ -14,14 +14,14 @@ def averaged(bucket_bytes: int) -> tuple[list[list[float]], int]:
         calls.append(1)
         return reduce(*arguments, **options)
 
-    before, replicated._BUCKET_BYTES = replicated._BUCKET_BYTES, bucket_bytes
+    before, replicated.REPLICATED_BUCKET_BYTES = replicated.REPLICATED_BUCKET_BYTES, bucket_bytes
     dist.all_reduce = counted
     try:
         rank = float(dist.get_rank())
         gradients = [torch.full((2, 3), rank), torch.full((5,), 10 * rank), torch.full((), rank + 1)]
         replicated.average(gradients, group)
     finally:
-        dist.all_reduce, replicated._BUCKET_BYTES = reduce, before
+        dist.all_reduce, replicated.REPLICATED_BUCKET_BYTES = reduce, before
     return [gradient.flatten().tolist() for gradient in gradients], len(calls)
 
 

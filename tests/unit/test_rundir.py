@@ -11,7 +11,7 @@ import pytest
 from stack import disk
 from stack.config.compose import compose, from_yaml
 from stack.config.places import settled
-from stack.errors import DataError, UsageError
+from stack.errors import ConfigError, DataError, UsageError
 from stack.plan.layout import make_plan
 from stack.train import rundir
 from stack.train.rundir import RunDir
@@ -153,3 +153,11 @@ def test_a_saved_config_means_the_same_from_any_folder(tmp_path, monkeypatch):
     assert found.model.name == "llama"
     assert settled(found) == found
     assert settled(replace(cfg, checkpoint=replace(cfg.checkpoint, path=None))).checkpoint.path is None
+
+
+def test_a_family_is_never_the_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama").mkdir()
+    assert settled(compose([])).model.name == "llama"
+    with pytest.raises(ConfigError, match=r"give it \./llama for the folder"):
+        compose(["model.init=pretrained", "optim.lr=1e-5"])

@@ -165,8 +165,12 @@ def export(arguments: Sequence[str]) -> int:
     from stack.launch import checkpoints
     from stack.train import tracking
 
-    code = checkpoints.export(run, Path(out).resolve(), overrides)
-    tracking.remember_export(run, Path(out).resolve())
+    try:
+        folder = Path(out).resolve()
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"{out} cannot be written ({error}); name a folder that does not exist yet") from error
+    code = checkpoints.export(run, folder, overrides)
+    tracking.remember_export(run, folder)
     return code
 
 

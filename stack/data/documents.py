@@ -78,7 +78,7 @@ def no_column(key: str, columns: Collection[str], where: str) -> DataError:
     """The error for a `data.text_key` that names no column; `columns` are the columns that hold text."""
     names = list(columns)
     nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
-    fix = f"use data.text_key={nearest[0]}" if nearest else "use data with a column of text"
+    fix = f"use data.text_key={printable(nearest[0])}" if nearest else "use data with a column of text"
     return DataError(f"data.text_key={key} is no column of {where} (columns of text: {some(names)}); {fix}")
 
 
@@ -89,10 +89,15 @@ def undecodable(where: Path | str, error: UnicodeDecodeError) -> DataError:
 
 def one_line(error: BaseException) -> str:
     """The message of a library's exception on one line, at most 300 characters, to quote in our own message."""
-    text = " ".join(str(error).split())[:300]
+    text = printable(" ".join(str(error).split())[:300])
     return f"{type(error).__name__}: {text}" if not text or isinstance(error, KeyError) else text
 
 
 def some(names: list[str]) -> str:
     """The first eight names of a list, for a message; "none" if the list is empty."""
-    return ", ".join(names[:8] + ["..."] * (len(names) > 8)) or "none"
+    return ", ".join([printable(name) for name in names[:8]] + ["..."] * (len(names) > 8)) or "none"
+
+
+def printable(text: str) -> str:
+    """A name from a file of the user's, with control characters escaped: they would steer the terminal."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stack.config.schema import Data
-from stack.data.documents import one_line, some
+from stack.data.documents import one_line, printable, some
 from stack.errors import DataError
 
 #: Endings of files that are one document each.
@@ -49,7 +49,7 @@ class Selection:
         if not self.unread:
             return ""
         count = self.unread.total()
-        reasons = ", ".join(f"{number} {reason}" for reason, number in self.unread.most_common())
+        reasons = ", ".join(f"{number} {printable(reason)}" for reason, number in self.unread.most_common())
         ending = any(reason.startswith((".", "without")) for reason in self.unread)
         return f"{count} {'file or folder is' if count == 1 else 'files or folders are'} not read: {reasons}" + (
             " (data.extensions=[.EXT] reads plain text of another ending)" if ending else ""

@@ -26,7 +26,7 @@ def listing(root: Path) -> str:
     Raises:
         UsageError: the folder cannot be read.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UsageError(f"{root} is no folder; write stack ls RUNS, where RUNS is the run.root of the runs")
     patterns = ("*/config.yaml", "*/*/config.yaml", *(["*/*/*/config.yaml"] if (root / "sweep.jsonl").exists() else []))
     runs = [RunDir(file.parent) for pattern in patterns for file in root.glob(pattern)]

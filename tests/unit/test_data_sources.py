@@ -9,6 +9,7 @@ import os
 import socket
 import sysconfig
 import time
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -18,7 +19,9 @@ import pyarrow.parquet
 import pytest
 
 from stack.config.schema import Data
+from stack.data import documents as texts
 from stack.data import formats, hub
+from stack.data.files import Selection
 from stack.data.sources import describe, documents
 from stack.errors import DataError
 
@@ -319,3 +322,11 @@ def test_the_probe_tells_an_open_door_from_a_closed_one(monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         assert hub.reachable()
     assert not hub.reachable()
+
+
+def test_what_names_in_data_would_do_to_a_terminal_is_escaped():
+    escape = "\x1b[31mred"
+    assert texts.some([escape]) == "\\x1b[31mred"
+    assert "\x1b" not in str(texts.no_column("text", [escape], "k.jsonl"))
+    assert texts.one_line(ValueError(escape)) == "\\x1b[31mred"
+    assert "\x1b" not in Selection(unread=Counter({f".{escape}": 1})).note()

@@ -138,3 +138,8 @@ def test_a_folder_without_runs(tmp_path):
     assert listing(tmp_path) == f"no runs in {tmp_path}"
     with pytest.raises(UsageError, match="is no folder"):
         listing(tmp_path / "none")
+
+
+def test_a_name_that_no_folder_can_have_is_no_folder():
+    with pytest.raises(UsageError, match="is no folder"):
+        listing(Path("n" * 300))

@@ -120,7 +120,12 @@ def show(value: Any, longest: int = _LONGEST) -> str:
 def one_line(text: object) -> str:
     """The text of an error of another library, without line breaks and control characters, at most 300 characters."""
     words = " ".join(str(text).split())
-    return _shorten("".join(char if char.isprintable() else ascii(char)[1:-1] for char in words), 3 * _LONGEST)
+    return _shorten(printable(words), 3 * _LONGEST)
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped, which would steer the terminal."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def closest(word: str, choices: Sequence[str], cutoff: float = 0.5) -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from stack.config.values import printable
 from stack.errors import DataError
 
 
@@ -96,8 +97,3 @@ def one_line(error: BaseException) -> str:
 def some(names: list[str]) -> str:
     """The first eight names of a list, for a message; "none" if the list is empty."""
     return ", ".join([printable(name) for name in names[:8]] + ["..."] * (len(names) > 8)) or "none"
-
-
-def printable(text: str) -> str:
-    """A name from a file of the user's, with control characters escaped: they would steer the terminal."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

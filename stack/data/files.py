@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from stack.config.schema import Data
-from stack.data.documents import one_line, printable, some
+from stack.config.values import printable
+from stack.data.documents import one_line, some
 from stack.errors import DataError
 
 #: Endings of files that are one document each.

@@ -26,6 +26,7 @@ def listing(root: Path) -> str:
     Raises:
         UsageError: the folder cannot be read.
     """
+    # Path.is_dir raises an error for a name that is too long.
     if not os.path.isdir(root):
         raise UsageError(f"{root} is no folder; write stack ls RUNS, where RUNS is the run.root of the runs")
     patterns = ("*/config.yaml", "*/*/config.yaml", *(["*/*/*/config.yaml"] if (root / "sweep.jsonl").exists() else []))

@@ -183,6 +183,8 @@ def visible_devices() -> list[str]:
 
 #: Name of the fp32 master weight among the saved states of a parameter.
 MASTER = "master"
+#: With ZeRO stage 0, most bytes of gradients that one collective reduces, except of a single larger gradient.
+REPLICATED_BUCKET_BYTES = 64 << 20
 
 
 def state_names(cfg: Config) -> tuple[str, ...]:
@@ -191,7 +193,3 @@ def state_names(cfg: Config) -> tuple[str, ...]:
     if cfg.optim.kind == "adamw":
         return (MASTER, "exp_avg", "exp_avg_sq")
     return (MASTER, "momentum_buffer") if cfg.optim.momentum else (MASTER,)
-
-
-#: With ZeRO stage 0, most bytes of gradients that one collective reduces, except of a single larger gradient.
-REPLICATED_BUCKET_BYTES = 64 << 20

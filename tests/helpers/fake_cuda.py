@@ -7,7 +7,7 @@ sees which device and which stream a thread has at any time, and in which order 
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -21,10 +21,6 @@ class FakeStream:
 
     device: torch.device
     number: int
-    device_index: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.device_index = self.device.index
 
     def __repr__(self) -> str:
         return f"{self.device}/{self.number}"
@@ -136,7 +132,9 @@ def fake_cuda(current: int) -> Iterator[FakeCuda]:
     def record_stream(tensor: torch.Tensor, stream: FakeStream) -> None:
         cuda.calls.append(("keep", tuple(tensor.shape), repr(stream)))
 
-    FakeStream.wait_event = lambda self, _event: cuda.calls.append(("wait", repr(self)))  # type: ignore[attr-defined]
+    def wait_event(stream: FakeStream, _event: Event) -> None:
+        cuda.calls.append(("wait", repr(stream)))
+
     with ExitStack() as patches:
         for target, name, value in (
             (torch.cuda, "is_available", lambda: True),
@@ -154,4 +152,5 @@ def fake_cuda(current: int) -> Iterator[FakeCuda]:
             (torch.Tensor, "record_stream", record_stream),
         ):
             patches.enter_context(patch.object(target, name, value))
+        patches.enter_context(patch.object(FakeStream, "wait_event", wait_event, create=True))
         yield cuda

@@ -50,8 +50,8 @@ class Loader:
         """Starts the copies of a batch. May be called from any thread."""
         if self._stream is None:
             return self._copied(batch, None)
-        # A new thread's device is 0. Leaving `stream` makes the thread's device current again, and on a rank of another
-        # device this would open a context on GPU 0, which takes half a GB of it for each rank of the host.
+        # The current device of a new thread is GPU 0, and torch makes the former device current when `stream` ends. On
+        # the ranks of other GPUs that would open a context on GPU 0: half a GB of its memory for each of these ranks.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             return self._copied(batch, torch.cuda.Event())
 

@@ -69,7 +69,7 @@ def make_mesh(plan: Plan, *, timeout: timedelta, disk_timeout: timedelta | None 
         return [dist.new_group(ranks, timeout=timeout) for ranks in of]
 
     pipes_of = [[plan.rank_of(p, r) for p in range(plan.pipeline)] for r in range(plan.replicas)]
-    # Collectives over the pipe have a group of their own: on NCCL they would else wait in one queue with the transfers.
+    # Two groups, because NCCL runs the operations of a group one after the other: collectives would wait for transfers.
     pipes, transfers = groups(pipes_of), groups(pipes_of)
     data = groups([plan.rank_of(p, r) for r in range(plan.replicas)] for p in range(plan.pipeline))
     tied: dist.ProcessGroup | None = None

@@ -63,7 +63,11 @@ class Requests:
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[signal.Signals]]:
     """A list of the signals that asked this process to end, which grows as they come in. The signals interrupt nothing,
-    so that ranks and jobs can be stopped in the right order. A signal that was ignored (nohup) stays ignored."""
+    so that ranks and jobs can be stopped in the right order. A signal that was ignored (nohup) stays ignored.
+
+    A process that was asked to end ignores further requests until it has exited. With the handlers from before, another
+    Ctrl-C would raise KeyboardInterrupt while the last lines are printed, or end the interpreter by SIGINT while it
+    exits, with the wrong exit code."""
     requests: list[signal.Signals] = []
     heard = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
     previous = {s: signal.signal(s, lambda number, _: requests.append(signal.Signals(number))) for s in heard}
@@ -71,4 +75,4 @@ def stop_requests() -> Iterator[list[signal.Signals]]:
         yield requests
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if requests else handler)

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -177,3 +179,27 @@ def test_the_verb_refuses_what_it_does_not_know(tmp_path):
 
 def test_polling_is_quick():
     assert stopping._POLL_S <= 0.5
+
+
+_ASKED_TO_END = """
+import os, signal, sys
+from stack.launch.signals import stop_requests
+
+class AtExit:
+    def __del__(self):  # the interpreter has put back the default handlers when it frees its modules
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.at_exit = AtExit()
+with stop_requests() as requests:
+    os.kill(os.getpid(), signal.SIGINT)
+    while not requests:
+        pass
+os.kill(os.getpid(), signal.SIGINT)  # the last lines are printed here
+sys.exit(75)
+"""
+
+
+def test_ctrl_c_while_a_command_that_was_asked_to_end_exits_keeps_its_exit_code():
+    ended = subprocess.run([sys.executable, "-c", _ASKED_TO_END], capture_output=True, text=True)
+
+    assert (ended.returncode, ended.stderr) == (75, "")

@@ -186,7 +186,7 @@ import os, signal, sys
 from stack.launch.signals import stop_requests
 
 class AtExit:
-    def __del__(self):  # the interpreter has put back the default handlers when it frees its modules
+    def __del__(self):  # Python frees its modules after it has restored the default actions of signals
         os.kill(os.getpid(), signal.SIGINT)
 
 sys.at_exit = AtExit()
@@ -194,7 +194,7 @@ with stop_requests() as requests:
     os.kill(os.getpid(), signal.SIGINT)
     while not requests:
         pass
-os.kill(os.getpid(), signal.SIGINT)  # the last lines are printed here
+os.kill(os.getpid(), signal.SIGINT)  # comes while a command prints its last lines
 sys.exit(75)
 """
 

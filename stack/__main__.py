@@ -6,7 +6,7 @@ from stack.interpreter import leave_cwd
 
 leave_cwd()
 
-from stack.cli.main import main  # noqa: E402 - a folder `stack/` in the current folder must not be imported
+from stack.cli.main import command  # noqa: E402 - a folder `stack/` in the current folder must not be imported
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

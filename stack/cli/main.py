@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TextIO
@@ -25,6 +26,16 @@ without saving (130 for Ctrl-C)
 """
 #: Exit code that a shell reports for a command killed by SIGPIPE (128 + 13).
 _BROKEN_PIPE = 141
+
+
+def command() -> int:
+    """Entry point of the process: runs `main`, then ignores requests to end until the process has exited. Python
+    restores the default actions of signals while it exits, so that another Ctrl-C would replace the exit code; an
+    ignored signal stays ignored."""
+    code = main()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

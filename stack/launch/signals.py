@@ -63,12 +63,7 @@ class Requests:
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[signal.Signals]]:
     """A list of the signals that asked this process to end, which grows as they come in. The signals interrupt nothing,
-    so that ranks and jobs can be stopped in the right order. A signal that was ignored (nohup) stays ignored.
-
-    After the block the earlier handlers are back. If a signal came in during the block, the process is about to exit,
-    and these signals are ignored instead: with Python's handler another Ctrl-C would raise KeyboardInterrupt while the
-    last lines are printed; with the default action, which Python restores as it exits, the exit code would be SIGINT's.
-    """
+    so that ranks and jobs can be stopped in the right order. A signal that was ignored (nohup) stays ignored."""
     requests: list[signal.Signals] = []
     heard = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
     previous = {s: signal.signal(s, lambda number, _: requests.append(signal.Signals(number))) for s in heard}
@@ -76,4 +71,4 @@ def stop_requests() -> Iterator[list[signal.Signals]]:
         yield requests
     finally:
         for number, handler in previous.items():
-            signal.signal(number, signal.SIG_IGN if requests else handler)
+            signal.signal(number, handler)
